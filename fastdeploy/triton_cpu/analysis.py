@@ -1,0 +1,195 @@
+"""Decides which tensors of a kernel live in memory and which are recomputed where they are used.
+
+A tensor value is either
+
+* lazy: an expression of its index, evaluated inside the loops of whoever uses it, so that
+  `tl.store(o, tl.load(x) * 2)` becomes one loop without temporaries, or
+* stored: computed once, where the kernel's source does, into a local array.
+
+A value is stored if it is expensive (its expression holds a load or a division, say) and more than one loop nest, or
+one inside another block, would evaluate it; and if it loads memory that is written before its last use.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from .ttir import Block, Function, Op, Value
+
+_LAZY_PREFIXES = ("arith.", "math.", "tt.precise", "ub.")
+_LAZY = {"tt.splat", "tt.broadcast", "tt.expand_dims", "tt.make_range", "tt.addptr", "tt.load", "tt.bitcast", "tt.trans",
+         "tt.reshape", "tt.join", "tt.split", "tt.cat", "tt.extern_elementwise", "tt.clampf", "tt.fp_to_fp",
+         "tt.int_to_ptr", "tt.ptr_to_int", "tt.mulhiui", "tt.gather"}
+_EXPENSIVE = {"tt.load", "tt.gather", "tt.extern_elementwise", "tt.precise_sqrt", "tt.precise_divf", "arith.divf",
+              "arith.divsi", "arith.divui", "arith.remsi", "arith.remui", "arith.remf"}
+_CHEAP_MATH = {"math.absf", "math.absi", "math.fma", "math.floor", "math.ceil"}
+_SCATTERED = {"tt.reshape", "tt.cat", "tt.join", "tt.split", "tt.gather"}
+_WRITES = ("tt.store", "tt.atomic", "tt.call", "scf.")
+
+
+def is_lazy(op: Op) -> bool:
+    return op.name in _LAZY or op.name.startswith(_LAZY_PREFIXES)
+
+
+class StoragePlan:
+    """`value in plan` says whether a lazy operation's tensor is stored when it is reached."""
+
+    def __init__(self, function: Function):
+        self._stored: set[Value] = set()
+        self._roots: dict[Value, set[Op]] = {}  # the loop nests that evaluate a lazy value
+        self._escapes: dict[Value, bool] = {}  # evaluated from an inner block, so perhaps many times
+        self._analyse(function.body)
+
+    def __contains__(self, value: Value) -> bool:
+        return value in self._stored
+
+    def _analyse(self, block: Block) -> None:
+        for position in reversed(range(len(block.ops))):
+            op = block.ops[position]
+            for region in op.regions:
+                self._analyse(region)
+            for value in op.results:
+                if value.type.is_tensor and is_lazy(op):
+                    self._find_roots(value)
+                    if op.name != "arith.constant" and self._must_store(value, position):
+                        self._stored.add(value)
+
+    def _find_roots(self, value: Value) -> None:
+        roots: set[Op] = set()
+        escapes = False
+        for user in value.uses:
+            escapes |= user.block is not value.block
+            if not is_lazy(user) or not user.results[0].type.is_tensor:
+                roots.add(user)
+            for result in user.results if is_lazy(user) else []:
+                if result in self._stored or not result.type.is_tensor:
+                    roots.add(user)
+                else:
+                    roots |= self._roots[result]
+                    escapes |= self._escapes[result]
+            if scatters(user):
+                escapes |= is_expensive(value, self)
+        self._roots[value], self._escapes[value] = roots, escapes
+
+    def _must_store(self, value: Value, position: int) -> bool:
+        if not is_expensive(value, self):
+            return False
+        if self._escapes[value] or len(self._roots[value]) > 1:
+            return True
+        return value.op.name == "tt.load" and self._overwritten(value, position)  # type: ignore[union-attr]
+
+    def _overwritten(self, value: Value, position: int) -> bool:
+        """Does an operation between a load and its only root write memory, or does the root write the same tensor shifted?"""
+        for op in value.block.ops[position + 1:]:
+            if op in self._roots[value]:
+                return op.name in ("tt.store", "tt.atomic_rmw") and _shifted(value.op.operands[0], op.operands[0])  # type: ignore[union-attr]
+            if op.name.startswith(_WRITES):
+                return True
+        return False
+
+
+def is_expensive(value: Value, plan: StoragePlan) -> bool:
+    """Would evaluating `value` at a second place cost more than reading an array?"""
+    op = value.op
+    if op is None or value in plan or not value.type.is_tensor or not is_lazy(op):
+        return False
+    if op.name in _EXPENSIVE or (op.name.startswith("math.") and op.name not in _CHEAP_MATH):
+        return True
+    return any(is_expensive(operand, plan) for operand in op.operands)
+
+
+def _shifted(source: Value, target: Value) -> bool:
+    """Two pointer tensors into one argument at different offsets: all must be read before the first is written."""
+    return source is not target and _base(source) is _base(target)
+
+
+def _base(pointer: Value) -> Value:
+    while pointer.op is not None and pointer.op.name in ("tt.addptr", "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.bitcast"):
+        pointer = pointer.op.operands[0]
+    return pointer
+
+
+def unit_reshape(op: Op) -> list[int] | None:
+    """For a reshape that only adds or drops extents of one: the result dimension of each operand dimension (-1: none)."""
+    if op.name != "tt.reshape":
+        return None
+    source, target = op.operands[0].type.shape, op.result.type.shape
+    kept = [d for d, extent in enumerate(target) if extent > 1]
+    if [extent for extent in source if extent > 1] != [target[d] for d in kept]:
+        return None
+    following = iter(kept)
+    return [next(following) if extent > 1 else -1 for extent in source]
+
+
+def scatters(op: Op) -> bool:
+    """Does `op` evaluate its operand at computed indices, element by element?"""
+    return op.name in _SCATTERED and unit_reshape(op) is None
+
+
+def uniform(value: Value) -> bool:
+    """All elements equal by construction."""
+    if not value.type.is_tensor:
+        return True
+    op = value.op
+    return op is not None and (op.name in ("tt.splat", "arith.constant")
+                               or op.name in ("tt.broadcast", "tt.expand_dims", "tt.reshape") and uniform(op.operands[0]))
+
+
+def permutation(op: Op) -> list[int]:
+    """`order` of tt.trans: result dimension k is operand dimension order[k]."""
+    return [int(d) for d in re.search(r"order = array<i32: ([\d, ]+)>", op.text).group(1).split(",")]  # type: ignore[union-attr]
+
+
+def stride(value: Value, dimension: int, origins: Mapping[Value, Value]) -> int | None:
+    """How much an integer or pointer tensor (in elements) grows from one index to the next along `dimension`.
+
+    None if that differs from place to place or is known at run time only. `origins` names, for pointer tensors that a
+    loop moves as a whole, the tensor that they started as.
+    """
+    value = origins.get(value, value)
+    if not value.type.is_tensor or value.type.shape[dimension] == 1 or uniform(value):
+        return 0
+    op = value.op
+    if op is None:
+        return None
+    if op.name == "tt.make_range":
+        return 1
+    if op.name == "tt.expand_dims":
+        axis = op.attribute("axis")
+        return stride(op.operands[0], dimension - (dimension > axis), origins)
+    if axes := unit_reshape(op):
+        return stride(op.operands[0], axes.index(dimension), origins) if dimension in axes else 0
+    if op.name == "tt.trans":
+        return stride(op.operands[0], permutation(op)[dimension], origins)
+    if op.name in ("tt.broadcast", "arith.extsi", "arith.extui", "arith.trunci", "arith.index_cast"):
+        return stride(op.operands[0], dimension, origins)
+    if op.name not in ("arith.addi", "tt.addptr", "arith.subi", "arith.muli"):
+        elementwise = is_lazy(op) and op.name not in _SCATTERED and op.operands
+        return 0 if elementwise and all(stride(v, dimension, origins) == 0 for v in op.operands) else None
+    left, right = (stride(operand, dimension, origins) for operand in op.operands)
+    if left is None or right is None:
+        return None
+    if op.name == "arith.muli":
+        return _product_stride(op, left, right)
+    return left - right if op.name == "arith.subi" else left + right
+
+
+def _product_stride(op: Op, left: int, right: int) -> int | None:
+    if left == right == 0:
+        return 0
+    for step, factor in ((left, op.operands[1]), (right, op.operands[0])):
+        known = splat_constant(factor)
+        if known is not None and step:
+            return step * known
+    return None
+
+
+def splat_constant(value: Value) -> int | None:
+    """The integer that fills a constant tensor."""
+    op = value.op
+    while op is not None and op.name in ("tt.splat", "tt.broadcast", "tt.expand_dims"):
+        op = op.operands[0].op
+    if op is None or op.name != "arith.constant" or not value.type.element.startswith("i"):
+        return None
+    found = re.search(r"dense<(-?\d+)>|constant (-?\d+)", op.text)
+    return int(found.group(1) or found.group(2)) if found else None

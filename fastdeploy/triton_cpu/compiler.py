@@ -1,0 +1,127 @@
+"""The compiler half of the Triton plugin: Triton IR -> TTIR -> C -> a shared object.
+
+Triton finds it through the entry point `cpu = "fastdeploy.triton_cpu"` in the group `triton.backends`.
+"""
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from triton._C.libtriton import ir, passes
+from triton.backends.compiler import BaseBackend, GPUTarget
+
+from . import ttir
+from .emitter import argument_format, generate_c
+from .toolchain import toolchain
+
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class CPUOptions:
+    """Launch options. The GPU ones are accepted, so that a kernel tuned for GPUs runs here, and mean nothing."""
+
+    num_warps: int = 1
+    num_ctas: int = 1
+    num_stages: int = 1
+    warp_size: int = 1
+    cluster_dims: tuple = (1, 1, 1)
+    enable_fp_fusion: bool = True
+    debug: bool = False
+    sanitize_overflow: bool = False
+    launch_cooperative_grid: bool = False
+    launch_pdl: bool = False
+    supported_fp8_dtypes: tuple = ("fp8e4nv", "fp8e5")
+    deprecated_fp8_dot_operand_dtypes: tuple = ()
+    default_dot_input_precision: str = "ieee"
+    allowed_dot_input_precisions: tuple = ("ieee", "tf32", "tf32x3", "bf16x3", "bf16x6")
+    max_num_imprecise_acc_default: int = 0
+    extern_libs: Any = None
+    instrumentation_mode: str = ""
+    fpsan_homomorphic_casts: bool = False
+    ir_override: str | None = None
+    backend_name: str = "cpu"
+    arch: str = ""
+
+    def hash(self) -> str:
+        return hashlib.sha256(repr(self).encode()).hexdigest()
+
+
+class CPUBackend(BaseBackend):
+    binary_ext = "so"
+    supports_native_tensor_specialization = False
+
+    @staticmethod
+    def supports_target(target: GPUTarget) -> bool:
+        return target.backend == "cpu"
+
+    @functools.lru_cache(None)
+    def hash(self) -> str:
+        """Part of Triton's cache key: this backend's own source, the C compiler, its flags and the CPU."""
+        source = b"".join(path.read_bytes() for path in sorted(_HERE.glob("*.[pch]*")) if path.is_file())
+        return hashlib.sha256(source + toolchain().fingerprint().encode()).hexdigest()
+
+    def parse_options(self, options: dict[str, Any]) -> CPUOptions:
+        known = {field.name for field in fields(CPUOptions)}
+        chosen = {key: value for key, value in options.items() if key in known and value is not None}
+        if "TRITON_DEFAULT_FP_FUSION" in os.environ:
+            chosen.setdefault("enable_fp_fusion", os.environ["TRITON_DEFAULT_FP_FUSION"] == "1")
+        return CPUOptions(**chosen)
+
+    def pack_metadata(self, metadata: Any) -> Any:
+        return metadata
+
+    def get_codegen_implementation(self, options: CPUOptions) -> dict[str, Any]:
+        return {"min_dot_size": lambda lhs, rhs: (1, 1, 1)}  # tl.dot of one row is a GEMV
+
+    def get_module_map(self) -> dict[str, ModuleType]:
+        from triton.language.extra.cuda import libdevice  # its names are those of C's libm with a prefix
+        return {"triton.language.extra.libdevice": libdevice}
+
+    def load_dialects(self, context: Any) -> None:
+        """TTIR's own dialects are all we need."""
+
+    def add_stages(self, stages: dict[str, Any], options: CPUOptions, language: Any = None) -> None:
+        stages["ttir"] = make_ttir
+        stages["c"] = lambda module, metadata: make_c(module, metadata, options)
+        stages["so"] = lambda source, metadata: toolchain().compile(source)
+
+
+def make_ttir(module: Any, metadata: dict[str, Any]) -> Any:
+    """Triton's own target-independent passes."""
+    manager = ir.pass_manager(module.context)
+    passes.common.add_inliner(manager)
+    passes.ttir.add_rewrite_tensor_descriptor_to_pointer(manager)
+    if hasattr(passes.ttir, "add_rewrite_tensor_pointer"):  # block pointers, until Triton 3.7
+        passes.ttir.add_rewrite_tensor_pointer(manager)
+    passes.common.add_canonicalizer(manager)
+    passes.ttir.add_combine(manager)
+    passes.ttir.add_reorder_broadcast(manager)
+    passes.common.add_cse(manager)
+    passes.common.add_symbol_dce(manager)
+    passes.ttir.add_loop_unroll(manager)
+    passes.ttir.add_triton_licm(manager)
+    passes.common.add_canonicalizer(manager)
+    passes.common.add_cse(manager)
+    manager.run(module, "make_ttir")
+    return module
+
+
+def make_c(module: Any, metadata: dict[str, Any], options: CPUOptions) -> str:
+    functions = ttir.parse(str(module))
+    metadata["name"] = functions[0].name
+    metadata["shared"] = 0
+    metadata["argument_format"] = argument_format(functions[0])
+    return generate_c(functions, _prelude(), toolchain().lanes, options.enable_fp_fusion)
+
+
+@functools.lru_cache(None)
+def _prelude() -> str:
+    return (_HERE / "prelude.h").read_text()
+
+

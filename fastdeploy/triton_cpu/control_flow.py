@@ -1,0 +1,246 @@
+"""Loops, branches and calls.
+
+A tensor that a loop carries lives in one local array: the body reads it, and at the end of a turn the new value is
+evaluated into it, element by element. Two cases need care:
+
+* One new value may read the array that another is about to overwrite (a swap): such readers go to a temporary first.
+* A pointer tensor that moves as a whole (`ptrs += BLOCK_K * stride`) is not an array at all but a number: how far it
+  has moved. That keeps its addresses simple enough for vector loads.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from . import expressions as c
+from .analysis import is_lazy, uniform
+from .loops import ZERO, Array, LoopNest, MovingPointers, Scalar
+from .ttir import Block, Function, Op, Value
+
+if TYPE_CHECKING:
+    from .emitter import KernelEmitter
+
+
+@dataclass
+class _Carried:
+    """A loop-carried variable: its C name, and for moving pointers the step that the loop adds."""
+
+    name: str
+    argument: Value
+    step: Value | None = None
+
+
+def emit_for(emitter: KernelEmitter, op: Op) -> None:
+    lower, upper, step = (emitter.scalar(v) for v in op.operands[:3])
+    body = op.regions[0]
+    variable, arguments = body.arguments[0], body.arguments[1:]
+    yielded = body.terminator.operands if body.terminator and body.terminator.name == "scf.yield" else []
+    carried = [_carry(emitter, argument, initial, new) for argument, initial, new in zip(arguments, op.operands[3:], yielded)]
+    for item, new in zip(carried, yielded):
+        if _updated_in_place(item.argument, new, body):
+            emitter.destinations[new] = item.name
+    name = emitter.name(variable.name)
+    kind = c.value_type(variable.type.element)
+    unsigned = "u" if op.text.startswith("scf.for unsigned") else ""
+    emitter.storage[variable] = Scalar(name)
+    with emitter.braces(f"for ({unsigned}{kind} {name} = {lower}; {name} < ({unsigned}{kind}){upper}; {name} += {step})"):
+        emitter.block(body, skip_terminator=bool(yielded) or _ends_in_yield(body))
+        _assign(emitter, carried, yielded)
+    _publish(emitter, op.results, carried)
+
+
+def _ends_in_yield(block: Block) -> bool:
+    return block.terminator is not None and block.terminator.name == "scf.yield"
+
+
+def _carry(emitter: KernelEmitter, argument: Value, initial: Value, new: Value | None) -> _Carried:
+    type_ = argument.type
+    if not type_.is_tensor:
+        name = emitter.name(argument.name)
+        emitter.line(f"{c.value_type(type_.element)} {name} = {emitter.scalar(initial)};")
+        emitter.storage[argument] = Scalar(name)
+        return _Carried(name, argument)
+    step = _uniform_step(argument, new)
+    if type_.is_pointer and step is not None and not emitter.holds_addresses(initial):
+        name = emitter.name("moved")
+        emitter.line(f"int64_t {name} = 0;")
+        emitter.storage[argument] = MovingPointers(initial, name)
+        emitter.origins[argument] = emitter.origins.get(initial, initial)
+        return _Carried(name, argument, step)
+    name = emitter.array(type_, argument.name)
+    emitter.materialise(initial, into=name)
+    emitter.storage[argument] = Array(name)
+    return _Carried(name, argument)
+
+
+def _uniform_step(argument: Value, new: Value | None) -> Value | None:
+    """The offset by which the loop moves a pointer tensor, if all elements move alike."""
+    op = new.op if new is not None else None
+    if op is None or op.name != "tt.addptr" or op.operands[0] is not argument or not uniform(op.operands[1]):
+        return None
+    return op.operands[1]
+
+
+def _updated_in_place(argument: Value, new: Value, body: Block) -> bool:
+    """Is `new` a tl.dot of this loop that alone reads `argument`, as (part of) its accumulator?"""
+    op = new.op
+    return (op is not None and op.name == "tt.dot" and op.block is body and not argument.type.is_pointer
+            and _only_read_by(argument, op))
+
+
+def _only_read_by(value: Value, reader: Op) -> bool:
+    for user in value.uses:
+        if user is reader:
+            if any(operand is value for operand in reader.operands[:2]):
+                return False
+        elif user.block is not reader.block or not is_lazy(user) or not user.results[0].type.is_tensor \
+                or not all(_only_read_by(result, reader) for result in user.results):
+            return False
+    return bool(value.uses)
+
+
+def _assign(emitter: KernelEmitter, carried: list[_Carried], yielded: list[Value]) -> None:
+    """The end of a turn: every carried variable takes its new value, all at once."""
+    late: list[str] = []
+    pending: list[tuple[str, Value]] = []
+    for item, new in zip(carried, yielded):
+        if item.step is not None:
+            late.append(f"{item.name} += {_uniform_text(emitter, item.step)};")
+        elif not new.type.is_tensor:
+            name = emitter.name("next")
+            emitter.line(f"{c.constant_declaration(new.type.element, name)} = {emitter.scalar(new)};")
+            late.append(f"{item.name} = {name};")
+        elif emitter.storage.get(new) != Array(item.name):
+            pending.append((item.name, new))
+    overwritten = {name for name, _ in pending}
+    for name, new in pending:  # a value that reads another's array is computed before any array changes
+        if _arrays_read(emitter, new) & (overwritten - {name}):
+            copy = emitter.array(new.type, "held")
+            emitter.materialise(new, into=copy)
+            emitter.storage[new] = Array(copy)
+    for name, new in sorted(pending, key=lambda pair: isinstance(emitter.storage.get(pair[1]), Array)):
+        emitter.materialise(new, into=name)
+    for text in late:
+        emitter.line(text)
+
+
+def _uniform_text(emitter: KernelEmitter, value: Value) -> str:
+    nest = LoopNest(emitter, (), [])
+    term = nest.evaluate(value, (ZERO,) * len(value.type.shape))
+    for text in nest.lines[0]:
+        emitter.line(text)
+    return term.text
+
+
+def _arrays_read(emitter: KernelEmitter, value: Value, seen: set[Value] | None = None) -> set[str]:
+    seen = set() if seen is None else seen
+    if value in seen:
+        return set()
+    seen.add(value)
+    storage = emitter.storage.get(value)
+    if isinstance(storage, Array):
+        return {storage.name}
+    if isinstance(storage, MovingPointers):
+        return {storage.moved} | _arrays_read(emitter, storage.origin, seen)
+    if storage is not None or value.op is None:
+        return set()
+    return set().union(*[_arrays_read(emitter, operand, seen) for operand in value.op.operands])
+
+
+def _publish(emitter: KernelEmitter, results: list[Value], carried: list[_Carried]) -> None:
+    for result, item in zip(results, carried):
+        emitter.storage[result] = emitter.storage[item.argument]
+        if item.argument in emitter.origins:
+            emitter.origins[result] = emitter.origins[item.argument]
+
+
+def _declare(emitter: KernelEmitter, value: Value) -> None:
+    """Storage for a result that different blocks write."""
+    if value.type.is_tensor:
+        emitter.storage[value] = Array(emitter.array(value.type, value.name))
+    else:
+        name = emitter.name(value.name)
+        emitter.line(f"{c.value_type(value.type.element)} {name};")
+        emitter.storage[value] = Scalar(name)
+
+
+def _write(emitter: KernelEmitter, target: Value, source: Value) -> None:
+    storage = emitter.storage[target]
+    if isinstance(storage, Array):
+        emitter.materialise(source, into=storage.name)
+    else:
+        emitter.line(f"{emitter.scalar(target)} = {emitter.scalar(source)};")
+
+
+def emit_if(emitter: KernelEmitter, op: Op) -> None:
+    for result in op.results:
+        _declare(emitter, result)
+    for number, region in enumerate(op.regions):
+        with emitter.braces("else" if number else f"if ({emitter.scalar(op.operands[0])})"):
+            emitter.block(region, skip_terminator=_ends_in_yield(region))
+            if _ends_in_yield(region):
+                for result, value in zip(op.results, region.terminator.operands):  # type: ignore[union-attr]
+                    _write(emitter, result, value)
+
+
+def emit_while(emitter: KernelEmitter, op: Op) -> None:
+    before, after = op.regions
+    carried = [_carry(emitter, argument, initial, None) for argument, initial in zip(before.arguments, op.operands)]
+    for result in op.results:
+        _declare(emitter, result)
+    condition = before.terminator
+    with emitter.braces("for (;;)"):
+        emitter.block(before, skip_terminator=True)
+        for result, value in zip(op.results, condition.operands[1:]):  # type: ignore[union-attr]
+            _write(emitter, result, value)
+        emitter.line(f"if (!{emitter.scalar(condition.operands[0])}) break;")  # type: ignore[union-attr]
+        for argument, result in zip(after.arguments, op.results):
+            emitter.storage[argument] = emitter.storage[result]
+        emitter.block(after, skip_terminator=True)
+        _assign(emitter, carried, after.terminator.operands)  # type: ignore[union-attr]
+
+
+# ---- functions that are not inlined (noinline=True): Triton passes them scalars only ---------------------------------
+def result_type(function: Function) -> str:
+    types = function.result_types
+    if not types:
+        return "void"
+    return c.value_type(types[0].element) if len(types) == 1 else f"struct {_struct_name(function.name)}"
+
+
+def result_struct(function: Function) -> str:
+    """Several results are returned as a struct."""
+    if len(function.result_types) < 2:
+        return ""
+    fields = " ".join(f"{c.value_type(t.element)} r{i};" for i, t in enumerate(function.result_types))
+    return f"struct {_struct_name(function.name)} {{ {fields} }};"
+
+
+def _struct_name(name: str) -> str:
+    from .emitter import c_function_name
+    return f"{c_function_name(name)}_results"
+
+
+def emit_call(emitter: KernelEmitter, op: Op) -> None:
+    from .emitter import c_function_name
+    callee = op.text.split("@", 1)[1].split("(", 1)[0].strip('"')
+    if any(value.type.is_tensor for value in [*op.operands, *op.results]):
+        raise emitter.unsupported(op, "with a tensor")
+    arguments = [emitter.scalar(v) for v in op.operands] + ["pid_x", "pid_y", "pid_z", "num_x", "num_y", "num_z"]
+    call = f"{c_function_name(callee)}({', '.join(arguments)})"
+    if not op.results:
+        emitter.line(f"{call};")
+        return
+    name = emitter.name("result")
+    kind = c.value_type(op.result.type.element) if len(op.results) == 1 else f"struct {_struct_name(callee)}"
+    emitter.line(f"{kind} {name} = {call};")
+    for number, value in enumerate(op.results):
+        emitter.storage[value] = Scalar(name if len(op.results) == 1 else f"{name}.r{number}")
+
+
+def emit_return(emitter: KernelEmitter, op: Op) -> None:
+    values = [emitter.scalar(v) for v in op.operands]
+    if len(values) > 1:
+        emitter.line(f"return (struct {_struct_name(emitter.function.name)}){{{', '.join(values)}}};")
+    else:
+        emitter.line(f"return {values[0]};" if values else "return;")

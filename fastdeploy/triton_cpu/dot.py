@@ -1,0 +1,231 @@
+"""tl.dot as register tiles.
+
+A tile acc[M, N] += a[M, K] b[K, N] is cut into blocks of ROWS x COLUMNS vectors that stay in registers while k runs:
+
+    for each block:   acc vectors <- memory                       a: one float, broadcast
+        for k:        b vectors   <- row k of b                   b: COLUMNS vectors of LANES floats
+                      acc[r][c] += a[r][k] * b[c]                 one fused multiply-add each
+                      acc vectors -> memory
+
+Every output element adds its K terms one by one in ascending k, whatever the block: a row's result does not depend on
+how many rows are computed with it. On x86 an FMA has a latency of 4 cycles and two start per cycle, so 8 accumulators
+or more are needed; 16 of the 32 registers leave room for b and for the broadcast.
+
+Operands are read where they are when that is cheap. `a` is a plain load of rows: one pointer per row. `b` is a plain
+load whose rows are contiguous, and few blocks of rows use it: the vectors come straight from memory, converted in
+registers, with a prefetch (decode: a GEMV at memory speed). Otherwise the operand is evaluated into a local
+array of floats first, which pays when many blocks of rows use it (prefill).
+"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from . import expressions as c
+from .analysis import stride
+from .loops import Array, Index, LoopNest, Term
+from .ttir import Op, Type, Value
+
+if TYPE_CHECKING:
+    from .emitter import KernelEmitter
+
+# The vector loads of prelude.h, by the element type in memory.
+_VECTOR_LOADS = {"f32": "vec_from_float", "bf16": "vec_from_bf16", "f16": "vec_from_f16", "i8": "vec_from_int8_t"}
+_WIDENING = ("arith.extf", "arith.sitofp", "tt.fp_to_fp")
+# Up to so many blocks of rows convert `b` again rather than share an array. At 2 blocks (M = 16, K = N = 2048, bf16) the
+# array costs a third: 62 against 95 GFLOP/s on one core.
+FEW_BLOCKS = 4
+# Bytes ahead of the row being read, one prefetch per cache line. Measured in bench/results/kernels.md.
+PREFETCH_BYTES = 4096
+
+
+def emit_dot(emitter: KernelEmitter, op: Op) -> None:
+    a, b = op.operands[:2]
+    if len(op.result.type.shape) != 2 or a.type.element not in ("f32", "bf16", "f16", "f8E4M3FN", "f8E5M2") \
+            or op.result.type.element == "f64":
+        _emit_plain_dot(emitter, op)
+        return
+    rows, columns = _block_size(emitter, op.result.type)
+    many_blocks = op.result.type.shape[0] > FEW_BLOCKS * rows
+    if columns == 0:  # narrower than a vector
+        _emit_plain_dot(emitter, op)
+        return
+    left = _RowPointers.of(emitter, a) or _LocalRows(emitter, a)
+    right = (None if many_blocks else _VectorRows.of(emitter, b)) or _LocalRows(emitter, b)
+    target = _accumulator(emitter, op)
+    _emit_blocks(emitter, op, left, right, target, (rows, columns))
+    if op.result.type.element in c.SMALL_FLOATS:
+        emitter.line(f"for (int i = 0; i < {op.result.type.size}; i++) {target}[i] = {c.rounded(op.result.type.element, f'{target}[i]')};")
+
+
+def _block_size(emitter: KernelEmitter, type_: Type) -> tuple[int, int]:
+    """(rows, vectors) of a register block for an accumulator of this type."""
+    m, n = type_.shape
+    registers = 16 if emitter.lanes == 16 else 8  # AVX-512 has 32 vector registers, its elders 16
+    vectors = min(n // emitter.lanes, 4 if m >= 4 else 8, registers)
+    while vectors > 1 and n // emitter.lanes % vectors:
+        vectors -= 1
+    return min(m, max(1, registers // max(vectors, 1))), vectors
+
+
+def _accumulator(emitter: KernelEmitter, op: Op) -> str:
+    """The array that holds the initial accumulator and receives the result."""
+    initial, result = op.operands[2], op.result
+    name = emitter.destinations.get(result) or emitter.array(result.type, result.name)
+    if emitter.storage.get(initial) != Array(name):
+        emitter.materialise(initial, into=name)
+    emitter.storage[result] = Array(name)
+    return name
+
+
+class _LocalRows:
+    """An operand in a local array of floats, row-major."""
+
+    def __init__(self, emitter: KernelEmitter, value: Value):
+        self.name, self.width = emitter.as_array(value), value.type.shape[-1]
+
+    def prepare(self, emitter: KernelEmitter, rows: list[str]) -> None:
+        self.rows = [f"({row}) * {self.width}" for row in rows]
+
+    def element(self, row: int, k: str) -> str:
+        return f"{self.name}[{self.rows[row]} + {k}]"
+
+    def vector(self, k: str, column: str) -> str:
+        return f"vec_from_float({self.name} + {k} * {self.width} + {column})"
+
+    def prefetch(self, k: str, column: str) -> str | None:
+        return None
+
+
+class _RowPointers:
+    """`a`, read where it is: rows with stride 1 (or any constant) along k, behind one pointer each."""
+
+    def __init__(self, emitter: KernelEmitter, load: Op, step: int):
+        self.pointers, self.element_type, self.step = load.operands[0], load.result.type.element, step
+
+    @classmethod
+    def of(cls, emitter: KernelEmitter, value: Value) -> _RowPointers | None:
+        load = _plain_load(emitter, value)
+        if load is None or load.result.type.element not in ("f32", "bf16"):
+            return None
+        step = stride(load.operands[0], 1, emitter.origins) if value.type.shape[1] > 1 else 1
+        return cls(emitter, load, step) if step == 1 else None
+
+    def prepare(self, emitter: KernelEmitter, rows: list[str]) -> None:
+        self.rows = [_address(emitter, self.pointers, (Term(row, 0), Term("0", 0))) for row in rows]
+
+    def element(self, row: int, k: str) -> str:
+        return c.from_memory(self.element_type, f"{self.rows[row]}[{k}]")
+
+
+class _VectorRows:
+    """`b`, read where it is: rows contiguous along n, converted to floats in registers."""
+
+    def __init__(self, emitter: KernelEmitter, load: Op):
+        self.pointers, self.element_type = load.operands[0], load.result.type.element
+        self.step = stride(load.operands[0], 0, emitter.origins) if load.result.type.shape[0] > 1 else 0
+        self.emitter = emitter
+
+    @classmethod
+    def of(cls, emitter: KernelEmitter, value: Value) -> _VectorRows | None:
+        load = _plain_load(emitter, value)
+        if load is None or load.result.type.element not in _VECTOR_LOADS:
+            return None
+        contiguous = stride(load.operands[0], 1, emitter.origins) == 1
+        return cls(emitter, load) if contiguous else None
+
+    def prepare(self, emitter: KernelEmitter, rows: list[str]) -> None:
+        self.base = _address(emitter, self.pointers, (Term("0", 0), Term("0", 0)))
+
+    def _row(self, k: str) -> str:
+        if self.step is not None:
+            return f"{self.base} + {self.step} * {k}"
+        return _address(self.emitter, self.pointers, (Term(k, 0), Term("0", 0)))
+
+    def vector(self, k: str, column: str) -> str:
+        return f"{_VECTOR_LOADS[self.element_type]}({self._row(k)} + {column})"
+
+    def prefetch(self, k: str, column: str) -> str | None:
+        if self.step is None:
+            return None
+        return f"__builtin_prefetch((const char *)({self._row(k)} + {column}) + {PREFETCH_BYTES});"
+
+
+def _plain_load(emitter: KernelEmitter, value: Value) -> Op | None:
+    """The load behind `value`, if it is lazy, unmasked, and only widened since."""
+    while value.op is not None and value.op.name in _WIDENING and value not in emitter.storage:
+        value = value.op.operands[0]
+    op = value.op
+    if op is None or op.name != "tt.load" or value in emitter.storage or len(op.operands) > 1:
+        return None
+    return None if emitter.holds_addresses(op.operands[0]) else op
+
+
+def _address(emitter: KernelEmitter, pointers: Value, index: Index) -> str:
+    """Evaluates a pointer at one index, writing the temporaries that it needs here and now."""
+    nest = LoopNest(emitter, (), [])
+    term = nest.address(pointers, index)
+    for text in nest.lines[0]:
+        emitter.line(text)
+    return term.text
+
+
+def _emit_blocks(emitter: KernelEmitter, op: Op, left, right, target: str, block: tuple[int, int]) -> None:  # type: ignore[no-untyped-def]
+    (m, n), k_extent = op.result.type.shape, op.operands[0].type.shape[1]
+    rows, vectors = block
+    row, column, k = emitter.name("m"), emitter.name("n"), emitter.name("k")
+    with emitter.braces(f"for (int {row} = 0; {row} < {m}; {row} += {rows})"), \
+            emitter.braces(f"for (int {column} = 0; {column} < {n}; {column} += {vectors * emitter.lanes})"):
+        row_names = [f"{row} + {r}" for r in range(rows)] if m > rows else [str(r) for r in range(rows)]
+        columns = [f"{column} + {v * emitter.lanes}" for v in range(vectors)]
+        left.prepare(emitter, row_names)
+        if right is not left:
+            right.prepare(emitter, [])
+        sums = [[f"sum{r}x{v}" for v in range(vectors)] for r in range(rows)]
+        places = [[f"{target} + ({name}) * {n} + {col}" for col in columns] for name in row_names]
+        for r in range(rows):
+            for v in range(vectors):
+                emitter.line(f"vec {sums[r][v]} = vec_from_float({places[r][v]});")
+        with emitter.braces(f"for (int {k} = 0; {k} < {k_extent}; {k}++)"):
+            _emit_step(emitter, left, right, sums, columns, k)
+        for r in range(rows):
+            for v in range(vectors):
+                emitter.line(f"*(vec *)({places[r][v]}) = {sums[r][v]};")
+
+
+def _emit_step(emitter: KernelEmitter, left, right, sums: list[list[str]], columns: list[str], k: str) -> None:  # type: ignore[no-untyped-def]
+    """One k: a rank-one update of the register block."""
+    elements_per_line = 64 // 2
+    for v, column in enumerate(columns):
+        if v * emitter.lanes % elements_per_line == 0 and (line := right.prefetch(k, column)):
+            emitter.line(line)
+        emitter.line(f"const vec rhs{v} = {right.vector(k, column)};")
+    for r, accumulators in enumerate(sums):
+        emitter.line(f"const vec lhs{r} = vec_splat({left.element(r, k)});")
+        for v, name in enumerate(accumulators):
+            emitter.line(f"{name} = vec_fused(lhs{r}, rhs{v}, {name});")
+
+
+def _emit_plain_dot(emitter: KernelEmitter, op: Op) -> None:
+    """Any shape and type, batched ones too: three loops, the innermost along n."""
+    a, b = op.operands[:2]
+    *batch, m, n = op.result.type.shape
+    k_extent, element = a.type.shape[-1], op.result.type.element
+    if a.type.element == "i1" or a.type.element != b.type.element:
+        raise emitter.unsupported(op, f"of {a.type.element} and {b.type.element}")
+    left, right = emitter.as_array(a), emitter.as_array(b)
+    target = _accumulator(emitter, op)
+    kind = c.value_type(element)
+    batches = batch[0] if batch else 1
+    call = {"f64": "fused"}.get(element, "fusedf")
+    product = "{t} + x * y" if element.startswith("i") else f"{call}(x, y, {{t}})"
+    place = f"{target}[(z * {m} + m) * {n} + n]"
+    with emitter.braces(f"for (int z = 0; z < {batches}; z++) for (int m = 0; m < {m}; m++) for (int k = 0; k < {k_extent}; k++)"):
+        emitter.line(f"const {kind} x = {left}[(z * {m} + m) * {k_extent} + k];")
+        emitter.line("#pragma omp simd")
+        with emitter.braces(f"for (int n = 0; n < {n}; n++)"):
+            emitter.line(f"const {kind} y = {right}[(z * {k_extent} + k) * {n} + n];")
+            emitter.line(f"{place} = {product.format(t=place)};")
+    if element in c.SMALL_FLOATS:
+        emitter.line(f"for (int i = 0; i < {op.result.type.size}; i++) {target}[i] = {c.rounded(element, f'{target}[i]')};")
+
+

@@ -1,0 +1,311 @@
+"""Loop nests: a lazy tensor expression, evaluated at every index of a tile.
+
+A nest over a tile (16, 64) has three levels of code, and each temporary is put at the outermost level that its
+indices allow, so that `x / row_sum[:, None]` divides per element but reads row_sum once per row:
+
+    level 0
+    for (int i = 0; i < 16; i++) {
+      level 1
+      for (int j = 0; j < 64; j++) {      <- the innermost loop is the one that the C compiler vectorises
+        level 2
+      }
+    }
+"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from . import expressions as c
+from .analysis import is_lazy, permutation, scatters, stride, uniform, unit_reshape
+from .ttir import Op, Value
+
+if TYPE_CHECKING:
+    from .emitter import KernelEmitter
+
+
+class Term(NamedTuple):
+    """A C expression without side effects, and the nest level from which on it is known."""
+
+    text: str
+    level: int
+
+
+ZERO = Term("0", 0)
+Index = tuple[Term, ...]
+
+
+class Array(NamedTuple):
+    """Storage of a tensor: a local C array in row-major order."""
+
+    name: str
+
+
+class Scalar(NamedTuple):
+    """Storage of a scalar, or of a tensor whose elements are all equal: a C expression."""
+
+    text: str
+
+
+class MovingPointers(NamedTuple):
+    """Storage of a loop-carried pointer tensor: the tensor it started as, and how far it has moved (elements)."""
+
+    origin: Value
+    moved: str
+
+
+class LoopNest:
+    """Collects the code of one nest. `order` lists the tile's dimensions from the outermost loop to the innermost."""
+
+    def __init__(self, emitter: KernelEmitter, shape: tuple[int, ...], order: list[int]):
+        self.emitter, self.shape, self.order = emitter, shape, order
+        self.lines: list[list[str]] = [[] for _ in range(len(order) + 1)]
+        self.variables = [emitter.name("i") for _ in order]
+        self.index: Index = tuple(
+            Term(self.variables[order.index(d)], order.index(d) + 1) if extent > 1 else ZERO
+            for d, extent in enumerate(shape))
+        self.memo: dict[tuple[Value, Index], Term] = {}
+
+    @property
+    def depth(self) -> int:
+        return len(self.order)
+
+    def put(self, line: str, level: int | None = None) -> None:
+        self.lines[self.depth if level is None else level].append(line)
+
+    def write(self, vectorise: bool = True) -> None:
+        """Writes the nest into the kernel."""
+        emit = self.emitter.line
+        loops = [level for level, d in enumerate(self.order) if self.shape[d] > 1]
+        for text in self.lines[0]:
+            emit(text)
+        for level, dimension in enumerate(self.order):
+            if level in loops:
+                if vectorise and level == loops[-1]:
+                    emit("#pragma omp simd")
+                variable = self.variables[level]
+                emit(f"for (int {variable} = 0; {variable} < {self.shape[dimension]}; {variable}++) {{")
+            for text in self.lines[level + 1]:
+                emit(text)
+        for _ in loops:
+            emit("}")
+
+    def temporary(self, element: str, text: str, level: int, hint: str = "t") -> Term:
+        name = self.emitter.name(hint)
+        self.put(f"{c.constant_declaration(element, name)} = {text};", level)
+        return Term(name, level)
+
+    # ---- evaluation ---------------------------------------------------------------------------------------------
+    def evaluate(self, value: Value, index: Index | None = None) -> Term:
+        """The element of `value` at `index` (default: the nest's own)."""
+        index = self.index if index is None else index
+        index = tuple(ZERO if extent == 1 else term for extent, term in zip(value.type.shape, index))
+        key = (value, index)
+        if key not in self.memo:
+            self.memo[key] = self._evaluate(value, index)
+        return self.memo[key]
+
+    def _evaluate(self, value: Value, index: Index) -> Term:
+        storage = self.emitter.storage.get(value)
+        if isinstance(storage, Scalar):
+            return Term(storage.text, 0)
+        if isinstance(storage, Array):
+            position = linear(value.type.shape, index)
+            return self.temporary(value.type.element, f"{storage.name}[{position.text}]", position.level, storage.name)
+        if value.type.is_pointer and not self.emitter.holds_addresses(value):
+            return self.address(value, index)
+        op = value.op
+        if op is None or not is_lazy(op):
+            raise AssertionError(f"{value} has neither storage nor an expression")  # a bug here, not a user's error
+        if op.name == "arith.constant":
+            return Term(c.constant(op, value.type.element), 0)
+        moved = self._index_map(op, value, index)
+        if moved is not None:
+            return moved
+        if op.name == "tt.load":
+            return self._load(op, index)
+        arguments = [self.evaluate(operand, index) for operand in op.operands]
+        level = max([term.level for term in arguments], default=0)
+        fused = self.emitter.contraction(op)
+        if fused is not None:
+            terms = [self.evaluate(v, index) for v in fused.values]
+            return self.temporary(value.type.element, fused.text(*[t.text for t in terms]),
+                                  max(t.level for t in terms), value.name)
+        text = self.emitter.scalar_expression(op, [term.text for term in arguments])
+        return self.temporary(value.type.element, text, level, value.name)
+
+    def _index_map(self, op: Op, value: Value, index: Index) -> Term | None:
+        """Operations that only move elements: evaluate the operand at another index."""
+        first = op.operands[0] if op.operands else None
+        if op.name == "tt.splat":
+            return self.evaluate(first, ())  # type: ignore[arg-type]
+        if op.name == "tt.make_range":
+            start = op.attribute("start", 0)
+            return Term(f"({index[0].text} + {start})", index[0].level) if start else index[0]
+        if op.name in ("tt.broadcast", "tt.expand_dims", "tt.trans", "tt.reshape", "tt.split"):
+            return self.evaluate(first, self.source_index(op, value, index))  # type: ignore[arg-type]
+        if op.name == "tt.join":
+            return self._choose(value, index[-1].text, index[-1].level, op.operands[1], op.operands[0], index[:-1], index[:-1])
+        if op.name == "tt.cat":
+            extent, inner = first.type.shape[0], self._wrapped(index[0], first.type.shape[0])  # type: ignore[union-attr]
+            source = (inner,) + index[1:]
+            return self._choose(value, f"{index[0].text} >= {extent}", index[0].level, op.operands[1], op.operands[0], source, source)
+        if op.name == "tt.gather":
+            axis = op.attribute("axis", 0)
+            chosen = self.evaluate(op.operands[1], index)
+            return self.evaluate(first, index[:axis] + (chosen,) + index[axis + 1:])  # type: ignore[arg-type]
+        return None
+
+    def source_index(self, op: Op, value: Value, index: Index) -> Index:
+        """Where in the operand of a broadcast, expand_dims, trans, reshape or split the element `index` comes from."""
+        shape = op.operands[0].type.shape
+        if op.name == "tt.broadcast":
+            return tuple(ZERO if extent == 1 else term for extent, term in zip(shape, index))
+        if op.name == "tt.expand_dims":
+            axis = op.attribute("axis")
+            return index[:axis] + index[axis + 1:]
+        if op.name == "tt.split":
+            return index + (Term(str(op.results.index(value)), 0),)
+        if op.name == "tt.trans":
+            source = dict(zip(permutation(op), index))
+            return tuple(source[d] for d in range(len(shape)))
+        if axes := unit_reshape(op):
+            return tuple(index[d] if d >= 0 else ZERO for d in axes)
+        return self._delinearised(linear(value.type.shape, index), shape)
+
+    def _delinearised(self, position: Term, shape: tuple[int, ...]) -> Index:
+        position = self.temporary("i32", position.text, position.level)
+        terms, step = [], 1
+        for extent in reversed(shape):
+            quotient = f"{position.text} / {step}" if step > 1 else position.text
+            terms.append(Term(f"({quotient} % {extent})", position.level))
+            step *= extent
+        return tuple(reversed(terms))
+
+    def _wrapped(self, term: Term, extent: int) -> Term:
+        return Term(f"({term.text} % {extent})", term.level)
+
+    def _choose(self, value: Value, condition: str, level: int, yes: Value, no: Value, yes_index: Index, no_index: Index) -> Term:
+        a, b = self.evaluate(yes, yes_index), self.evaluate(no, no_index)
+        return self.temporary(value.type.element, f"{condition} ? {a.text} : {b.text}", max(level, a.level, b.level))
+
+    # ---- memory -------------------------------------------------------------------------------------------------
+    def _load(self, op: Op, index: Index) -> Term:
+        pointers, value = op.operands[0], op.result
+        element = value.type.element
+        place = self.place(pointers, index)
+        text, level = c.from_memory(element, place.text), place.level
+        if len(op.operands) > 1:
+            mask = self.evaluate(op.operands[1], index)
+            other = self.evaluate(op.operands[2], index) if len(op.operands) > 2 else ZERO
+            text, level = f"{mask.text} ? {text} : {other.text}", max(level, mask.level, other.level)
+        return self.temporary(element, text, level, value.name)
+
+    def place(self, pointers: Value, index: Index) -> Term:
+        """The C lvalue that element `index` of a pointer tensor points at.
+
+        Along the innermost loop a constant stride is made visible (`row[3 * j]`): the C compiler could not see
+        through 32-bit index arithmetic that may wrap, and would gather.
+        """
+        inner = self._innermost_dimension(pointers, index)
+        if inner is not None:
+            step = stride(pointers, inner, self.emitter.origins)
+            if step is not None:
+                start = index[:inner] + (ZERO,) + index[inner + 1:]
+                row = self.address(pointers, start)
+                variable = index[inner]
+                offset = variable.text if step == 1 else f"{step} * {variable.text}"
+                return Term(f"{row.text}[{offset}]" if step else f"*{row.text}", max(row.level, variable.level if step else 0))
+        row = self.address(pointers, index, named=False)
+        return Term(f"*{row.text}", row.level)
+
+    def _innermost_dimension(self, pointers: Value, index: Index) -> int | None:
+        deepest = [d for d, term in enumerate(index) if term.level == self.depth and self.depth]
+        return deepest[0] if len(deepest) == 1 else None
+
+    def address(self, pointers: Value, index: Index, named: bool = True) -> Term:
+        """A C pointer to what element `index` of a pointer tensor points at."""
+        if self.emitter.holds_addresses(pointers):
+            return self.evaluate(pointers, index)
+        base, offset = self._base_and_offset(pointers, index)
+        if offset is None:
+            return base
+        text, level = f"({base.text} + {offset.text})", max(base.level, offset.level)
+        return self.temporary(pointers.type.element, text, level, "p") if named else Term(text, level)
+
+    def _base_and_offset(self, pointers: Value, index: Index) -> tuple[Term, Term | None]:
+        """Follows a pointer tensor to the scalar pointer that it is based on, adding up offsets in 64 bits."""
+        storage = self.emitter.storage.get(pointers)
+        if isinstance(storage, MovingPointers):
+            base, offset = self._base_and_offset(storage.origin, index)
+            return base, _sum(offset, Term(storage.moved, 0))
+        op = pointers.op
+        if isinstance(storage, Scalar) or not pointers.type.is_tensor or self.emitter.holds_addresses(pointers):
+            return self.evaluate(pointers, index), None
+        if op.name == "tt.splat":  # type: ignore[union-attr]
+            return self._base_and_offset(op.operands[0], ())  # type: ignore[union-attr]
+        if op.name == "tt.addptr":  # type: ignore[union-attr]
+            base, offset = self._base_and_offset(op.operands[0], index)  # type: ignore[union-attr]
+            step = self.evaluate(op.operands[1], index)  # type: ignore[union-attr]
+            return base, _sum(offset, Term(f"(int64_t){step.text}", step.level))
+        if op.name == "tt.bitcast":  # type: ignore[union-attr]
+            base = self.address(op.operands[0], index)  # type: ignore[union-attr]
+            return Term(f"(({c.value_type(pointers.type.element)}){base.text})", base.level), None
+        return self._base_and_offset(op.operands[0], self.source_index(op, pointers, index))  # type: ignore[union-attr]
+
+
+def _sum(left: Term | None, right: Term) -> Term:
+    return right if left is None else Term(f"{left.text} + {right.text}", max(left.level, right.level))
+
+
+def linear(shape: tuple[int, ...], index: Index) -> Term:
+    """The row-major position of `index` in a tensor of `shape`."""
+    parts, step = [], 1
+    for extent, term in zip(reversed(shape), reversed(index)):
+        if extent > 1 and term.text != "0":
+            parts.append(term.text if step == 1 else f"{term.text} * {step}")
+        step *= extent
+    return Term(" + ".join(reversed(parts)) or "0", max([term.level for term in index], default=0))
+
+
+def best_order(emitter: KernelEmitter, values: list[Value], shape: tuple[int, ...], first: int | None = None) -> list[int]:
+    """Loop order for evaluating `values`: innermost the dimension along which most loads and stores are contiguous."""
+    votes = [0.0] * len(shape)
+    if shape:
+        votes[-1] += 0.5
+    seen: set[Value] = set()
+    for value in values:
+        _vote(emitter, value, list(range(len(shape))), votes, seen)
+    candidates = [d for d in range(len(shape)) if shape[d] > 1] or list(range(len(shape)))
+    inner = max(candidates, key=lambda d: votes[d]) if shape else None
+    return [d for d in range(len(shape)) if d != inner] + ([inner] if inner is not None else [])
+
+
+def _vote(emitter: KernelEmitter, value: Value, dimensions: list[int | None], votes: list[float], seen: set[Value]) -> None:
+    """Walks an expression; dimensions[d] is the nest's dimension that the value's dimension d runs along."""
+    if value in seen or uniform(value):
+        return
+    seen.add(value)
+    op = value.op
+    if isinstance(emitter.storage.get(value), Array):
+        if value.type.shape[-1] > 1 and dimensions[-1] is not None:
+            votes[dimensions[-1]] += 1
+        return
+    if op is None or not is_lazy(op):
+        return
+    if op.name == "tt.load":
+        for d, nest_dimension in enumerate(dimensions):
+            if nest_dimension is not None and value.type.shape[d] > 1 and stride(op.operands[0], d, emitter.origins) == 1:
+                votes[nest_dimension] += 1
+    if op.name == "tt.expand_dims":
+        axis = op.attribute("axis")
+        dimensions = dimensions[:axis] + dimensions[axis + 1:]
+    elif op.name == "tt.trans":
+        order = permutation(op)
+        dimensions = [dimensions[order.index(d)] for d in range(len(order))]
+    elif axes := unit_reshape(op):
+        dimensions = [dimensions[d] if d >= 0 else None for d in axes]
+    elif scatters(op):
+        return
+    for operand in op.operands:
+        if operand.type.is_tensor:
+            _vote(emitter, operand, dimensions, votes, seen)

@@ -1,0 +1,217 @@
+/* What generated kernels stand on: bit casts, small floats, elementary functions and vectors of LANES floats.
+ *
+ * Every function is inlined into a loop that the C compiler turns into vector code, so there are no branches, no
+ * tables and no calls. Results are the same for every vector width: nothing here depends on LANES but the last part.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE float float_of_bits(uint32_t bits) { union { uint32_t u; float f; } v = {bits}; return v.f; }
+INLINE uint32_t bits_of_float(float x) { union { float f; uint32_t u; } v = {x}; return v.u; }
+INLINE double double_of_bits(uint64_t bits) { union { uint64_t u; double f; } v = {bits}; return v.f; }
+INLINE uint64_t bits_of_double(double x) { union { double f; uint64_t u; } v = {x}; return v.u; }
+
+/* One rounding where the machine has the instruction; two on CPUs older than 2013. */
+#if defined(__FMA__) || defined(__aarch64__)
+INLINE float fusedf(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+INLINE double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#else
+INLINE float fusedf(float a, float b, float c) { return a * b + c; }
+INLINE double fused(double a, double b, double c) { return a * b + c; }
+#endif
+
+/* maxnum ignores one NaN, as Triton's tl.maximum does by default; the _nan forms pass it on. */
+INLINE float max_numf(float a, float b) { return (b > a) | (a != a) ? b : a; }
+INLINE float min_numf(float a, float b) { return (b < a) | (a != a) ? b : a; }
+INLINE float max_nanf(float a, float b) { return (a > b) | (a != a) ? a : b; }
+INLINE float min_nanf(float a, float b) { return (a < b) | (a != a) ? a : b; }
+INLINE double max_num(double a, double b) { return (b > a) | (a != a) ? b : a; }
+INLINE double min_num(double a, double b) { return (b < a) | (a != a) ? b : a; }
+INLINE double max_nan(double a, double b) { return (a > b) | (a != a) ? a : b; }
+INLINE double min_nan(double a, double b) { return (a < b) | (a != a) ? a : b; }
+INLINE float clamp_nanf(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+INLINE float clamp_numf(float x, float low, float high) { return min_numf(max_numf(x, low), high); }
+INLINE double clamp_nan(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
+INLINE double clamp_num(double x, double low, double high) { return min_num(max_num(x, low), high); }
+
+/* ---- small floats ------------------------------------------------------------------------------------------------
+ * bf16 is the upper half of a float. The others have `mantissa` bits and an exponent bias; a code, shifted to a
+ * float's place, is off by a power of two, and multiplying by it is exact for subnormal codes too. */
+INLINE float bf16_to_float(uint16_t code) { return float_of_bits((uint32_t)code << 16); }
+INLINE uint16_t float_to_bf16(float x) { return (uint16_t)(bits_of_float(x) >> 16); } /* of a value already rounded */
+INLINE float round_bf16(float x) {
+  uint32_t bits = bits_of_float(x);
+  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u; /* to nearest, ties to even */
+  return float_of_bits(x != x ? 0x7fc00000u : rounded);
+}
+
+INLINE float decode_small(uint32_t code, int width, int mantissa, int bias) {
+  uint32_t magnitude = code & ((1u << (width - 1)) - 1);
+  float x = float_of_bits(magnitude << (23 - mantissa)) * float_of_bits((uint32_t)(254 - bias) << 23);
+  return float_of_bits(bits_of_float(x) | (code >> (width - 1)) << 31);
+}
+INLINE uint32_t encode_small(float x, int width, int mantissa, int bias, uint32_t largest, uint32_t nan) {
+  uint32_t bits = bits_of_float(x), sign = (bits >> 31) << (width - 1), magnitude = bits & 0x7fffffffu;
+  int shift = 23 - mantissa;
+  uint32_t normal = (magnitude - ((uint32_t)(127 - bias) << 23) + (1u << (shift - 1)) - 1 + ((magnitude >> shift) & 1)) >> shift;
+  uint32_t anchor = (uint32_t)(127 + 24 - bias - mantissa) << 23; /* a float whose last bit is the smallest code's value */
+  uint32_t subnormal = bits_of_float(float_of_bits(magnitude) + float_of_bits(anchor)) - anchor;
+  uint32_t code = magnitude < ((uint32_t)(128 - bias) << 23) ? subnormal : normal;
+  code = magnitude >= 0x7f800000u || code > largest ? largest : code;
+  return sign | (x != x ? nan : code);
+}
+INLINE float f16_to_float(uint16_t code) {
+  float x = decode_small(code, 16, 10, 15);
+  return (code & 0x7c00) == 0x7c00 ? float_of_bits(bits_of_float(x) | 0x7f800000u) : x;
+}
+INLINE uint16_t float_to_f16(float x) { return (uint16_t)encode_small(x, 16, 10, 15, 0x7c00, 0x7e00); }
+INLINE float round_f16(float x) { return f16_to_float(float_to_f16(x)); }
+/* fp8 saturates at its largest finite number, as NVIDIA's conversions do. */
+INLINE float e5m2_to_float(uint8_t code) { return f16_to_float((uint16_t)(code << 8)); }
+INLINE uint8_t float_to_e5m2(float x) { return (uint8_t)encode_small(x, 8, 2, 15, 0x7b, 0x7f); }
+INLINE float round_e5m2(float x) { return e5m2_to_float(float_to_e5m2(x)); }
+INLINE float e4m3_to_float(uint8_t code) {
+  float x = decode_small(code, 8, 3, 7);
+  return (code & 0x7f) == 0x7f ? NAN : x;
+}
+INLINE uint8_t float_to_e4m3(float x) { return (uint8_t)encode_small(x, 8, 3, 7, 0x7e, 0x7f); }
+INLINE float round_e4m3(float x) { return e4m3_to_float(float_to_e4m3(x)); }
+
+/* ---- elementary functions, within 2 units in the last place ------------------------------------------------------
+ * Polynomials: Cephes' single-precision ones (S. Moshier), which are minimax on the reduced interval. */
+INLINE float scale_by_power_of_two(float x, int32_t n) { /* in two steps: subnormal results and n = 128 come out right */
+  int32_t half = n >> 1;
+  return x * float_of_bits((uint32_t)(half + 127) << 23) * float_of_bits((uint32_t)(n - half + 127) << 23);
+}
+INLINE float fast_exp2(float x) { /* 2^x = 2^n 2^r, |r| <= 1/2 */
+  float y = x < -151.f ? -151.f : x;
+  y = y > 129.f ? 129.f : y;
+  float n = __builtin_rintf(y), r = y - n, p = 1.535336188319500e-4f;
+  p = fusedf(p, r, 1.339887440266574e-3f);
+  p = fusedf(p, r, 9.618437357674640e-3f);
+  p = fusedf(p, r, 5.550332471162809e-2f);
+  p = fusedf(p, r, 2.402264791363012e-1f);
+  p = fusedf(p, r, 6.931472028550421e-1f);
+  return scale_by_power_of_two(fusedf(p, r, 1.f), (int32_t)n);
+}
+INLINE float fast_exp(float x) { /* e^x = 2^n e^r, |r| <= ln(2)/2 */
+  float y = x < -104.f ? -104.f : x;
+  y = y > 89.f ? 89.f : y;
+  float n = __builtin_rintf(y * 1.44269504088896341f);
+  float r = fusedf(n, -0.693359375f, y), p = 1.9875691500e-4f;
+  r = fusedf(n, 2.12194440e-4f, r);
+  p = fusedf(p, r, 1.3981999507e-3f);
+  p = fusedf(p, r, 8.3334519073e-3f);
+  p = fusedf(p, r, 4.1665795894e-2f);
+  p = fusedf(p, r, 1.6666665459e-1f);
+  p = fusedf(p, r, 5.0000001201e-1f);
+  return scale_by_power_of_two(fusedf(p, r * r, r) + 1.f, (int32_t)n);
+}
+/* x = 2^e m with m in [sqrt(1/2), sqrt(2)); returns log(m), sets *e. */
+INLINE float log_of_mantissa(float x, float *exponent) {
+  float normal = x < 1.17549435e-38f ? x * 8388608.f : x;
+  int32_t offset = (int32_t)(bits_of_float(normal) - 0x3f3504f3u);
+  float f = float_of_bits((uint32_t)(offset & 0x7fffff) + 0x3f3504f3u) - 1.f, z = f * f, p = 7.0376836292e-2f;
+  *exponent = (float)((offset >> 23) - (x < 1.17549435e-38f ? 23 : 0));
+  p = fusedf(p, f, -1.1514610310e-1f);
+  p = fusedf(p, f, 1.1676998740e-1f);
+  p = fusedf(p, f, -1.2420140846e-1f);
+  p = fusedf(p, f, 1.4249322787e-1f);
+  p = fusedf(p, f, -1.6668057665e-1f);
+  p = fusedf(p, f, 2.0000714765e-1f);
+  p = fusedf(p, f, -2.4999993993e-1f);
+  p = fusedf(p, f, 3.3333331174e-1f);
+  return fusedf(p * f, z, fusedf(-0.5f, z, f));
+}
+INLINE float log_special(float x, float y) { /* log(0) = -inf, log(inf) = inf, log of a negative number or NaN = NaN */
+  y = x == 0.f ? -INFINITY : y;
+  y = x == INFINITY ? INFINITY : y;
+  return (x < 0.f) | (x != x) ? NAN : y;
+}
+INLINE float fast_log(float x) {
+  float e, m = log_of_mantissa(x, &e);
+  return log_special(x, fusedf(e, 0.693359375f, fusedf(e, -2.12194440e-4f, m)));
+}
+INLINE float fast_log2(float x) {
+  float e, m = log_of_mantissa(x, &e);
+  return log_special(x, fusedf(m, 1.44269504088896341f, e));
+}
+INLINE float fast_tanh(float x) {
+  float a = __builtin_fabsf(x), z = x * x, p = -5.70498872745e-3f;
+  float e = fast_exp(-2.f * a), large = (1.f - e) / (1.f + e);
+  p = fusedf(p, z, 2.06390887954e-2f);
+  p = fusedf(p, z, -5.37397155531e-2f);
+  p = fusedf(p, z, 1.33314422036e-1f);
+  p = fusedf(p, z, -3.33332819422e-1f);
+  return a < 0.625f ? fusedf(p * z, x, x) : x < 0.f ? -large : large;
+}
+INLINE float fast_rsqrt(float x) { return 1.f / sqrtf(x); }
+
+/* ---- vectors: the register tiles of tl.dot ----------------------------------------------------------------------- */
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+#if LANES == 16 && defined(__AVX512F__)
+INLINE vec vec_fused(vec a, vec b, vec c) { return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+INLINE vec vec_from_bf16(const uint16_t *p) {
+  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+}
+INLINE vec vec_from_f16(const uint16_t *p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+INLINE vec vec_from_int8_t(const int8_t *p) {
+  return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+#elif LANES == 8 && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+INLINE vec vec_fused(vec a, vec b, vec c) { return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE vec vec_from_bf16(const uint16_t *p) {
+  return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+}
+INLINE vec vec_from_f16(const uint16_t *p) { return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+INLINE vec vec_from_int8_t(const int8_t *p) {
+  return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+#else
+INLINE vec vec_fused(vec a, vec b, vec c) { for (int i = 0; i < LANES; i++) c[i] = fusedf(a[i], b[i], c[i]); return c; }
+INLINE vec vec_from_bf16(const uint16_t *p) { vec v; for (int i = 0; i < LANES; i++) v[i] = bf16_to_float(p[i]); return v; }
+INLINE vec vec_from_f16(const uint16_t *p) { vec v; for (int i = 0; i < LANES; i++) v[i] = f16_to_float(p[i]); return v; }
+INLINE vec vec_from_int8_t(const int8_t *p) { vec v; for (int i = 0; i < LANES; i++) v[i] = p[i]; return v; }
+#endif
+INLINE vec vec_from_float(const float *p) { return *(const vec *)p; }
+INLINE vec vec_splat(float x) { return x - (vec){0}; } /* x - 0 is x, sign of zero included: one broadcast */
+
+/* ---- atomics: any operation on any word, by compare and swap; they return the old value -------------------------- */
+#define ATOMIC(kind, suffix, type, word, combined)                                                          \
+  static inline type atomic_##kind##_##suffix(type *p, type operand) {                                      \
+    word seen = __atomic_load_n((word *)p, __ATOMIC_RELAXED), wanted;                                       \
+    type old, updated;                                                                                      \
+    do {                                                                                                    \
+      memcpy(&old, &seen, sizeof old);                                                                      \
+      updated = (type)(combined);                                                                           \
+      memcpy(&wanted, &updated, sizeof wanted);                                                             \
+    } while (!__atomic_compare_exchange_n((word *)p, &seen, wanted, 1, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)); \
+    return old;                                                                                             \
+  }
+#define INTEGER_ATOMICS(suffix, type, word)                                                  \
+  ATOMIC(add, suffix, type, word, old + operand)                                             \
+  ATOMIC(max, suffix, type, word, old > operand ? old : operand)                             \
+  ATOMIC(min, suffix, type, word, old < operand ? old : operand)                             \
+  ATOMIC(umax, suffix, type, word, (word)old > (word)operand ? old : operand)                \
+  ATOMIC(umin, suffix, type, word, (word)old < (word)operand ? old : operand)                \
+  ATOMIC(and, suffix, type, word, old & operand)                                             \
+  ATOMIC(or, suffix, type, word, old | operand)                                              \
+  ATOMIC(xor, suffix, type, word, old ^ operand)                                             \
+  ATOMIC(exch, suffix, type, word, operand)
+#define FLOAT_ATOMICS(suffix, type, word)                \
+  ATOMIC(fadd, suffix, type, word, old + operand)        \
+  ATOMIC(max, suffix, type, word, old > operand ? old : operand) \
+  ATOMIC(min, suffix, type, word, old < operand ? old : operand) \
+  ATOMIC(exch, suffix, type, word, operand)
+INTEGER_ATOMICS(i32, int32_t, uint32_t)
+INTEGER_ATOMICS(i64, int64_t, uint64_t)
+FLOAT_ATOMICS(f32, float, uint32_t)
+FLOAT_ATOMICS(f64, double, uint64_t)

@@ -1,0 +1,99 @@
+"""The C compiler: which one, with which flags, for which CPU."""
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+# -ffp-contract=off: emitter.py decides where a multiply and an add are one rounding.  -fwrapv: signed overflow wraps.
+# No -ffast-math of any kind: infinities and NaN mean something in attention masks, and sums keep their order.
+# -fno-trapping-math only lets the compiler speculate (a masked lane may divide by zero), -fno-math-errno inline sqrt.
+_FLAGS = ("-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fwrapv",
+          "-fno-semantic-interposition", "-w")
+# Vector instruction sets by name: (lanes of a float vector, flags, features that /proc/cpuinfo must list)
+_INSTRUCTION_SETS = {
+    "avx512": (16, ("-march=native", "-mprefer-vector-width=512"), {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+    "avx2": (8, ("-march=x86-64-v3",), {"avx2", "fma", "f16c"}),
+    "baseline": (4, (), set()),
+}
+
+
+class CompilerNotFound(RuntimeError):
+    """No C compiler on this machine."""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    compiler: str
+    instruction_set: str
+
+    @property
+    def lanes(self) -> int:
+        """Floats in a vector register."""
+        return _INSTRUCTION_SETS[self.instruction_set][0]
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        extra = os.environ.get("FASTDEPLOY_CFLAGS", "").split()
+        return _FLAGS + _INSTRUCTION_SETS[self.instruction_set][1] + tuple(extra)
+
+    def fingerprint(self) -> str:
+        """Changes whenever the machine code for the same C might: part of every cache key."""
+        parts = (_version(self.compiler), " ".join(self.flags), " ".join(sorted(_cpu_features())), platform.machine())
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def compile(self, source: str, *flags: str) -> bytes:
+        """C text -> the bytes of a shared object."""
+        with tempfile.TemporaryDirectory(prefix="fastdeploy-") as folder:
+            code, library = Path(folder, "kernel.c"), Path(folder, "kernel.so")
+            code.write_text(source)
+            command = [self.compiler, *(flags or self.flags), "-shared", "-fPIC", "-o", str(library), str(code), "-lm", "-pthread"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[:4000]}")
+            return library.read_bytes()
+
+
+@functools.lru_cache(None)
+def toolchain() -> Toolchain:
+    """The compiler named by $CC, or the first of gcc, clang and cc; the widest vectors that this CPU has.
+
+    $FASTDEPLOY_INSTRUCTION_SET (avx512, avx2, baseline) narrows the vectors, for tests and comparisons.
+    """
+    wanted = os.environ.get("CC")
+    for name in [wanted] if wanted else ["gcc", "clang", "cc"]:
+        if path := shutil.which(name):
+            return Toolchain(path, _instruction_set())
+    raise CompilerNotFound(f"Triton kernels are compiled for this CPU by a C compiler, and {wanted or 'none of gcc, clang, cc'} was found. "
+                           "Install one (Debian and Ubuntu: apt-get install gcc libc6-dev; Fedora: dnf install gcc) or set CC.")
+
+
+def _instruction_set() -> str:
+    wanted = os.environ.get("FASTDEPLOY_INSTRUCTION_SET")
+    if wanted and wanted not in _INSTRUCTION_SETS:
+        raise ValueError(f"FASTDEPLOY_INSTRUCTION_SET={wanted!r} is none of {', '.join(_INSTRUCTION_SETS)}")
+    features = _cpu_features()
+    possible = [name for name, (_, _, needed) in _INSTRUCTION_SETS.items() if needed <= features]
+    if wanted and wanted not in possible:
+        raise ValueError(f"FASTDEPLOY_INSTRUCTION_SET={wanted!r}, but this CPU has no {wanted}")
+    return wanted or possible[0]
+
+
+@functools.lru_cache(None)
+def _cpu_features() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), []))
+
+
+@functools.lru_cache(None)
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
