@@ -1,17 +1,18 @@
 """A Triton backend for CPUs, made of the stock Triton wheel and a C compiler.
 
     @triton.jit source
-      -> Triton's front end and its target-independent passes                     (Triton; compiler.py)
-      -> TTIR text -> objects                                                      ttir.py
-      -> which tensors are stored, which recomputed                                analysis.py
-      -> C: loop nests, reductions, register tiles, loops and branches             loops.py, reductions.py, dot.py,
-         over a prelude of small floats and elementary functions                   control_flow.py, emitter.py, prelude.h
-      -> a shared object, in Triton's cache                                        toolchain.py
-      -> its programs run on a thread pool, launched one by one or as a plan       driver.py, runtime.py, pool.c
+      -> Triton's front end and its target-independent passes                  (Triton; compiler.py)
+      -> TTIR text -> objects                                                  ttir.py
+      -> which tensors are stored, which recomputed                            analysis.py
+      -> C: loop nests, reductions, register tiles, loops and branches,        loops.py, reductions.py, dot.py,
+         over a prelude of small floats and elementary functions               control_flow.py, emitter.py, prelude.h
+      -> a shared object, in Triton's cache                                    toolchain.py
+      -> its programs run on a thread pool, one launch or a plan at a time     driver.py, runtime.py, pool.c
 
-Where no GPU is, installing the package is all: Triton finds the backend by its entry point. TRITON_DEFAULT_BACKEND=cpu asks for
-it by name, `activate()` from Python.
+Where no GPU is, installing the package is all: Triton finds the backend by its entry point. TRITON_DEFAULT_BACKEND=cpu
+asks for it by name, `activate()` from Python.
 """
+
 from __future__ import annotations
 
 

@@ -9,6 +9,7 @@ A tensor value is either
 A value is stored if it is expensive (its expression holds a load or a division, say) and more than one loop nest, or
 one inside another block, would evaluate it; and if it loads memory that is written before its last use.
 """
+
 from __future__ import annotations
 
 import re
@@ -17,11 +18,40 @@ from collections.abc import Mapping
 from .ttir import Block, Function, Op, Value
 
 _LAZY_PREFIXES = ("arith.", "math.", "tt.precise", "ub.")
-_LAZY = {"tt.splat", "tt.broadcast", "tt.expand_dims", "tt.make_range", "tt.addptr", "tt.load", "tt.bitcast", "tt.trans",
-         "tt.reshape", "tt.join", "tt.split", "tt.cat", "tt.extern_elementwise", "tt.clampf", "tt.fp_to_fp",
-         "tt.int_to_ptr", "tt.ptr_to_int", "tt.mulhiui", "tt.gather"}
-_EXPENSIVE = {"tt.load", "tt.gather", "tt.extern_elementwise", "tt.precise_sqrt", "tt.precise_divf", "arith.divf",
-              "arith.divsi", "arith.divui", "arith.remsi", "arith.remui", "arith.remf"}
+_LAZY = {
+    "tt.splat",
+    "tt.broadcast",
+    "tt.expand_dims",
+    "tt.make_range",
+    "tt.addptr",
+    "tt.load",
+    "tt.bitcast",
+    "tt.trans",
+    "tt.reshape",
+    "tt.join",
+    "tt.split",
+    "tt.cat",
+    "tt.extern_elementwise",
+    "tt.clampf",
+    "tt.fp_to_fp",
+    "tt.int_to_ptr",
+    "tt.ptr_to_int",
+    "tt.mulhiui",
+    "tt.gather",
+}
+_EXPENSIVE = {
+    "tt.load",
+    "tt.gather",
+    "tt.extern_elementwise",
+    "tt.precise_sqrt",
+    "tt.precise_divf",
+    "arith.divf",
+    "arith.divsi",
+    "arith.divui",
+    "arith.remsi",
+    "arith.remui",
+    "arith.remf",
+}
 _CHEAP_MATH = {"math.absf", "math.absi", "math.fma", "math.floor", "math.ceil"}
 _SCATTERED = {"tt.reshape", "tt.cat", "tt.join", "tt.split", "tt.gather"}
 _WRITES = ("tt.store", "tt.atomic", "tt.call", "scf.")
@@ -79,8 +109,8 @@ class StoragePlan:
         return value.op.name == "tt.load" and self._overwritten(value, position)  # type: ignore[union-attr]
 
     def _overwritten(self, value: Value, position: int) -> bool:
-        """Does an operation between a load and its only root write memory, or does the root write the same tensor shifted?"""
-        for op in value.block.ops[position + 1:]:
+        """Is memory written between a load and its only root, or does the root write the same tensor shifted?"""
+        for op in value.block.ops[position + 1 :]:
             if op in self._roots[value]:
                 return op.name in ("tt.store", "tt.atomic_rmw") and _shifted(value.op.operands[0], op.operands[0])  # type: ignore[union-attr]
             if op.name.startswith(_WRITES):
@@ -104,13 +134,19 @@ def _shifted(source: Value, target: Value) -> bool:
 
 
 def _base(pointer: Value) -> Value:
-    while pointer.op is not None and pointer.op.name in ("tt.addptr", "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.bitcast"):
+    while pointer.op is not None and pointer.op.name in (
+        "tt.addptr",
+        "tt.splat",
+        "tt.broadcast",
+        "tt.expand_dims",
+        "tt.bitcast",
+    ):
         pointer = pointer.op.operands[0]
     return pointer
 
 
 def unit_reshape(op: Op) -> list[int] | None:
-    """For a reshape that only adds or drops extents of one: the result dimension of each operand dimension (-1: none)."""
+    """For a reshape that only adds or drops extents of one: each operand dimension's place in the result (-1: none)."""
     if op.name != "tt.reshape":
         return None
     source, target = op.operands[0].type.shape, op.result.type.shape
@@ -131,8 +167,10 @@ def uniform(value: Value) -> bool:
     if not value.type.is_tensor:
         return True
     op = value.op
-    return op is not None and (op.name in ("tt.splat", "arith.constant")
-                               or op.name in ("tt.broadcast", "tt.expand_dims", "tt.reshape") and uniform(op.operands[0]))
+    return op is not None and (
+        op.name in ("tt.splat", "arith.constant")
+        or (op.name in ("tt.broadcast", "tt.expand_dims", "tt.reshape") and uniform(op.operands[0]))
+    )
 
 
 def permutation(op: Op) -> list[int]:

@@ -2,6 +2,7 @@
 
 Triton finds it through the entry point `cpu = "fastdeploy.triton_cpu"` in the group `triton.backends`.
 """
+
 from __future__ import annotations
 
 import functools
@@ -60,11 +61,9 @@ class CPUBackend(BaseBackend):
     def supports_target(target: GPUTarget) -> bool:
         return target.backend == "cpu"
 
-    @functools.lru_cache(None)
     def hash(self) -> str:
         """Part of Triton's cache key: this backend's own source, the C compiler, its flags and the CPU."""
-        source = b"".join(path.read_bytes() for path in sorted(_HERE.glob("*.[pch]*")) if path.is_file())
-        return hashlib.sha256(source + toolchain().fingerprint().encode()).hexdigest()
+        return hashlib.sha256(_own_source() + toolchain().fingerprint().encode()).hexdigest()
 
     def parse_options(self, options: dict[str, Any]) -> CPUOptions:
         known = {field.name for field in fields(CPUOptions)}
@@ -81,6 +80,7 @@ class CPUBackend(BaseBackend):
 
     def get_module_map(self) -> dict[str, ModuleType]:
         from triton.language.extra.cuda import libdevice  # its names are those of C's libm with a prefix
+
         return {"triton.language.extra.libdevice": libdevice}
 
     def load_dialects(self, context: Any) -> None:
@@ -121,7 +121,10 @@ def make_c(module: Any, metadata: dict[str, Any], options: CPUOptions) -> str:
 
 
 @functools.lru_cache(None)
+def _own_source() -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(_HERE.glob("*.[pch]*")) if path.is_file())
+
+
+@functools.lru_cache(None)
 def _prelude() -> str:
     return (_HERE / "prelude.h").read_text()
-
-

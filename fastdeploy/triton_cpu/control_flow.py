@@ -7,6 +7,7 @@ evaluated into it, element by element. Two cases need care:
 * A pointer tensor that moves as a whole (`ptrs += BLOCK_K * stride`) is not an array at all but a number: how far it
   has moved. That keeps its addresses simple enough for vector loads.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -35,7 +36,9 @@ def emit_for(emitter: KernelEmitter, op: Op) -> None:
     body = op.regions[0]
     variable, arguments = body.arguments[0], body.arguments[1:]
     yielded = body.terminator.operands if body.terminator and body.terminator.name == "scf.yield" else []
-    carried = [_carry(emitter, argument, initial, new) for argument, initial, new in zip(arguments, op.operands[3:], yielded)]
+    carried = [
+        _carry(emitter, argument, initial, new) for argument, initial, new in zip(arguments, op.operands[3:], yielded)
+    ]
     for item, new in zip(carried, yielded):
         if _updated_in_place(item.argument, new, body):
             emitter.destinations[new] = item.name
@@ -43,7 +46,9 @@ def emit_for(emitter: KernelEmitter, op: Op) -> None:
     kind = c.value_type(variable.type.element)
     unsigned = "u" if op.text.startswith("scf.for unsigned") else ""
     emitter.storage[variable] = Scalar(name)
-    with emitter.braces(f"for ({unsigned}{kind} {name} = {lower}; {name} < ({unsigned}{kind}){upper}; {name} += {step})"):
+    with emitter.braces(
+        f"for ({unsigned}{kind} {name} = {lower}; {name} < ({unsigned}{kind}){upper}; {name} += {step})"
+    ):
         emitter.block(body, skip_terminator=bool(yielded) or _ends_in_yield(body))
         _assign(emitter, carried, yielded)
     _publish(emitter, op.results, carried)
@@ -84,8 +89,13 @@ def _uniform_step(argument: Value, new: Value | None) -> Value | None:
 def _updated_in_place(argument: Value, new: Value, body: Block) -> bool:
     """Is `new` a tl.dot of this loop that alone reads `argument`, as (part of) its accumulator?"""
     op = new.op
-    return (op is not None and op.name == "tt.dot" and op.block is body and not argument.type.is_pointer
-            and _only_read_by(argument, op))
+    return (
+        op is not None
+        and op.name == "tt.dot"
+        and op.block is body
+        and not argument.type.is_pointer
+        and _only_read_by(argument, op)
+    )
 
 
 def _only_read_by(value: Value, reader: Op) -> bool:
@@ -93,8 +103,12 @@ def _only_read_by(value: Value, reader: Op) -> bool:
         if user is reader:
             if any(operand is value for operand in reader.operands[:2]):
                 return False
-        elif user.block is not reader.block or not is_lazy(user) or not user.results[0].type.is_tensor \
-                or not all(_only_read_by(result, reader) for result in user.results):
+        elif (
+            user.block is not reader.block
+            or not is_lazy(user)
+            or not user.results[0].type.is_tensor
+            or not all(_only_read_by(result, reader) for result in user.results)
+        ):
             return False
     return bool(value.uses)
 
@@ -218,11 +232,13 @@ def result_struct(function: Function) -> str:
 
 def _struct_name(name: str) -> str:
     from .emitter import c_function_name
+
     return f"{c_function_name(name)}_results"
 
 
 def emit_call(emitter: KernelEmitter, op: Op) -> None:
     from .emitter import c_function_name
+
     callee = op.text.split("@", 1)[1].split("(", 1)[0].strip('"')
     if any(value.type.is_tensor for value in [*op.operands, *op.results]):
         raise emitter.unsupported(op, "with a tensor")

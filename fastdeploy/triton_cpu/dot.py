@@ -16,6 +16,7 @@ load whose rows are contiguous, and few blocks of rows use it: the vectors come 
 registers, with a prefetch (decode: a GEMV at memory speed). Otherwise the operand is evaluated into a local
 array of floats first, which pays when many blocks of rows use it (prefill).
 """
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 # The vector loads of prelude.h, by the element type in memory.
 _VECTOR_LOADS = {"f32": "vec_from_float", "bf16": "vec_from_bf16", "f16": "vec_from_f16", "i8": "vec_from_int8_t"}
 _WIDENING = ("arith.extf", "arith.sitofp", "tt.fp_to_fp")
-# Up to so many blocks of rows convert `b` again rather than share an array. At 2 blocks (M = 16, K = N = 2048, bf16) the
-# array costs a third: 62 against 95 GFLOP/s on one core.
+# Up to so many blocks of rows convert `b` again rather than share an array. At 2 blocks (M = 16, K = N = 2048, bf16)
+# the array costs a third: 62 against 95 GFLOP/s on one core.
 FEW_BLOCKS = 4
 # Bytes ahead of the row being read, one prefetch per cache line. Measured in bench/results/kernels.md.
 PREFETCH_BYTES = 4096
@@ -40,8 +41,11 @@ PREFETCH_BYTES = 4096
 
 def emit_dot(emitter: KernelEmitter, op: Op) -> None:
     a, b = op.operands[:2]
-    if len(op.result.type.shape) != 2 or a.type.element not in ("f32", "bf16", "f16", "f8E4M3FN", "f8E5M2") \
-            or op.result.type.element == "f64":
+    if (
+        len(op.result.type.shape) != 2
+        or a.type.element not in ("f32", "bf16", "f16", "f8E4M3FN", "f8E5M2")
+        or op.result.type.element == "f64"
+    ):
         _emit_plain_dot(emitter, op)
         return
     rows, columns = _block_size(emitter, op.result.type)
@@ -53,8 +57,14 @@ def emit_dot(emitter: KernelEmitter, op: Op) -> None:
     right = (None if many_blocks else _VectorRows.of(emitter, b)) or _LocalRows(emitter, b)
     target = _accumulator(emitter, op)
     _emit_blocks(emitter, op, left, right, target, (rows, columns))
-    if op.result.type.element in c.SMALL_FLOATS:
-        emitter.line(f"for (int i = 0; i < {op.result.type.size}; i++) {target}[i] = {c.rounded(op.result.type.element, f'{target}[i]')};")
+    _round(emitter, op.result.type, target)
+
+
+def _round(emitter: KernelEmitter, type_: Type, target: str) -> None:
+    """Sums are kept in floats; a result of a smaller type is rounded once, at the end."""
+    if type_.element in c.SMALL_FLOATS:
+        element = c.rounded(type_.element, f"{target}[i]")
+        emitter.line(f"for (int i = 0; i < {type_.size}; i++) {target}[i] = {element};")
 
 
 def _block_size(emitter: KernelEmitter, type_: Type) -> tuple[int, int]:
@@ -173,8 +183,10 @@ def _emit_blocks(emitter: KernelEmitter, op: Op, left, right, target: str, block
     (m, n), k_extent = op.result.type.shape, op.operands[0].type.shape[1]
     rows, vectors = block
     row, column, k = emitter.name("m"), emitter.name("n"), emitter.name("k")
-    with emitter.braces(f"for (int {row} = 0; {row} < {m}; {row} += {rows})"), \
-            emitter.braces(f"for (int {column} = 0; {column} < {n}; {column} += {vectors * emitter.lanes})"):
+    with (
+        emitter.braces(f"for (int {row} = 0; {row} < {m}; {row} += {rows})"),
+        emitter.braces(f"for (int {column} = 0; {column} < {n}; {column} += {vectors * emitter.lanes})"),
+    ):
         row_names = [f"{row} + {r}" for r in range(rows)] if m > rows else [str(r) for r in range(rows)]
         columns = [f"{column} + {v * emitter.lanes}" for v in range(vectors)]
         left.prepare(emitter, row_names)
@@ -219,13 +231,12 @@ def _emit_plain_dot(emitter: KernelEmitter, op: Op) -> None:
     call = {"f64": "fused"}.get(element, "fusedf")
     product = "{t} + x * y" if element.startswith("i") else f"{call}(x, y, {{t}})"
     place = f"{target}[(z * {m} + m) * {n} + n]"
-    with emitter.braces(f"for (int z = 0; z < {batches}; z++) for (int m = 0; m < {m}; m++) for (int k = 0; k < {k_extent}; k++)"):
+    with emitter.braces(
+        f"for (int z = 0; z < {batches}; z++) for (int m = 0; m < {m}; m++) for (int k = 0; k < {k_extent}; k++)"
+    ):
         emitter.line(f"const {kind} x = {left}[(z * {m} + m) * {k_extent} + k];")
         emitter.line("#pragma omp simd")
         with emitter.braces(f"for (int n = 0; n < {n}; n++)"):
             emitter.line(f"const {kind} y = {right}[(z * {k_extent} + k) * {n} + n];")
             emitter.line(f"{place} = {product.format(t=place)};")
-    if element in c.SMALL_FLOATS:
-        emitter.line(f"for (int i = 0; i < {op.result.type.size}; i++) {target}[i] = {c.rounded(element, f'{target}[i]')};")
-
-
+    _round(emitter, op.result.type, target)

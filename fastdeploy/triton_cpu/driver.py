@@ -1,4 +1,5 @@
 """The driver half of the Triton plugin: what Triton asks of a device, answered for this machine's CPU cores."""
+
 from __future__ import annotations
 
 import ctypes
@@ -17,7 +18,12 @@ class CPUUtils:
     """Loading a compiled kernel; the limits that Triton checks a launch against."""
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 1 << 30, "multiprocessor_count": runtime.num_threads(), "max_num_regs": 1 << 16, "warpSize": 1}
+        return {
+            "max_shared_mem": 1 << 30,
+            "multiprocessor_count": runtime.num_threads(),
+            "max_num_regs": 1 << 16,
+            "warpSize": 1,
+        }
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, int, int, int, int]:
         """Returns (module, function, registers, spills, most threads): the last three as Triton wants to see them."""
@@ -34,8 +40,10 @@ class CPULauncher:
     def __init__(self, source: Any, metadata: Any):
         kinds = list(_flat(list(source.signature.values())))
         if any(str(kind).startswith("tensordesc") for kind in kinds):
-            raise NotImplementedError(f"kernel {metadata.name!r}: tensor descriptors made on the host are not supported on a CPU; "
-                                      "use tl.make_tensor_descriptor in the kernel")
+            raise NotImplementedError(
+                f"kernel {metadata.name!r}: tensor descriptors made on the host are not supported on a CPU; "
+                "use tl.make_tensor_descriptor in the kernel"
+            )
         self.format = struct.Struct(metadata.argument_format)
         self.positions = [i for i, kind in enumerate(kinds) if kind != "constexpr"]
         self.nested = any(isinstance(kind, tuple) for kind in source.signature.values())
@@ -44,11 +52,26 @@ class CPULauncher:
     def pack(self, arguments: Any) -> bytes:
         if self.nested:
             arguments = list(_flat(arguments))
-        return self.format.pack(*[_pointer(arguments[i]) if pointer else arguments[i]
-                                  for i, pointer in zip(self.positions, self.is_pointer)])
+        return self.format.pack(
+            *[
+                _pointer(arguments[i]) if pointer else arguments[i]
+                for i, pointer in zip(self.positions, self.is_pointer)
+            ]
+        )
 
-    def __call__(self, x: int, y: int, z: int, stream: int, function: int, packed_metadata: Any, launch_metadata: Any,
-                 enter_hook: Callable | None, exit_hook: Callable | None, *arguments: Any) -> None:
+    def __call__(
+        self,
+        x: int,
+        y: int,
+        z: int,
+        stream: int,
+        function: int,
+        packed_metadata: Any,
+        launch_metadata: Any,
+        enter_hook: Callable | None,
+        exit_hook: Callable | None,
+        *arguments: Any,
+    ) -> None:
         if enter_hook is not None:
             enter_hook(launch_metadata)
         runtime.launch(function, self.pack(arguments), (x, y, z), arguments)
@@ -82,6 +105,7 @@ class CPUDriver(DriverBase):
         if os.environ.get("TRITON_DEFAULT_BACKEND") == "cpu":
             return True
         from triton.backends import backends
+
         return not any(backend.driver.is_active() for name, backend in backends.items() if backend.driver is not cls)
 
     def map_python_to_cpp_type(self, ty: str) -> str:
@@ -101,6 +125,7 @@ class CPUDriver(DriverBase):
 
     def get_active_torch_device(self) -> Any:
         import torch
+
         return torch.device("cpu")
 
     def get_device_interface(self) -> Any:
@@ -108,4 +133,5 @@ class CPUDriver(DriverBase):
 
     def get_benchmarker(self) -> Any:
         from triton.testing import do_bench
+
         return do_bench

@@ -10,6 +10,7 @@
 The C is meant to be read: variables keep the names of the kernel's source. See it with
 `compiled_kernel.asm["c"]`, or in Triton's cache folder.
 """
+
 from __future__ import annotations
 
 import re
@@ -46,7 +47,9 @@ class KernelEmitter:
         self.plan = StoragePlan(function)
         self.storage: dict[Value, Scalar | Array | MovingPointers] = {}
         self.origins: dict[Value, Value] = {}  # loop-carried pointer tensors -> what they started as
-        self.destinations: dict[Value, str] = {}  # tl.dot results that may be written straight into a loop's accumulator
+        self.destinations: dict[
+            Value, str
+        ] = {}  # tl.dot results that may be written straight into a loop's accumulator
         self.lines: list[str] = []
         self.depth = 1
         self.names: dict[str, int] = {}
@@ -67,8 +70,10 @@ class KernelEmitter:
     def array(self, type_: Type, hint: str = "tile") -> str:
         name = self.name(hint)
         large = type_.size * c.BYTES.get(type_.element, 8) >= LARGEST_STACK_ARRAY
-        self.line(f"{'static _Thread_local ' if large else ''}{c.value_type(type_.element)} {name}[{type_.size}] "
-                  "__attribute__((aligned(64)));")
+        self.line(
+            f"{'static _Thread_local ' if large else ''}{c.value_type(type_.element)} {name}[{type_.size}] "
+            "__attribute__((aligned(64)));"
+        )
         return name
 
     @contextmanager
@@ -91,10 +96,25 @@ class KernelEmitter:
         if isinstance(self.storage.get(value), Array):
             return True
         op = value.op
-        if op is None or op.name in ("tt.load", "arith.select", "tt.int_to_ptr", "tt.join", "tt.cat", "tt.gather", "scf.if"):
+        if op is None or op.name in (
+            "tt.load",
+            "arith.select",
+            "tt.int_to_ptr",
+            "tt.join",
+            "tt.cat",
+            "tt.gather",
+            "scf.if",
+        ):
             return value.type.is_tensor
-        return op.name in ("tt.addptr", "tt.bitcast", "tt.broadcast", "tt.expand_dims", "tt.trans", "tt.reshape", "tt.split") \
-            and self.holds_addresses(op.operands[0])
+        return op.name in (
+            "tt.addptr",
+            "tt.bitcast",
+            "tt.broadcast",
+            "tt.expand_dims",
+            "tt.trans",
+            "tt.reshape",
+            "tt.split",
+        ) and self.holds_addresses(op.operands[0])
 
     def materialise(self, value: Value, into: str | None = None) -> str:
         """Evaluates a tensor into a local array; returns its name."""
@@ -124,8 +144,12 @@ class KernelEmitter:
             raise self.unsupported(op) from None
 
     def contraction(self, op: Op) -> Contraction | None:
-        """How `op`, an addition, takes in a product beside it: by one rule (the left one first), not at gcc's discretion."""
-        if not self.contract or op.name not in ("arith.addf", "arith.subf") or op.result.type.element not in ("f32", "f64"):
+        """How `op`, an addition, takes in a product beside it: by one rule, the left one first, not at gcc's taste."""
+        if (
+            not self.contract
+            or op.name not in ("arith.addf", "arith.subf")
+            or op.result.type.element not in ("f32", "f64")
+        ):
             return None
         call = "fusedf" if op.result.type.element == "f32" else "fused"
         minus = "-" if op.name == "arith.subf" else ""
@@ -139,11 +163,18 @@ class KernelEmitter:
         return None
 
     def _is_open_product(self, value: Value, user: Op) -> bool:
-        return value.op is not None and value.op.name == "arith.mulf" and value.block is user.block and value not in self.plan
+        return (
+            value.op is not None
+            and value.op.name == "arith.mulf"
+            and value.block is user.block
+            and value not in self.plan
+        )
 
     def unsupported(self, op: Op, why: str = "") -> UnsupportedOperation:
-        return UnsupportedOperation(f"{op.location}: kernel {self.function.name!r} uses {op.name}{why and ' ' + why}, which the CPU "
-                                    f"backend cannot compile: {op.text}")
+        return UnsupportedOperation(
+            f"{op.location}: kernel {self.function.name!r} uses {op.name}{why and ' ' + why}, which the CPU "
+            f"backend cannot compile: {op.text}"
+        )
 
     # ---- operations ---------------------------------------------------------------------------------------------
     def block(self, block: Block, skip_terminator: bool = False) -> None:
@@ -201,7 +232,7 @@ class KernelEmitter:
         nest.write()
 
     def _store_order(self, pointers: Value, value: Value) -> list[int]:
-        """Innermost the dimension along which the store is contiguous: scattered stores cost more than scattered loads."""
+        """Innermost the dimension along which the store is contiguous: scattered stores cost more than loads."""
         shape = value.type.shape
         contiguous = [d for d in range(len(shape)) if shape[d] > 1 and stride(pointers, d, self.origins) == 1]
         if contiguous:
@@ -241,7 +272,10 @@ class KernelEmitter:
             raise self.unsupported(op, "on a tensor")
         name, kind = self.name(op.result.name), c.memory_type(expected.type.element)
         self.line(f"{kind} {name} = {self.scalar(expected)}, {name}_desired = {self.scalar(desired)};")
-        self.line(f"__atomic_compare_exchange({self.scalar(pointer)}, &{name}, &{name}_desired, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);")
+        self.line(
+            f"__atomic_compare_exchange({self.scalar(pointer)}, &{name}, &{name}_desired, 0, "
+            "__ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);"
+        )
         self.storage[op.result] = Scalar(name)
 
     def histogram(self, op: Op) -> None:
@@ -254,8 +288,10 @@ class KernelEmitter:
         self.storage[result] = Array(counts)
 
     def assertion(self, op: Op) -> None:
-        message = (re.search(r'"([^"]*)"', op.text) or [None, ""])[1]
-        report = (f'{{ fprintf(stderr, "%s\\n", "{op.location}: assertion failed in a Triton kernel: {message}"); abort(); }}')
+        message = _quoted(op)
+        report = (
+            f'{{ fprintf(stderr, "%s\\n", "{op.location}: assertion failed in a Triton kernel: {message}"); abort(); }}'
+        )
         condition = op.operands[0]
         if not condition.type.is_tensor:
             self.line(f"if (!{self.scalar(condition)}) {report}")
@@ -264,15 +300,22 @@ class KernelEmitter:
         self.line(f"for (int i = 0; i < {condition.type.size}; i++) if (!{holds}[i]) {report}")
 
     def print_values(self, op: Op) -> None:
-        prefix = (re.search(r'"([^"]*)"', op.text) or [None, ""])[1]
+        prefix = _quoted(op)
         head = r'printf("pid (%d, %d, %d)' + prefix.replace("%", "%%")
         for value in op.operands:
-            code, cast = ("%g", "(double)") if value.type.element in c.SMALL_FLOATS or value.type.element in ("f32", "f64") else ("%lld", "(long long)")
+            code, cast = (
+                ("%g", "(double)")
+                if value.type.element in c.SMALL_FLOATS or value.type.element in ("f32", "f64")
+                else ("%lld", "(long long)")
+            )
             if not value.type.is_tensor:
                 self.line(f'{head}{code}\\n", pid_x, pid_y, pid_z, {cast}{self.scalar(value)});')
                 continue
             array = self.as_array(value)
-            self.line(f'for (int i = 0; i < {value.type.size}; i++) {head}[%d] {code}\\n", pid_x, pid_y, pid_z, i, {cast}{array}[i]);')
+            self.line(
+                f"for (int i = 0; i < {value.type.size}; i++) "
+                f'{head}[%d] {code}\\n", pid_x, pid_y, pid_z, i, {cast}{array}[i]);'
+            )
 
     # ---- the whole function -------------------------------------------------------------------------------------
     def emit(self, result: str = "void") -> str:
@@ -281,8 +324,15 @@ class KernelEmitter:
             self.storage[parameter] = Scalar(self.name("arg_" + parameter.name.lstrip("%")))
         self.block(self.function.body)
         parameters = [f"{c.value_type(p.type.element)} {self.scalar(p)}" for p in self.function.parameters]
-        signature = ", ".join(parameters + ["int pid_x", "int pid_y", "int pid_z", "int num_x", "int num_y", "int num_z"])
-        return "\n".join([f"static {result} {c_function_name(self.function.name)}({signature}) {{"] + self.lines + ["}"])
+        signature = ", ".join(
+            [*parameters, "int pid_x", "int pid_y", "int pid_z", "int num_x", "int num_y", "int num_z"]
+        )
+        return "\n".join([f"static {result} {c_function_name(self.function.name)}({signature}) {{", *self.lines, "}"])
+
+
+def _quoted(op: Op) -> str:
+    found = re.search(r'"([^"]*)"', op.text)
+    return found.group(1) if found else ""
 
 
 def c_function_name(name: str) -> str:
@@ -327,7 +377,7 @@ _HANDLERS: dict[str, Callable[[KernelEmitter, Op], None]] = {
 
 
 def generate_c(functions: list[Function], prelude: str, lanes: int, contract: bool = True) -> str:
-    """A C file whose `run_programs(arguments, begin, end, grid)` executes programs [begin, end) of the kernel's grid."""
+    """A C file whose `run_programs(arguments, begin, end, grid)` runs programs [begin, end) of the kernel's grid."""
     kernel, helpers = functions[0], functions[1:]
     parts = [f"#define LANES {lanes}", prelude]
     prototypes, bodies = [], []
@@ -336,11 +386,15 @@ def generate_c(functions: list[Function], prelude: str, lanes: int, contract: bo
         prototypes += [control_flow.result_struct(function), text.split(" {\n", 1)[0] + ";"]
         bodies.append(text)
     fields = [f"{_field_type(p)} a{i};" for i, p in enumerate(kernel.parameters)]
-    arguments = ", ".join([f"a->a{i}" for i in range(len(kernel.parameters))]
-                          + ["i % grid[0]", "i / grid[0] % grid[1]", "i / grid[0] / grid[1]", "grid[0]", "grid[1]", "grid[2]"])
-    entry = (f"struct arguments {{ {' '.join(fields)} }};\n"
-             "void run_programs(const struct arguments *a, long begin, long end, const int *grid) {\n"
-             f"  for (long i = begin; i < end; i++) {c_function_name(kernel.name)}({arguments});\n}}\n")
+    arguments = ", ".join(
+        [f"a->a{i}" for i in range(len(kernel.parameters))]
+        + ["i % grid[0]", "i / grid[0] % grid[1]", "i / grid[0] / grid[1]", "grid[0]", "grid[1]", "grid[2]"]
+    )
+    entry = (
+        f"struct arguments {{ {' '.join(fields)} }};\n"
+        "void run_programs(const struct arguments *a, long begin, long end, const int *grid) {\n"
+        f"  for (long i = begin; i < end; i++) {c_function_name(kernel.name)}({arguments});\n}}\n"
+    )
     return "\n".join(parts + [p for p in prototypes if p] + bodies + [entry])
 
 

@@ -7,6 +7,7 @@ Every function here maps strings to strings and knows nothing of loops. Three ru
 * The C compiler may not contract a*b+c (-ffp-contract=off): loops.py asks for each fma by itself, so that the
   same kernel source gives the same bits however it is tiled.
 """
+
 from __future__ import annotations
 
 import re
@@ -15,15 +16,54 @@ import struct
 from .ttir import Op
 
 # C types that hold a value in a register or a local array, and in memory behind a pointer.
-VALUE_TYPES = {"i1": "_Bool", "i8": "int8_t", "i16": "int16_t", "i32": "int32_t", "i64": "int64_t", "index": "int64_t",
-               "f32": "float", "f64": "double", "bf16": "float", "f16": "float", "f8E4M3FN": "float", "f8E5M2": "float"}
-MEMORY_TYPES = VALUE_TYPES | {"i1": "int8_t", "bf16": "uint16_t", "f16": "uint16_t",
-                              "f8E4M3FN": "uint8_t", "f8E5M2": "uint8_t"}
+VALUE_TYPES = {
+    "i1": "_Bool",
+    "i8": "int8_t",
+    "i16": "int16_t",
+    "i32": "int32_t",
+    "i64": "int64_t",
+    "index": "int64_t",
+    "f32": "float",
+    "f64": "double",
+    "bf16": "float",
+    "f16": "float",
+    "f8E4M3FN": "float",
+    "f8E5M2": "float",
+}
+MEMORY_TYPES = VALUE_TYPES | {
+    "i1": "int8_t",
+    "bf16": "uint16_t",
+    "f16": "uint16_t",
+    "f8E4M3FN": "uint8_t",
+    "f8E5M2": "uint8_t",
+}
 # `struct` codes of kernel arguments
-ARGUMENT_CODES = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "f32": "f", "f64": "d", "bf16": "f", "f16": "f"}
+ARGUMENT_CODES = {
+    "i1": "b",
+    "i8": "b",
+    "i16": "h",
+    "i32": "i",
+    "i64": "q",
+    "f32": "f",
+    "f64": "d",
+    "bf16": "f",
+    "f16": "f",
+}
 SMALL_FLOATS = {"bf16": "bf16", "f16": "f16", "f8E4M3FN": "e4m3", "f8E5M2": "e5m2"}  # -> suffix in prelude.h
-BYTES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "index": 8, "f32": 4, "f64": 8, "bf16": 4, "f16": 4,
-         "f8E4M3FN": 4, "f8E5M2": 4}
+BYTES = {
+    "i1": 1,
+    "i8": 1,
+    "i16": 2,
+    "i32": 4,
+    "i64": 8,
+    "index": 8,
+    "f32": 4,
+    "f64": 8,
+    "bf16": 4,
+    "f16": 4,
+    "f8E4M3FN": 4,
+    "f8E5M2": 4,
+}
 
 
 def value_type(element: str) -> str:
@@ -78,11 +118,18 @@ def constant(op: Op, element: str) -> str:
     if element in _FLOAT_BITS:
         return _float_literal(float(text), element)
     if element == "i64" or element == "index":
-        return f"INT64_C({text})" if text != str(-2**63) else "INT64_MIN"
-    return text if text != str(-2**31) else "INT32_MIN"
+        return f"INT64_C({text})" if text != str(-(2**63)) else "INT64_MIN"
+    return text if text != str(-(2**31)) else "INT32_MIN"
 
 
-_FLOAT_BITS = {"f32": ("<f", 4), "f64": ("<d", 8), "f16": ("<e", 2), "bf16": ("", 2), "f8E4M3FN": ("", 1), "f8E5M2": ("", 1)}
+_FLOAT_BITS = {
+    "f32": ("<f", 4),
+    "f64": ("<d", 8),
+    "f16": ("<e", 2),
+    "bf16": ("", 2),
+    "f8E4M3FN": ("", 1),
+    "f8E5M2": ("", 1),
+}
 
 
 def _from_bits(bits: int, element: str) -> float:
@@ -92,8 +139,11 @@ def _from_bits(bits: int, element: str) -> float:
         bits, element = bits << 8, "f16"
     if element == "f8E4M3FN":
         magnitude = bits & 0x7F
-        value = float("nan") if magnitude == 0x7F else (
-            magnitude * 2.0**-9 if magnitude < 8 else (8 + magnitude % 8) * 2.0 ** (magnitude // 8 - 10))
+        value = (
+            float("nan")
+            if magnitude == 0x7F
+            else (magnitude * 2.0**-9 if magnitude < 8 else (8 + magnitude % 8) * 2.0 ** (magnitude // 8 - 10))
+        )
         return -value if bits & 0x80 else value
     code, size = _FLOAT_BITS[element]
     return struct.unpack(code, bits.to_bytes(size, "little"))[0]
@@ -108,8 +158,22 @@ def _float_literal(value: float, element: str) -> str:
     return f"({text})" if text.startswith("-") else text
 
 
-_INFIX = {"addf": "+", "subf": "-", "mulf": "*", "divf": "/", "addi": "+", "subi": "-", "muli": "*",
-          "andi": "&", "ori": "|", "xori": "^", "divsi": "/", "remsi": "%", "shli": "<<", "shrsi": ">>"}
+_INFIX = {
+    "addf": "+",
+    "subf": "-",
+    "mulf": "*",
+    "divf": "/",
+    "addi": "+",
+    "subi": "-",
+    "muli": "*",
+    "andi": "&",
+    "ori": "|",
+    "xori": "^",
+    "divsi": "/",
+    "remsi": "%",
+    "shli": "<<",
+    "shrsi": ">>",
+}
 _INFIX_UNSIGNED = {"divui": "/", "remui": "%", "shrui": ">>"}
 _CHOICES = {"maxsi": ">", "minsi": "<"}
 _CHOICES_UNSIGNED = {"maxui": ">", "minui": "<"}
@@ -117,14 +181,45 @@ _FLOAT_CHOICES = {"maxnumf": "max_num", "minnumf": "min_num", "maximumf": "max_n
 _COMPARE = {"eq": "==", "ne": "!=", "slt": "<", "sle": "<=", "sgt": ">", "sge": ">="}
 _COMPARE_UNSIGNED = {"ult": "<", "ule": "<=", "ugt": ">", "uge": ">="}
 # C's comparisons are the ordered ones (false on NaN); "une" is C's !=, and the other unordered ones negate.
-_COMPARE_FLOAT = {"oeq": "{0} == {1}", "ogt": "{0} > {1}", "oge": "{0} >= {1}", "olt": "{0} < {1}", "ole": "{0} <= {1}",
-                  "one": "({0} < {1}) | ({0} > {1})", "une": "{0} != {1}", "ueq": "!(({0} < {1}) | ({0} > {1}))",
-                  "ugt": "!({0} <= {1})", "uge": "!({0} < {1})", "ult": "!({0} >= {1})", "ule": "!({0} > {1})",
-                  "ord": "({0} == {0}) & ({1} == {1})", "uno": "({0} != {0}) | ({1} != {1})", "false": "0", "true": "1"}
-_CALLS = {"exp": "fast_exp", "exp2": "fast_exp2", "log": "fast_log", "log2": "fast_log2", "tanh": "fast_tanh",
-          "sqrt": "sqrtf", "rsqrt": "fast_rsqrt", "sin": "sinf", "cos": "cosf", "erf": "erff", "absf": "fabsf",
-          "floor": "floorf", "ceil": "ceilf", "round": "roundf", "roundeven": "rintf", "trunc": "truncf",
-          "log1p": "log1pf", "expm1": "expm1f", "absi": "abs"}
+_COMPARE_FLOAT = {
+    "oeq": "{0} == {1}",
+    "ogt": "{0} > {1}",
+    "oge": "{0} >= {1}",
+    "olt": "{0} < {1}",
+    "ole": "{0} <= {1}",
+    "one": "({0} < {1}) | ({0} > {1})",
+    "une": "{0} != {1}",
+    "ueq": "!(({0} < {1}) | ({0} > {1}))",
+    "ugt": "!({0} <= {1})",
+    "uge": "!({0} < {1})",
+    "ult": "!({0} >= {1})",
+    "ule": "!({0} > {1})",
+    "ord": "({0} == {0}) & ({1} == {1})",
+    "uno": "({0} != {0}) | ({1} != {1})",
+    "false": "0",
+    "true": "1",
+}
+_CALLS = {
+    "exp": "fast_exp",
+    "exp2": "fast_exp2",
+    "log": "fast_log",
+    "log2": "fast_log2",
+    "tanh": "fast_tanh",
+    "sqrt": "sqrtf",
+    "rsqrt": "fast_rsqrt",
+    "sin": "sinf",
+    "cos": "cosf",
+    "erf": "erff",
+    "absf": "fabsf",
+    "floor": "floorf",
+    "ceil": "ceilf",
+    "round": "roundf",
+    "roundeven": "rintf",
+    "trunc": "truncf",
+    "log1p": "log1pf",
+    "expm1": "expm1f",
+    "absi": "abs",
+}
 _CALLS_F64 = {"rsqrt": "1.0 / sqrt", "absf": "fabs", "roundeven": "rint", "absi": "llabs"}
 
 
@@ -193,8 +288,16 @@ def _call(name: str, arguments: list[str], source: str) -> str:
 def _extern(op: Op, arguments: list[str], source: str, target: str) -> str:
     """libdevice functions are those of C's libm with a prefix: __nv_tanhf -> tanhf."""
     symbol = re.search(r'symbol = "(?:__nv_)?(\w+)"', op.text).group(1)  # type: ignore[union-attr]
-    function = {"tanhf": "fast_tanh", "expf": "fast_exp", "exp2f": "fast_exp2", "logf": "fast_log", "log2f": "fast_log2",
-                "rsqrtf": "fast_rsqrt", "fast_expf": "fast_exp", "fast_logf": "fast_log"}.get(symbol, symbol)
+    function = {
+        "tanhf": "fast_tanh",
+        "expf": "fast_exp",
+        "exp2f": "fast_exp2",
+        "logf": "fast_log",
+        "log2f": "fast_log2",
+        "rsqrtf": "fast_rsqrt",
+        "fast_expf": "fast_exp",
+        "fast_logf": "fast_log",
+    }.get(symbol, symbol)
     return f"{function}({', '.join(arguments)})"
 
 
@@ -229,8 +332,11 @@ _SPECIAL = {
     "math.absi": lambda op, a, s, t: f"({a[0]} < 0 ? -{a[0]} : {a[0]})",
     "tt.precise_sqrt": lambda op, a, s, t: f"sqrt{_suffix(s)}({a[0]})",
     "tt.precise_divf": lambda op, a, s, t: f"({a[0]} / {a[1]})",
-    "tt.clampf": lambda op, a, s, t: (f"clamp_nan{_suffix(s)}({', '.join(a)})" if "propagateNan = all" in op.text
-                                      else f"clamp_num{_suffix(s)}({', '.join(a)})"),
+    "tt.clampf": lambda op, a, s, t: (
+        f"clamp_nan{_suffix(s)}({', '.join(a)})"
+        if "propagateNan = all" in op.text
+        else f"clamp_num{_suffix(s)}({', '.join(a)})"
+    ),
     "tt.mulhiui": _high_product,
     "tt.extern_elementwise": _extern,
     "tt.bitcast": _bitcast,

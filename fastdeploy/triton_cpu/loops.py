@@ -11,6 +11,7 @@ indices allow, so that `x / row_sum[:, None]` divides per element but reads row_
       }
     }
 """
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -62,7 +63,8 @@ class LoopNest:
         self.variables = [emitter.name("i") for _ in order]
         self.index: Index = tuple(
             Term(self.variables[order.index(d)], order.index(d) + 1) if extent > 1 else ZERO
-            for d, extent in enumerate(shape))
+            for d, extent in enumerate(shape)
+        )
         self.memo: dict[tuple[Value, Index], Term] = {}
 
     @property
@@ -128,8 +130,9 @@ class LoopNest:
         fused = self.emitter.contraction(op)
         if fused is not None:
             terms = [self.evaluate(v, index) for v in fused.values]
-            return self.temporary(value.type.element, fused.text(*[t.text for t in terms]),
-                                  max(t.level for t in terms), value.name)
+            return self.temporary(
+                value.type.element, fused.text(*[t.text for t in terms]), max(t.level for t in terms), value.name
+            )
         text = self.emitter.scalar_expression(op, [term.text for term in arguments])
         return self.temporary(value.type.element, text, level, value.name)
 
@@ -144,15 +147,19 @@ class LoopNest:
         if op.name in ("tt.broadcast", "tt.expand_dims", "tt.trans", "tt.reshape", "tt.split"):
             return self.evaluate(first, self.source_index(op, value, index))  # type: ignore[arg-type]
         if op.name == "tt.join":
-            return self._choose(value, index[-1].text, index[-1].level, op.operands[1], op.operands[0], index[:-1], index[:-1])
+            return self._choose(
+                value, index[-1].text, index[-1].level, op.operands[1], op.operands[0], index[:-1], index[:-1]
+            )
         if op.name == "tt.cat":
             extent, inner = first.type.shape[0], self._wrapped(index[0], first.type.shape[0])  # type: ignore[union-attr]
-            source = (inner,) + index[1:]
-            return self._choose(value, f"{index[0].text} >= {extent}", index[0].level, op.operands[1], op.operands[0], source, source)
+            source = (inner, *index[1:])
+            return self._choose(
+                value, f"{index[0].text} >= {extent}", index[0].level, op.operands[1], op.operands[0], source, source
+            )
         if op.name == "tt.gather":
             axis = op.attribute("axis", 0)
             chosen = self.evaluate(op.operands[1], index)
-            return self.evaluate(first, index[:axis] + (chosen,) + index[axis + 1:])  # type: ignore[arg-type]
+            return self.evaluate(first, (*index[:axis], chosen, *index[axis + 1 :]))  # type: ignore[arg-type]
         return None
 
     def source_index(self, op: Op, value: Value, index: Index) -> Index:
@@ -162,9 +169,9 @@ class LoopNest:
             return tuple(ZERO if extent == 1 else term for extent, term in zip(shape, index))
         if op.name == "tt.expand_dims":
             axis = op.attribute("axis")
-            return index[:axis] + index[axis + 1:]
+            return index[:axis] + index[axis + 1 :]
         if op.name == "tt.split":
-            return index + (Term(str(op.results.index(value)), 0),)
+            return (*index, Term(str(op.results.index(value)), 0))
         if op.name == "tt.trans":
             source = dict(zip(permutation(op), index))
             return tuple(source[d] for d in range(len(shape)))
@@ -184,7 +191,9 @@ class LoopNest:
     def _wrapped(self, term: Term, extent: int) -> Term:
         return Term(f"({term.text} % {extent})", term.level)
 
-    def _choose(self, value: Value, condition: str, level: int, yes: Value, no: Value, yes_index: Index, no_index: Index) -> Term:
+    def _choose(
+        self, value: Value, condition: str, level: int, yes: Value, no: Value, yes_index: Index, no_index: Index
+    ) -> Term:
         a, b = self.evaluate(yes, yes_index), self.evaluate(no, no_index)
         return self.temporary(value.type.element, f"{condition} ? {a.text} : {b.text}", max(level, a.level, b.level))
 
@@ -210,11 +219,13 @@ class LoopNest:
         if inner is not None:
             step = stride(pointers, inner, self.emitter.origins)
             if step is not None:
-                start = index[:inner] + (ZERO,) + index[inner + 1:]
+                start = (*index[:inner], ZERO, *index[inner + 1 :])
                 row = self.address(pointers, start)
                 variable = index[inner]
                 offset = variable.text if step == 1 else f"{step} * {variable.text}"
-                return Term(f"{row.text}[{offset}]" if step else f"*{row.text}", max(row.level, variable.level if step else 0))
+                return Term(
+                    f"{row.text}[{offset}]" if step else f"*{row.text}", max(row.level, variable.level if step else 0)
+                )
         row = self.address(pointers, index, named=False)
         return Term(f"*{row.text}", row.level)
 
@@ -250,7 +261,7 @@ class LoopNest:
         if op.name == "tt.bitcast":  # type: ignore[union-attr]
             base = self.address(op.operands[0], index)  # type: ignore[union-attr]
             return Term(f"(({c.value_type(pointers.type.element)}){base.text})", base.level), None
-        return self._base_and_offset(op.operands[0], self.source_index(op, pointers, index))  # type: ignore[union-attr]
+        return self._base_and_offset(op.operands[0], self.source_index(op, pointers, index))  # type: ignore
 
 
 def _sum(left: Term | None, right: Term) -> Term:
@@ -267,7 +278,9 @@ def linear(shape: tuple[int, ...], index: Index) -> Term:
     return Term(" + ".join(reversed(parts)) or "0", max([term.level for term in index], default=0))
 
 
-def best_order(emitter: KernelEmitter, values: list[Value], shape: tuple[int, ...], first: int | None = None) -> list[int]:
+def best_order(
+    emitter: KernelEmitter, values: list[Value], shape: tuple[int, ...], first: int | None = None
+) -> list[int]:
     """Loop order for evaluating `values`: innermost the dimension along which most loads and stores are contiguous."""
     votes = [0.0] * len(shape)
     if shape:
@@ -280,7 +293,9 @@ def best_order(emitter: KernelEmitter, values: list[Value], shape: tuple[int, ..
     return [d for d in range(len(shape)) if d != inner] + ([inner] if inner is not None else [])
 
 
-def _vote(emitter: KernelEmitter, value: Value, dimensions: list[int | None], votes: list[float], seen: set[Value]) -> None:
+def _vote(
+    emitter: KernelEmitter, value: Value, dimensions: list[int | None], votes: list[float], seen: set[Value]
+) -> None:
     """Walks an expression; dimensions[d] is the nest's dimension that the value's dimension d runs along."""
     if value in seen or uniform(value):
         return
@@ -294,11 +309,15 @@ def _vote(emitter: KernelEmitter, value: Value, dimensions: list[int | None], vo
         return
     if op.name == "tt.load":
         for d, nest_dimension in enumerate(dimensions):
-            if nest_dimension is not None and value.type.shape[d] > 1 and stride(op.operands[0], d, emitter.origins) == 1:
+            if (
+                nest_dimension is not None
+                and value.type.shape[d] > 1
+                and stride(op.operands[0], d, emitter.origins) == 1
+            ):
                 votes[nest_dimension] += 1
     if op.name == "tt.expand_dims":
         axis = op.attribute("axis")
-        dimensions = dimensions[:axis] + dimensions[axis + 1:]
+        dimensions = dimensions[:axis] + dimensions[axis + 1 :]
     elif op.name == "tt.trans":
         order = permutation(op)
         dimensions = [dimensions[order.index(d)] for d in range(len(order))]

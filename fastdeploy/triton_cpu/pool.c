@@ -1,12 +1,13 @@
 /* The thread pool: runs a list of launches ("plan"), each a grid of independent programs, one launch after the other.
  *
- * Every thread walks the same list. At a launch it claims chunks of programs from a shared counter until none are left,
- * and goes on once all chunks of that launch are done. Nothing is handed from the caller to a worker, so a launch inside
- * a plan costs two or three cache misses and no system call; and the caller never waits for a worker that has not
- * claimed a chunk, so a busy machine slows it down no more than the lost core does.
+ * Every thread walks the same list. At a launch it claims chunks of programs from a shared word until none are left, and
+ * goes on once all chunks of that launch are done. Nothing is handed from the caller to a worker, so a launch inside a
+ * plan costs two or three cache misses and no system call; and the caller never waits for a worker that has not
+ * claimed a chunk, so a busy machine slows it down by no more than the lost core.
  *
- * Counters only grow: replay number g of a plan uses claim numbers [g * chunks, (g + 1) * chunks). A worker that was
- * asleep and wakes up in an old replay finds every claim of its range taken, and does no harm.
+ * A worker may be put to sleep by the system anywhere and wake up much later. So every execution of a plan has a number
+ * of its own, its generation, and the words `claimed` and `done` hold (generation << 32 | count). A worker from an old
+ * generation sees a newer one there and claims nothing; the first thread of a new one starts the count again.
  */
 #define _GNU_SOURCE
 #include <linux/futex.h>
@@ -24,16 +25,15 @@ struct launch {
   programs run;
   const void *arguments;
   int grid[3];
-  int chunk;                /* programs per claim */
-  int64_t chunks;
-  _Atomic int64_t claimed;
-  char apart[64];           /* the two counters are written by different threads at the same time */
-  _Atomic int64_t done;
+  uint32_t chunk, chunks; /* programs per claim, number of claims */
+  _Atomic uint64_t claimed;
+  char apart[64]; /* the two words are written by different threads at the same time */
+  _Atomic uint64_t done;
 };
 
 struct plan {
   int64_t count;
-  _Atomic int64_t replay;   /* number of the replay under way, from 0 */
+  _Atomic uint32_t generation;
   struct launch *launches;
 };
 
@@ -42,6 +42,7 @@ enum { SPINS_BEFORE_SLEEP = 4000, SPINS_BEFORE_YIELD = 2000, CHUNKS_PER_THREAD =
 static pthread_mutex_t one_caller = PTHREAD_MUTEX_INITIALIZER;
 static _Atomic(struct plan *) current;
 static _Atomic uint32_t calls, sleepers;
+static uint32_t generations;
 static int threads = 1;
 
 static inline void pause_briefly(void) {
@@ -50,21 +51,40 @@ static inline void pause_briefly(void) {
 #endif
 }
 
-static void walk(struct plan *plan, int64_t replay) {
+static inline int newer(uint64_t word, uint32_t generation) { return (int32_t)((uint32_t)(word >> 32) - generation) > 0; }
+
+/* Adds one to a word, which counts from 0 if it is of an older generation. Returns the old count, or `limit` and adds
+ * nothing if the count has reached `limit` or the word is of a newer generation. */
+static uint32_t count_up(_Atomic uint64_t *word, uint32_t generation, uint32_t limit) {
+  uint64_t seen = atomic_load(word), start = (uint64_t)generation << 32;
+  for (;;) {
+    uint64_t from = (uint32_t)(seen >> 32) == generation ? seen : start;
+    if (newer(seen, generation) || (uint32_t)from >= limit) return limit;
+    if (atomic_compare_exchange_weak(word, &seen, from + 1)) return (uint32_t)from;
+  }
+}
+
+static int finished(struct launch *launch, uint32_t generation) {
+  uint64_t word = atomic_load(&launch->done);
+  return newer(word, generation) || ((uint32_t)(word >> 32) == generation && (uint32_t)word == launch->chunks);
+}
+
+static void walk(struct plan *plan, uint32_t generation) {
   for (int64_t i = 0; i < plan->count; i++) {
     struct launch *launch = &plan->launches[i];
-    int64_t last = (replay + 1) * launch->chunks, first = replay * launch->chunks;
-    int64_t claim = atomic_load(&launch->claimed);
-    while (claim < last) {
-      if (!atomic_compare_exchange_weak(&launch->claimed, &claim, claim + 1)) continue;
-      long total = (long)launch->grid[0] * launch->grid[1] * launch->grid[2];
-      long begin = (claim - first) * launch->chunk, end = begin + launch->chunk;
-      launch->run(launch->arguments, begin, end < total ? end : total, launch->grid);
-      atomic_fetch_add(&launch->done, 1);
-      claim++;
-      claim = atomic_load(&launch->claimed);
+    for (;;) {
+      /* Fields first, claim second: a claim that succeeds proves that they belonged to this generation. */
+      programs run = launch->run;
+      const void *arguments = launch->arguments;
+      int grid[3] = {launch->grid[0], launch->grid[1], launch->grid[2]};
+      long chunk = launch->chunk, total = (long)grid[0] * grid[1] * grid[2];
+      uint32_t chunks = launch->chunks, claim = count_up(&launch->claimed, generation, chunks);
+      if (claim == chunks) break;
+      long begin = claim * chunk, end = begin + chunk;
+      run(arguments, begin, end < total ? end : total, grid);
+      count_up(&launch->done, generation, UINT32_MAX);
     }
-    for (int spins = 0; atomic_load(&launch->done) < last;) {
+    for (int spins = 0; !finished(launch, generation);) {
       pause_briefly();
       if (++spins > SPINS_BEFORE_YIELD) sched_yield(), spins = 0;
     }
@@ -82,13 +102,16 @@ static void *worker(void *unused) {
     }
     seen = atomic_load(&calls);
     struct plan *plan = atomic_load(&current);
-    if (plan) walk(plan, atomic_load(&plan->replay));
+    if (plan) walk(plan, atomic_load(&plan->generation));
   }
   return NULL;
 }
 
 /* A child process has no workers: it computes alone. */
-static void after_fork(void) { threads = 1; pthread_mutex_init(&one_caller, NULL); }
+static void after_fork(void) {
+  threads = 1;
+  pthread_mutex_init(&one_caller, NULL);
+}
 
 int fd_start(int wanted) {
   pthread_attr_t attributes;
@@ -103,68 +126,60 @@ int fd_start(int wanted) {
   return threads;
 }
 
-static void prepare(struct launch *launch, programs run, const void *arguments, const int *grid) {
+static void fill(struct launch *launch, programs run, const void *arguments, const int *grid) {
   long total = (long)grid[0] * grid[1] * grid[2];
   long chunk = threads > 1 ? total / ((long)threads * CHUNKS_PER_THREAD) : total;
   launch->run = run;
   launch->arguments = arguments;
   for (int i = 0; i < 3; i++) launch->grid[i] = grid[i];
-  launch->chunk = chunk < 1 ? 1 : (int)chunk;
-  launch->chunks = (total + launch->chunk - 1) / launch->chunk;
+  launch->chunk = chunk < 1 ? 1 : chunk > INT32_MAX ? INT32_MAX : (uint32_t)chunk;
+  launch->chunks = (uint32_t)((total + launch->chunk - 1) / launch->chunk);
 }
 
-static void execute(struct plan *plan) {
-  atomic_fetch_add(&plan->replay, 1);
+static void execute(struct plan *plan, uint32_t generation) {
+  atomic_store(&plan->generation, generation);
   if (threads > 1) {
     atomic_store(&current, plan);
     atomic_fetch_add(&calls, 1);
     if (atomic_load(&sleepers)) syscall(SYS_futex, &calls, FUTEX_WAKE_PRIVATE, threads - 1, NULL, NULL, 0);
   }
-  walk(plan, atomic_load(&plan->replay));
+  walk(plan, generation);
 }
 
+/* One launch is a plan of one, always the same one: it is closed to old generations before its fields change. */
 void fd_launch(programs run, const void *arguments, int x, int y, int z) {
+  static struct launch launch;
+  static struct plan plan = {1, 0, &launch};
   int grid[3] = {x, y, z};
   if (threads == 1 || (long)x * y * z <= 1) {
     run(arguments, 0, (long)x * y * z, grid);
     return;
   }
-  /* One launch is a plan of one. Its claims must not be mistaken for an earlier call's by a worker that woke late, and
-   * its fields may change only when no worker can still claim from it: it is a fresh slot of a ring, and the counters
-   * of a slot go on from call to call. */
-  enum { SLOTS = 64 };
-  static struct launch launches[SLOTS];
-  static struct plan plans[SLOTS];
-  static int next;
   pthread_mutex_lock(&one_caller);
-  struct launch *launch = &launches[next % SLOTS];
-  struct plan *plan = &plans[next++ % SLOTS];
-  int64_t behind = atomic_load(&launch->claimed);
-  prepare(launch, run, arguments, grid);
-  /* start at the first multiple of `chunks` that no earlier call has reached */
-  int64_t replay = behind / launch->chunks + 1;
-  atomic_store(&launch->done, replay * launch->chunks);
-  plan->count = 1;
-  plan->launches = launch;
-  atomic_store(&plan->replay, replay - 1);
-  atomic_store(&launch->claimed, replay * launch->chunks);
-  execute(plan);
+  uint32_t generation = ++generations;
+  atomic_store(&launch.claimed, (uint64_t)generation << 32 | UINT32_MAX);
+  fill(&launch, run, arguments, grid);
+  atomic_store(&launch.claimed, (uint64_t)generation << 32);
+  execute(&plan, generation);
   pthread_mutex_unlock(&one_caller);
 }
 
-struct recorded { programs run; const void *arguments; int grid[4]; };
+struct recorded {
+  programs run;
+  const void *arguments;
+  int grid[4];
+};
 
 struct plan *fd_plan_new(const struct recorded *list, int64_t count) {
   struct plan *plan = calloc(1, sizeof *plan);
   plan->launches = calloc(count ? count : 1, sizeof *plan->launches);
   plan->count = count;
-  plan->replay = -1;
-  for (int64_t i = 0; i < count; i++) prepare(&plan->launches[i], list[i].run, list[i].arguments, list[i].grid);
+  for (int64_t i = 0; i < count; i++) fill(&plan->launches[i], list[i].run, list[i].arguments, list[i].grid);
   return plan;
 }
 
 void fd_plan_replay(struct plan *plan) {
   pthread_mutex_lock(&one_caller);
-  execute(plan);
+  execute(plan, ++generations);
   pthread_mutex_unlock(&one_caller);
 }

@@ -7,13 +7,14 @@ nothing else: not on the tile's other extents, the vector width or the C compile
   combined as a tree (l with l + 8, l + 4, l + 2, l + 1). The loop over lanes is one vector instruction.
 * Along another axis, one element after the other, for all columns at once.
 """
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from . import expressions as c
 from .loops import Array, LoopNest, Scalar, Term, best_order, linear
-from .ttir import Op, Type, Value
+from .ttir import Op
 
 if TYPE_CHECKING:
     from .emitter import KernelEmitter
@@ -22,8 +23,17 @@ LANES_OF_A_SUM = 16
 
 # Combiners with an identity need no first element to start from: lanes begin with it. max and min ignore NaN (so NaN is
 # their identity) unless they are the propagating kind. Adding -0.0 changes nothing, not even the sign of zero.
-_IDENTITIES = {"arith.addf": "-0.0f", "arith.addi": "0", "arith.ori": "0", "arith.xori": "0", "arith.andi": "-1",
-               "arith.maxnumf": "NAN", "arith.minnumf": "NAN", "arith.maximumf": "-INFINITY", "arith.minimumf": "INFINITY"}
+_IDENTITIES = {
+    "arith.addf": "-0.0f",
+    "arith.addi": "0",
+    "arith.ori": "0",
+    "arith.xori": "0",
+    "arith.andi": "-1",
+    "arith.maxnumf": "NAN",
+    "arith.minnumf": "NAN",
+    "arith.maximumf": "-INFINITY",
+    "arith.minimumf": "INFINITY",
+}
 
 
 def emit_reduce(emitter: KernelEmitter, op: Op) -> None:
@@ -44,7 +54,12 @@ def _identity(op: Op) -> str | None:
         return None
     element = body[0].operands[0].type.element
     if element in ("i8", "i16", "i32", "i64"):
-        extremes = {"arith.maxsi": f"INT{element[1:]}_MIN", "arith.minsi": f"INT{element[1:]}_MAX", "arith.maxui": "0", "arith.minui": "-1"}
+        extremes = {
+            "arith.maxsi": f"INT{element[1:]}_MIN",
+            "arith.minsi": f"INT{element[1:]}_MAX",
+            "arith.maxui": "0",
+            "arith.minui": "-1",
+        }
         return extremes.get(body[0].name) or _IDENTITIES.get(body[0].name)
     return _IDENTITIES.get(body[0].name) if element != "i1" else None
 
@@ -65,11 +80,14 @@ def _update(emitter: KernelEmitter, op: Op, targets: list[str], operands: list[s
     """C lines for targets = combine(targets, operands)."""
     lines, results = _combine(emitter, op, targets, operands)
     if len(targets) == 1:
-        return lines + [f"{targets[0]} = {results[0]};"]
+        return [*lines, f"{targets[0]} = {results[0]};"]
     fresh = [emitter.name("next") for _ in targets]
     kinds = [c.value_type(v.type.element) for v in op.operands]
-    return (lines + [f"const {kind} {name} = {text};" for kind, name, text in zip(kinds, fresh, results)]
-            + [f"{target} = {name};" for target, name in zip(targets, fresh)])
+    return (
+        lines
+        + [f"const {kind} {name} = {text};" for kind, name, text in zip(kinds, fresh, results)]
+        + [f"{target} = {name};" for target, name in zip(targets, fresh)]
+    )
 
 
 def _declare_results(emitter: KernelEmitter, op: Op) -> list[str]:
@@ -92,27 +110,40 @@ def _reduce_last_axis(emitter: KernelEmitter, op: Op, identity: str | None) -> N
     length, outer = shape[-1], list(range(len(shape) - 1))
     lanes = min(LANES_OF_A_SUM, length)
     results = _declare_results(emitter, op)
-    nest = LoopNest(emitter, shape, outer + [len(shape) - 1])
+    nest = LoopNest(emitter, shape, [*outer, len(shape) - 1])
     partial = [emitter.name("lane") for _ in results]
     kinds = [c.value_type(v.type.element) for v in op.operands]
     block, lane = emitter.name("block"), emitter.name("l")
     row = nest.index[:-1]
 
     def elements(position: str) -> list[str]:
-        index = row + (Term(position, nest.depth),)
+        index = (*row, Term(position, nest.depth))
         return [nest.evaluate(operand, index).text for operand in op.operands]
 
     if identity is not None:
-        inner, start = _collected(nest, lambda: _lane_step(emitter, op, partial, lane, elements(f"({block} + {lane})" if length > lanes else lane))), 0
+        inner, start = (
+            _collected(
+                nest,
+                lambda: _lane_step(
+                    emitter, op, partial, lane, elements(f"({block} + {lane})" if length > lanes else lane)
+                ),
+            ),
+            0,
+        )
         head = [f"{kind} {name}[{lanes}];" for kind, name in zip(kinds, partial)]
         head += [f"for (int {lane} = 0; {lane} < {lanes}; {lane}++) {partial[0]}[{lane}] = {identity};"]
     else:
         arrays = [emitter.storage[v].name for v in op.operands]  # type: ignore[union-attr]
-        first = linear(shape, row + (Term(lane, nest.depth),)).text
-        inner, start = _collected(nest, lambda: _lane_step(emitter, op, partial, lane, elements(f"({block} + {lane})"))), lanes
+        first = linear(shape, (*row, Term(lane, nest.depth))).text
+        inner, start = (
+            _collected(nest, lambda: _lane_step(emitter, op, partial, lane, elements(f"({block} + {lane})"))),
+            lanes,
+        )
         head = [f"{kind} {name}[{lanes}];" for kind, name in zip(kinds, partial)]
-        head += [f"for (int {lane} = 0; {lane} < {lanes}; {lane}++) {name}[{lane}] = {array}[{first}];"
-                 for name, array in zip(partial, arrays)]
+        head += [
+            f"for (int {lane} = 0; {lane} < {lanes}; {lane}++) {name}[{lane}] = {array}[{first}];"
+            for name, array in zip(partial, arrays)
+        ]
     level = nest.depth - 1
     for text in head:
         nest.put(text, level)
@@ -150,7 +181,9 @@ def _lane_step(emitter: KernelEmitter, op: Op, partial: list[str], lane: str, el
 def _tree(emitter: KernelEmitter, op: Op, partial: list[str], lanes: int, lane: str) -> list[str]:
     lines, half = [], lanes // 2
     while half:
-        step = _update(emitter, op, [f"{name}[{lane}]" for name in partial], [f"{name}[{lane} + {half}]" for name in partial])
+        step = _update(
+            emitter, op, [f"{name}[{lane}]" for name in partial], [f"{name}[{lane} + {half}]" for name in partial]
+        )
         lines += ["#pragma omp simd", f"for (int {lane} = 0; {lane} < {half}; {lane}++) {{", *step, "}"]
         half //= 2
     return lines
@@ -167,17 +200,17 @@ def _reduce_outer_axis(emitter: KernelEmitter, op: Op, axis: int, identity: str 
         _copy_first(emitter, op, axis, results)
         start = 1
     inner = [d for d in best_order(emitter, op.operands, shape) if d != axis]
-    nest = LoopNest(emitter, shape, [axis] + inner)
+    nest = LoopNest(emitter, shape, [axis, *inner])
     target = linear(op.result.type.shape, tuple(nest.index[d] for d in kept)).text
     if start:
         step = Term(f"({nest.index[axis].text} + 1)", nest.index[axis].level)
-        nest.index = nest.index[:axis] + (step,) + nest.index[axis + 1:]
-        nest.shape = shape[:axis] + (shape[axis] - 1,) + shape[axis + 1:]
+        nest.index = (*nest.index[:axis], step, *nest.index[axis + 1 :])
+        nest.shape = (*shape[:axis], shape[axis] - 1, *shape[axis + 1 :])
         if nest.shape[axis] == 0:
             return
         if nest.shape[axis] == 1:  # a loop of one turn has no variable
             one = Term("1", 0)
-            nest.index = nest.index[:axis] + (one,) + nest.index[axis + 1:]
+            nest.index = (*nest.index[:axis], one, *nest.index[axis + 1 :])
     elements = [nest.evaluate(operand, nest.index).text for operand in op.operands]
     for text in _update(emitter, op, [f"{name}[{target}]" for name in results], elements):
         nest.put(text)
@@ -187,7 +220,7 @@ def _reduce_outer_axis(emitter: KernelEmitter, op: Op, axis: int, identity: str 
 def _copy_first(emitter: KernelEmitter, op: Op, axis: int, results: list[str]) -> None:
     shape = op.operands[0].type.shape
     for operand, value, name in zip(op.operands, op.results, results):
-        nest = LoopNest(emitter, shape[:axis] + (1,) + shape[axis + 1:], [d for d in range(len(shape))])
+        nest = LoopNest(emitter, (*shape[:axis], 1, *shape[axis + 1 :]), list(range(len(shape))))
         element = nest.evaluate(operand, nest.index).text
         kept = tuple(term for d, term in enumerate(nest.index) if d != axis)
         nest.put(f"{name}[{linear(value.type.shape, kept).text}] = {element};")
@@ -205,7 +238,7 @@ def emit_scan(emitter: KernelEmitter, op: Op) -> None:
     step = nest.index[axis].text
     here = f"({shape[axis] - 1} - {step})" if reverse else step
     running = [emitter.name("running") for _ in sources]
-    position = linear(shape, nest.index[:axis] + (Term(here, nest.depth),) + nest.index[axis + 1:]).text
+    position = linear(shape, (*nest.index[:axis], Term(here, nest.depth), *nest.index[axis + 1 :])).text
     for value, name in zip(op.operands, running):
         nest.put(f"{c.value_type(value.type.element)} {name} = 0;", nest.depth - 1)
     updates = _update(emitter, op, running, [f"{source}[{position}]" for source in sources])
@@ -227,5 +260,3 @@ def emit_unsplat(emitter: KernelEmitter, op: Op) -> None:
     name = emitter.name(op.result.name)
     emitter.line(f"const {c.value_type(op.result.type.element)} {name} = {emitter.as_array(op.operands[0])}[0];")
     emitter.storage[op.result] = Scalar(name)
-
-

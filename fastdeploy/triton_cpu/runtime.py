@@ -6,6 +6,7 @@
 
 A plan keeps the addresses and numbers that it saw: change the contents of tensors between replays, not their places.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -20,11 +21,9 @@ from typing import Any
 
 from .toolchain import toolchain
 
-_FIELDS = [("run", ctypes.c_void_p), ("arguments", ctypes.c_void_p), ("grid", ctypes.c_int * 4)]
-
 
 class _Recorded(ctypes.Structure):
-    _fields_ = _FIELDS
+    _fields_ = (("run", ctypes.c_void_p), ("arguments", ctypes.c_void_p), ("grid", ctypes.c_int * 4))
 
 
 class Plan:
@@ -39,7 +38,9 @@ class Plan:
 
     def add(self, function: int, arguments: bytes, grid: tuple[int, int, int], keep: Any) -> None:
         if grid[0] * grid[1] * grid[2] > 0:
-            self._launches.append((function, ctypes.create_string_buffer(arguments, max(len(arguments), 1)), grid, keep))
+            self._launches.append(
+                (function, ctypes.create_string_buffer(arguments, max(len(arguments), 1)), grid, keep)
+            )
 
     def replay(self) -> None:
         """Runs all launches in order; returns when the last has finished."""

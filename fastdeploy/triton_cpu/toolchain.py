@@ -1,4 +1,5 @@
 """The C compiler: which one, with which flags, for which CPU."""
+
 from __future__ import annotations
 
 import functools
@@ -14,8 +15,16 @@ from pathlib import Path
 # -ffp-contract=off: emitter.py decides where a multiply and an add are one rounding.  -fwrapv: signed overflow wraps.
 # No -ffast-math of any kind: infinities and NaN mean something in attention masks, and sums keep their order.
 # -fno-trapping-math only lets the compiler speculate (a masked lane may divide by zero), -fno-math-errno inline sqrt.
-_FLAGS = ("-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fwrapv",
-          "-fno-semantic-interposition", "-w")
+_FLAGS = (
+    "-O3",
+    "-fopenmp-simd",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+    "-fwrapv",
+    "-fno-semantic-interposition",
+    "-w",
+)
 # Vector instruction sets by name: (lanes of a float vector, flags, features that /proc/cpuinfo must list)
 _INSTRUCTION_SETS = {
     "avx512": (16, ("-march=native", "-mprefer-vector-width=512"), {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
@@ -53,7 +62,17 @@ class Toolchain:
         with tempfile.TemporaryDirectory(prefix="fastdeploy-") as folder:
             code, library = Path(folder, "kernel.c"), Path(folder, "kernel.so")
             code.write_text(source)
-            command = [self.compiler, *(flags or self.flags), "-shared", "-fPIC", "-o", str(library), str(code), "-lm", "-pthread"]
+            command = [
+                self.compiler,
+                *(flags or self.flags),
+                "-shared",
+                "-fPIC",
+                "-o",
+                str(library),
+                str(code),
+                "-lm",
+                "-pthread",
+            ]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[:4000]}")
@@ -70,8 +89,10 @@ def toolchain() -> Toolchain:
     for name in [wanted] if wanted else ["gcc", "clang", "cc"]:
         if path := shutil.which(name):
             return Toolchain(path, _instruction_set())
-    raise CompilerNotFound(f"Triton kernels are compiled for this CPU by a C compiler, and {wanted or 'none of gcc, clang, cc'} was found. "
-                           "Install one (Debian and Ubuntu: apt-get install gcc libc6-dev; Fedora: dnf install gcc) or set CC.")
+    raise CompilerNotFound(
+        f"Triton kernels are compiled for this CPU by a C compiler, and {wanted or 'none of gcc, clang, cc'} was "
+        "found. Install one (Debian and Ubuntu: apt-get install gcc libc6-dev; Fedora: dnf install gcc) or set CC."
+    )
 
 
 def _instruction_set() -> str:
@@ -91,7 +112,9 @@ def _cpu_features() -> frozenset[str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return frozenset()
-    return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), []))
+    return frozenset(
+        next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    )
 
 
 @functools.lru_cache(None)

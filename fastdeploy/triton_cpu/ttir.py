@@ -1,13 +1,14 @@
 """Reads TTIR, the text of Triton's first intermediate language, into Python objects.
 
     %acc = tt.dot %a, %b, %c : tensor<16x64xf32> * tensor<64x32xf32> -> tensor<16x32xf32> loc(#loc7)
-     |       |     \\_ operands      |                                     |                  `- where in the kernel's source
-     |       `- operation           `- operand types                      `- result type
+     |       |     `- operands      `- operand types                      `- result type    `- place in the source
+     |       `- operation
      `- result: one static assignment, so a Value knows the one Op that makes it
 
 Triton's passes work on MLIR objects in C++; the text is their only stable interface (no difference was found from
 Triton 3.6 to 3.9 in what we read). One operation is one line, except those with regions (loops, branches, reductions).
 """
+
 from __future__ import annotations
 
 import re
@@ -105,7 +106,8 @@ def parse(text: str) -> list[Function]:
 
 
 def parse_type(text: str) -> Type:
-    text, shape = text.strip(), ()
+    text = text.strip()
+    shape: tuple[int, ...] = ()
     tensor = re.match(r"tensor<((?:\d+x)*)(.*)>$", text)
     if tensor:
         shape, text = tuple(int(extent) for extent in tensor.group(1).split("x") if extent), tensor.group(2)
@@ -116,8 +118,10 @@ def parse_type(text: str) -> Type:
 _VALUE = re.compile(r"%[\w$.\-]+(?:#\d+)?")
 _RESULTS = re.compile(r"((?:%[\w$.\-]+(?::\d+)?(?:, )?)+) = ")
 _LOCATION = re.compile(r' loc\((?:[^()"]|"[^"]*"|\((?:[^()"]|"[^"]*"|\((?:[^()"]|"[^"]*")*\))*\))*\)')
-_FOR = re.compile(r"scf\.for (?:unsigned )?(%\S+) = (%\S+) to (%\S+) step (%\S+?)"
-                  r"(?: iter_args\((.*?)\) -> \((.*)\))?\s*(?:: (\w+))?\s*\{$")
+_FOR = re.compile(
+    r"scf\.for (?:unsigned )?(%\S+) = (%\S+) to (%\S+) step (%\S+?)"
+    r"(?: iter_args\((.*?)\) -> \((.*)\))?\s*(?:: (\w+))?\s*\{$"
+)
 _WHILE = re.compile(r"scf\.while(?: \((.*?)\))? : \((.*?)\) -> (.*?) \{$")
 
 
@@ -132,7 +136,7 @@ def _split(text: str) -> list[str]:
         elif character == "," and depth == 0:
             parts.append(text[start:position].strip())
             start = position + 1
-    return parts + [text[start:].strip()] if text[start:].strip() else parts
+    return [*parts, text[start:].strip()] if text[start:].strip() else parts
 
 
 class _Parser:
@@ -169,7 +173,7 @@ class _Parser:
             end += 1
         block = Block(None)
         self.scopes = [{}]
-        self.block_arguments(block, re.sub(r"\{[^{}]*\}", "", header[start:end - 1]))
+        self.block_arguments(block, re.sub(r"\{[^{}]*\}", "", header[start : end - 1]))
         results = re.match(r" -> (\(.*?\)|\S+)", header[end:])
         types = [parse_type(t) for t in _split(results.group(1).strip("()"))] if results else []
         self.fill(block)
@@ -212,7 +216,7 @@ class _Parser:
             line, location = self.lines[self.at]
             self.at += 1
             if line.startswith("^bb"):
-                self.block_arguments(block, line[line.index("(") + 1:line.rindex(")")] if "(" in line else "")
+                self.block_arguments(block, line[line.index("(") + 1 : line.rindex(")")] if "(" in line else "")
             else:
                 block.ops.append(self.op(line, location, block))
 
@@ -230,15 +234,14 @@ class _Parser:
     def op(self, line: str, location: str, block: Block) -> Op:
         names: list[str] = []
         if results := _RESULTS.match(line):
-            line = line[results.end():]
+            line = line[results.end() :]
             for result in results.group(1).split(", "):
                 name, _, count = result.partition(":")
                 names += [f"{name}#{i}" for i in range(int(count))] if count else [name]
         kind = re.match(r'"?([\w.]+)"?', line).group(1)  # type: ignore[union-attr]
         op = Op(kind, [], line, location, block)
-        read = {"scf.for": self.for_, "scf.if": self.if_, "scf.while": self.while_}.get(kind)
-        if read is None:
-            read = self.with_region if line.endswith("({") else self.simple
+        plain = self.with_region if line.endswith("({") else self.simple
+        read = {"scf.for": self.for_, "scf.if": self.if_, "scf.while": self.while_}.get(kind, plain)
         types = read(op, line, len(names))
         op.location = self.location(op.location)
         op.results = [self.define(name, type_, block, op) for name, type_ in zip(names, types, strict=True)]
@@ -246,7 +249,7 @@ class _Parser:
             operand.uses.append(op)
         return op
 
-    def for_(self, op: Op, line: str, _: int) -> list[Type]:
+    def for_(self, op: Op, line: str, count: int) -> list[Type]:
         found = _FOR.match(line)
         if not found:
             raise ValueError(f"cannot read the loop: {line}")
@@ -258,7 +261,7 @@ class _Parser:
         _, op.location = self.region(op, arguments + [(name, t) for (name, _), t in zip(pairs, types)])
         return types
 
-    def if_(self, op: Op, line: str, _: int) -> list[Type]:
+    def if_(self, op: Op, line: str, count: int) -> list[Type]:
         found = re.match(r"scf\.if (%\S+)(?: -> \((.*)\))? \{$", line)
         if not found:
             raise ValueError(f"cannot read the branch: {line}")
@@ -268,7 +271,7 @@ class _Parser:
             _, op.location = self.region(op)
         return [parse_type(t) for t in _split(found.group(2) or "")]
 
-    def while_(self, op: Op, line: str, _: int) -> list[Type]:
+    def while_(self, op: Op, line: str, count: int) -> list[Type]:
         found = _WHILE.match(line)
         if not found:
             raise ValueError(f"cannot read the loop: {line}")
@@ -280,7 +283,7 @@ class _Parser:
         results = found.group(3)
         return [parse_type(t) for t in _split(results[1:-1] if results.startswith("(") else results)]
 
-    def with_region(self, op: Op, line: str, _: int) -> list[Type]:
+    def with_region(self, op: Op, line: str, count: int) -> list[Type]:
         """The generic form: "tt.reduce"(%x) <{axis = 0 : i32}> ({ ... }) : (operand types) -> result types."""
         op.operands = [self.find(name) for name in _VALUE.findall(line)]
         closing, op.location = self.region(op)

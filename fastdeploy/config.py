@@ -1,0 +1,298 @@
+"""What a checkpoint says of itself: ModelConfig, read from config.json or from GGUF metadata."""
+
+import reprlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# The architectures we have, by their name in config.json and in GGUF. A Mistral without a sliding window is a Llama.
+HUGGINGFACE_ARCHITECTURES = {"LlamaForCausalLM": "LlamaForCausalLM", "MistralForCausalLM": "LlamaForCausalLM"}
+GGUF_ARCHITECTURES = {"llama": "LlamaForCausalLM"}
+DTYPES = ("float32", "bfloat16", "float16")
+ROPE_SCALINGS = {  # rope_type in config.json -> the numbers it can't do without
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The facts about a decoder that its checkpoint fixes.
+
+    `rope_scaling` is None or a dict: "rope_type", one of ROPE_SCALINGS, and its numbers as config.json names them; or
+    {"rope_type": "divisors", "divisors": head_dim/2 numbers that divide the frequencies}, GGUF's form of "llama3".
+    `dtype` is what the checkpoint is stored in, "bfloat16" if it is quantised.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None
+    rope_interleaved: bool  # rotates elements (2i, 2i + 1) of a head; otherwise (i, i + head_dim/2)
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+    dtype: str
+
+
+class Fields:
+    """A JSON object or GGUF metadata whose values are checked as they are read; `source` names it in errors."""
+
+    def __init__(self, values: Mapping[str, Any], source: str):
+        self.values = values
+        self.source = source
+
+    def required(self, key: str) -> Any:
+        if self.values.get(key) is None:
+            raise ValueError(f"{self.source}: required field {key!r} is missing")
+        return self.values[key]
+
+    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """An int of at least `least`; without a default the field is required."""
+        value = self.required(key) if default is None else self._get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise self.error(key, f"must be an integer of at least {least}")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """A positive number."""
+        value = self._get(key, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+            raise self.error(key, "must be a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, "must be true or false")
+        return value
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        """A token id, a list of them, or nothing."""
+        value = self._get(key, [])
+        ids = value if isinstance(value, list) else [value]
+        if any(not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0 for token_id in ids):
+            raise self.error(key, "must be a token id or a list of them")
+        return tuple(ids)
+
+    def token_id(self, key: str) -> int | None:
+        return next(iter(self.token_ids(key)), None)
+
+    def text(self, key: str) -> str | None:
+        value = self._get(key, None)
+        if value is not None and not isinstance(value, str):
+            raise self.error(key, "must be text")
+        return value
+
+    def list_of(self, item_type: type, key: str) -> list | None:
+        """A list, each item an instance of `item_type`; None if there is none."""
+        value = self._get(key, None)
+        if value is not None and not (isinstance(value, list) and all(isinstance(item, item_type) for item in value)):
+            raise self.error(key, f"must be a list of {item_type.__name__}")
+        return value
+
+    def object(self, key: str) -> dict[str, Any] | None:
+        value = self._get(key, None)
+        if value is not None and not isinstance(value, dict):
+            raise self.error(key, "must be an object")
+        return value
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self.values.get(key)  # config.json writes null for "not set"
+        return default if value is None else value
+
+    def error(self, key: str, rule: str) -> ValueError:
+        """For the caller to raise: which value of which file breaks which rule."""
+        return ValueError(f"{self.source}: {key!r} is {reprlib.repr(self.values.get(key))}; {rule}")
+
+
+def config_from_json(
+    config: Mapping[str, Any], generation_config: Mapping[str, Any], dtype: str, source: str
+) -> ModelConfig:
+    """The ModelConfig of a Hugging Face config.json.
+
+    `dtype` is what the tensors have, used where config.json doesn't say; `source` names the file in errors.
+    Raises ValueError for an architecture we don't have, a missing or mistyped field, or a feature we don't have.
+    """
+    fields = Fields(config, source)
+    architecture = _huggingface_architecture(fields)
+    hidden_size = fields.integer("hidden_size")
+    num_heads, num_kv_heads = _heads(fields, "num_attention_heads", "num_key_value_heads")
+    rope_theta, rope_scaling = _rope_from_json(fields)
+    # generate() in transformers stops at the generation config's ids where it has any; so do we.
+    eos_token_ids = Fields(generation_config, source).token_ids("eos_token_id") or fields.token_ids("eos_token_id")
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=fields.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=fields.integer("intermediate_size"),
+        num_layers=fields.integer("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=_head_dim(fields, "head_dim", hidden_size, num_heads),
+        rms_norm_eps=fields.number("rms_norm_eps", default=1e-6),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        rope_interleaved=False,
+        max_position_embeddings=fields.integer("max_position_embeddings", default=2048),
+        tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
+        attention_bias=fields.flag("attention_bias", default=False),
+        mlp_bias=fields.flag("mlp_bias", default=False),
+        bos_token_id=fields.token_id("bos_token_id"),
+        eos_token_ids=eos_token_ids,
+        pad_token_id=fields.token_id("pad_token_id"),
+        dtype=_dtype(fields) or dtype,
+    )
+
+
+def _heads(fields: Fields, heads_key: str, kv_heads_key: str) -> tuple[int, int]:
+    num_heads = fields.integer(heads_key)
+    num_kv_heads = fields.integer(kv_heads_key, default=num_heads)
+    if num_heads % num_kv_heads:
+        raise fields.error(kv_heads_key, f"the {num_heads} heads must share KV heads evenly")
+    return num_heads, num_kv_heads
+
+
+def _head_dim(fields: Fields, key: str, hidden_size: int, num_heads: int) -> int:
+    head_dim = fields.integer(key, default=max(hidden_size // num_heads, 1))
+    if fields.values.get(key) is None and hidden_size % num_heads:
+        raise fields.error(key, f"it must be given, as hidden size {hidden_size} is no multiple of {num_heads} heads")
+    if head_dim % 2:
+        raise fields.error(key, f"rotary embeddings need an even head size, not {head_dim}")
+    return head_dim
+
+
+def _dtype(fields: Fields) -> str | None:
+    for key in ("dtype", "torch_dtype"):
+        name = (fields.text(key) or "").removeprefix("torch.")
+        if name and name not in DTYPES:
+            raise fields.error(key, f"weights can be {', '.join(DTYPES)}")
+        if name:
+            return name
+    return None
+
+
+def _huggingface_architecture(fields: Fields) -> str:
+    architectures = fields.required("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else architectures
+    if not isinstance(name, str) or name not in HUGGINGFACE_ARCHITECTURES:
+        raise fields.error("architectures", f"the architectures we have are {', '.join(HUGGINGFACE_ARCHITECTURES)}")
+    if fields.text("hidden_act") not in (None, "silu"):
+        raise fields.error("hidden_act", "only 'silu' is available")
+    if fields.values.get("quantization_config"):
+        raise fields.error("quantization_config", "use an unquantised checkpoint or a GGUF")
+    if fields.number("partial_rotary_factor", default=1.0) != 1.0:
+        raise fields.error("partial_rotary_factor", "only whole heads can be rotated")
+    max_positions = fields.integer("max_position_embeddings", default=2048)
+    if fields.integer("sliding_window", default=max_positions) < max_positions:
+        raise fields.error("sliding_window", "only full attention is available")
+    return HUGGINGFACE_ARCHITECTURES[name]
+
+
+def _rope_from_json(fields: Fields) -> tuple[float, dict[str, Any] | None]:
+    """(theta, scaling) from either `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
+    rope = fields.object("rope_parameters") or fields.object("rope_scaling") or {}
+    theta = Fields({**fields.values, **rope}, fields.source).number("rope_theta", default=10000.0)
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type == "default":
+        return theta, None
+    scaling = {key: value for key, value in rope.items() if key not in ("type", "rope_theta")}
+    scaling["rope_type"] = rope_type
+    return theta, _checked_scaling(scaling, fields.source)
+
+
+def _checked_scaling(scaling: dict[str, Any], source: str) -> dict[str, Any]:
+    fields = Fields(scaling, f"{source}: rope scaling")
+    if fields.text("rope_type") not in ROPE_SCALINGS:
+        raise fields.error("rope_type", f"the types we have are default, {', '.join(ROPE_SCALINGS)}")
+    for key in ROPE_SCALINGS[scaling["rope_type"]]:
+        fields.required(key)
+        fields.number(key, default=1.0)
+    return scaling
+
+
+def config_from_gguf(
+    metadata: Mapping[str, Any],
+    tensor_names: Collection[str],
+    rope_divisors: tuple[float, ...] | None,
+    dtype: str,
+    source: str,
+) -> ModelConfig:
+    """The ModelConfig in GGUF metadata. What GGUF leaves unsaid (ties, biases) follows from the tensors that are there.
+
+    `tensor_names` are Hugging Face names, `rope_divisors` the values of rope_freqs.weight, `dtype` that of the large
+    tensors. Raises ValueError for an architecture or a feature we don't have, and a missing or mistyped field.
+    """
+    general = Fields(metadata, source)
+    architecture, fields = _gguf_architecture(general)
+    hidden_size = fields.integer("embedding_length")
+    num_heads, num_kv_heads = _heads(fields, "attention.head_count", "attention.head_count_kv")
+    head_dim = _head_dim(fields, "attention.key_length", hidden_size, num_heads)
+    _refuse_gguf_features(fields, head_dim)
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=fields.integer("vocab_size", default=len(general.list_of(str, "tokenizer.ggml.tokens") or ())),
+        hidden_size=hidden_size,
+        intermediate_size=fields.integer("feed_forward_length"),
+        num_layers=fields.integer("block_count"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=fields.number("attention.layer_norm_rms_epsilon", default=1e-5),
+        rope_theta=fields.number("rope.freq_base", default=10000.0),
+        rope_scaling=_rope_scaling_from_gguf(fields, rope_divisors),
+        rope_interleaved=False,  # q and k rows are put in half-split order while they are read
+        max_position_embeddings=fields.integer("context_length"),
+        tie_word_embeddings="lm_head.weight" not in tensor_names,
+        attention_bias="model.layers.0.self_attn.q_proj.bias" in tensor_names,
+        mlp_bias="model.layers.0.mlp.gate_proj.bias" in tensor_names,
+        bos_token_id=general.token_id("tokenizer.ggml.bos_token_id"),
+        eos_token_ids=gguf_eos_token_ids(metadata, source),
+        pad_token_id=general.token_id("tokenizer.ggml.padding_token_id"),
+        dtype=dtype,
+    )
+
+
+def _gguf_architecture(general: Fields) -> tuple[str, Fields]:
+    """Our name of the architecture, and its own fields without the prefix "llama."."""
+    name = general.text("general.architecture")
+    if name not in GGUF_ARCHITECTURES:
+        raise general.error("general.architecture", f"the architectures we have are {', '.join(GGUF_ARCHITECTURES)}")
+    own = {key.removeprefix(f"{name}."): value for key, value in general.values.items() if key.startswith(f"{name}.")}
+    return GGUF_ARCHITECTURES[name], Fields(own, f"{general.source}: {name}")
+
+
+def gguf_eos_token_ids(metadata: Mapping[str, Any], source: str) -> tuple[int, ...]:
+    """End of sequence and, where the file names it apart, end of turn."""
+    tokens = Fields(metadata, source)
+    ends = tokens.token_ids("tokenizer.ggml.eos_token_id") + tokens.token_ids("tokenizer.ggml.eot_token_id")
+    return tuple(dict.fromkeys(ends))
+
+
+def _refuse_gguf_features(fields: Fields, head_dim: int) -> None:
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if fields.integer(key, default=head_dim) != head_dim:
+            raise fields.error(key, f"only the head size, {head_dim}, is available")
+    if fields.integer("expert_count", default=0, least=0):
+        raise fields.error("expert_count", "mixtures of experts are not available yet")
+
+
+def _rope_scaling_from_gguf(fields: Fields, divisors: tuple[float, ...] | None) -> dict[str, Any] | None:
+    if divisors is not None:  # llama.cpp's converter works Llama 3's numbers out and stores them as a tensor
+        return {"rope_type": "divisors", "divisors": divisors}
+    rope_type = fields.text("rope.scaling.type")
+    if rope_type in (None, "none"):
+        return None
+    scaling = {"rope_type": rope_type, "factor": fields.values.get("rope.scaling.factor")}
+    return _checked_scaling(scaling, fields.source)

