@@ -1,0 +1,241 @@
+"""A scheduled batch becomes flat arrays, the arrays go through the model, sampled tokens come back.
+
+The tokens of a step lie one after the other, sequence by sequence; every array is written by NumPy into one staging
+area. A step of A (one token at position 70), B (one at 5) and C (a chunk of 3 from position 64), blocks of 64:
+
+    ids            | a70 | b5 | c64 c65 c66 |      [T]     tokens to compute
+    positions      | 70  | 5  | 64  65  66  |      [T]
+    slots          | block_table[position // 64] * 64 + position % 64 |   [T] where key and value are written
+    cu_seqlens     | 0  1  2  5 |                  [S + 1] where each sequence begins
+    context_lens   | 71 | 6 | 67 |                 [S]     keys that its last token sees
+    block_tables   | one row of block numbers each |   [S, most blocks of a sequence]
+    logits_rows    | 0  1  4 |                     [R]     the rows to sample from: ends of known tokens
+
+A step in which every sequence decodes is recorded the first time its shape (number of sequences, bucket of context
+lengths) comes up and replayed ever after: its Python costs no more than filling the arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+
+from fastdeploy.device import GIB, Field, Plan
+from fastdeploy.engine.request import Request
+from fastdeploy.engine.scheduler import ScheduledBatch, ScheduledRequest
+from fastdeploy.engine_config import EngineConfig
+from fastdeploy.kernels.attention import SPLIT, AttentionBatch
+from fastdeploy.kernels.launch import view
+from fastdeploy.kernels.sampling import sample
+from fastdeploy.models.decoder import Decoder, StepInputs
+
+
+class Runner:
+    """Runs the steps of one model. Owns the KV cache and all memory that a step needs.
+
+    Args:
+        model: the decoder, its weights loaded.
+        config: with max_model_len and max_num_batched_tokens resolved to numbers.
+
+    Attributes:
+        num_blocks: blocks in the KV cache, numbered from 0; the scheduler hands them out.
+
+    Raises ValueError if the KV cache can't be as large as `config` needs it.
+    """
+
+    def __init__(self, model: Decoder, config: EngineConfig) -> None:
+        if config.max_model_len is None or config.max_num_batched_tokens is None:
+            raise ValueError("the runner needs a resolved EngineConfig, see EngineConfig.resolved")
+        self.model = model
+        self.device = model.device
+        self.block_size = config.block_size
+        self.max_tokens = min(config.max_num_batched_tokens, config.max_num_seqs * config.max_model_len)
+        self.max_seqs = min(config.max_num_seqs, self.max_tokens)
+        self.max_blocks = -(-config.max_model_len // self.block_size)  # of one sequence
+        self.max_splits = -(-config.max_model_len // SPLIT)
+        self.num_blocks = choose_num_blocks(model, config)
+        self._cache = model.allocate_cache(self.num_blocks, self.block_size)
+        self._activations = model.allocate_activations(self.max_tokens, self.max_seqs, config.max_model_len)
+        self._logits = self.device.empty((self.max_seqs, model.config.vocab_size), "float32")
+        self._sampled = self.device.empty((self.max_seqs,), "int32")
+        self._staging = self.device.staging(self._fields())
+        self._inputs = {name: view(tensor) for name, tensor in self._staging.device.items()}
+        self._outputs = {"logits": view(self._logits), "sampled": view(self._sampled)}
+        self._tables: list[list[int]] = [[] for _ in range(self.max_seqs)]  # what each row of block_tables holds
+        self._sampling: list[Request] = []  # whose sampling parameters the rows of temperature, top_p and seed hold
+        self._count = np.arange(self.max_tokens)  # 0, 1, 2, ..., to cut ranges from
+        self._plans: dict[tuple[int, int], Plan] = {}
+        self._num_logits = 0
+
+    def run(self, batch: ScheduledBatch) -> list[int | None]:
+        """Compute one step.
+
+        Returns for each item of the batch the token sampled after it; None in mid-prefill; -1 where the logits were no
+        numbers.
+        """
+        items = batch.items
+        sampled_items = [item for item in items if item.samples]
+        num_tokens = self._fill_tokens(items)
+        self._fill_block_tables(items)
+        self._fill_slots(num_tokens, len(items))
+        self._fill_sampling(items, sampled_items)
+        self._staging.upload()
+        self._num_logits = len(sampled_items)
+        num_splits = self._num_splits([item.start + 1 for item in items[: batch.num_decodes]])
+        if num_tokens == len(sampled_items):
+            self._replay_decode(num_tokens, num_splits)
+        else:
+            longest = max(item.num_tokens for item in items)
+            self._launch(num_tokens, len(items), batch.num_decodes, longest, num_splits)
+        return self._tokens(items, sampled_items)
+
+    def last_logits(self) -> np.ndarray:
+        """A copy of the last step's logits, [R, vocabulary] float32: a row for each item that was sampled, in order."""
+        return self.device.to_numpy(self._logits)[: self._num_logits]
+
+    # The step's inputs
+
+    def _fields(self) -> dict[str, Field]:
+        tokens, seqs = (self.max_tokens,), (self.max_seqs,)
+        return {
+            "ids": Field(tokens, "int32"),
+            "positions": Field(tokens, "int32"),
+            "slots": Field(tokens, "int64"),
+            "cu_seqlens": Field((self.max_seqs + 1,), "int32"),
+            "context_lens": Field(seqs, "int32"),
+            "block_tables": Field((self.max_seqs, self.max_blocks), "int32"),
+            "logits_rows": Field(seqs, "int32"),
+            "temperature": Field(seqs, "float32"),
+            "top_p": Field(seqs, "float32"),
+            "seed": Field(seqs, "int64"),
+            "sample_positions": Field(seqs, "int32"),
+        }
+
+    def _fill_tokens(self, items: Sequence[ScheduledRequest]) -> int:
+        """Write ids, positions, cu_seqlens and context_lens; returns the number of tokens."""
+        host, num_seqs = self._staging.host, len(items)
+        starts = np.array([item.start for item in items])
+        lengths = np.array([item.num_tokens for item in items])
+        ends = np.cumsum(lengths)
+        num_tokens = int(ends[-1])
+        known = (item.request.token_ids[item.start : item.start + item.num_tokens] for item in items)
+        host["ids"][:num_tokens] = list(chain.from_iterable(known))
+        host["cu_seqlens"][1 : num_seqs + 1] = ends
+        host["context_lens"][:num_seqs] = starts + lengths
+        # Token i of the step is token i - (ends - lengths) of its chunk.
+        host["positions"][:num_tokens] = np.repeat(starts + lengths - ends, lengths) + self._count[:num_tokens]
+        return num_tokens
+
+    def _fill_block_tables(self, items: Sequence[ScheduledRequest]) -> None:
+        """Write the rows of block_tables. A row mostly holds what it held one step before, or one block less."""
+        rows = self._staging.host["block_tables"]
+        for index, item in enumerate(items):
+            table, written = item.request.block_table, self._tables[index]
+            if written == table:  # comparing 64 numbers costs 1 us, writing them 3 us
+                continue
+            self._tables[index] = []  # forgotten first: Ctrl-C may strike before the row is written
+            rows[index, : len(table)] = table
+            self._tables[index] = table.copy()
+
+    def _fill_slots(self, num_tokens: int, num_seqs: int) -> None:
+        host = self._staging.host
+        lengths = np.diff(host["cu_seqlens"][: num_seqs + 1])
+        blocks, offsets = np.divmod(host["positions"][:num_tokens], self.block_size)
+        block_ids = host["block_tables"][np.repeat(self._count[:num_seqs], lengths), blocks].astype(np.int64)
+        host["slots"][:num_tokens] = block_ids * self.block_size + offsets
+
+    def _fill_sampling(self, items: Sequence[ScheduledRequest], sampled: Sequence[ScheduledRequest]) -> None:
+        """Write what the sampler reads, and logits_rows."""
+        host, count = self._staging.host, len(sampled)
+        last_rows = host["cu_seqlens"][1 : len(items) + 1] - 1
+        host["logits_rows"][:count] = last_rows if count == len(items) else last_rows[[item.samples for item in items]]
+        host["sample_positions"][:count] = [item.start + item.num_tokens for item in sampled]
+        requests = [item.request for item in sampled]
+        if requests != self._sampling:
+            self._sampling = []  # forgotten first, as above
+            parameters = [request.sampling_params for request in requests]
+            for name in ("temperature", "top_p", "seed"):
+                host[name][:count] = [getattr(each, name) for each in parameters]
+            self._sampling = requests
+
+    # The step
+
+    def _replay_decode(self, num_seqs: int, num_splits: int) -> None:
+        """A step of one token and one sample for each sequence."""
+        plan = self._plans.get((num_seqs, num_splits))
+        if plan is None:
+            with self.device.capture() as plan:
+                self._launch(num_seqs, num_seqs, num_decodes=num_seqs, longest=1, num_splits=num_splits)
+            self._plans[num_seqs, num_splits] = plan
+        plan.replay()
+
+    def _launch(self, num_tokens: int, num_seqs: int, num_decodes: int, longest: int, num_splits: int) -> None:
+        """Launch the kernels of a step whose inputs have been filled in."""
+        inputs, count = self._inputs, self._num_logits
+        attention = AttentionBatch(
+            num_decodes=num_decodes,
+            num_seqs=num_seqs,
+            max_query_len=longest,
+            cu_seqlens=inputs["cu_seqlens"].rows(num_seqs + 1),
+            context_lens=inputs["context_lens"].rows(num_seqs),
+            block_tables=inputs["block_tables"].rows(num_seqs),
+            num_splits=num_splits,
+        )
+        step = StepInputs(
+            ids=inputs["ids"].rows(num_tokens),
+            positions=inputs["positions"].rows(num_tokens),
+            slots=inputs["slots"].rows(num_tokens),
+            logits_rows=None if count == num_tokens else inputs["logits_rows"].rows(count),
+            attention=attention,
+            num_tokens=num_tokens,
+            num_logits=count,
+        )
+        logits, sampled = self._outputs["logits"].rows(count), self._outputs["sampled"].rows(count)
+        self.model.forward(logits, step, self._cache, self._activations)
+        if count:
+            parameters = (inputs[name].rows(count) for name in ("temperature", "top_p", "seed", "sample_positions"))
+            sample(sampled, logits, *parameters)
+
+    def _tokens(self, items: Sequence[ScheduledRequest], sampled_items: Sequence[ScheduledRequest]) -> list[int | None]:
+        """What was sampled, an entry for each item."""
+        if not sampled_items:
+            return [None] * len(items)
+        tokens = iter(self.device.to_numpy(self._sampled).tolist())
+        return [next(tokens) if item.samples else None for item in items]
+
+    def _num_splits(self, contexts: Sequence[int]) -> int:
+        """Into how many parts of SPLIT keys attention cuts the contexts of the decodes, rounded up to a power of two.
+
+        Rounded, so that few plans are recorded: a part past a sequence's end costs next to nothing.
+        """
+        needed = -(-max(contexts, default=1) // SPLIT)
+        return min(1 << (needed - 1).bit_length(), self.max_splits)
+
+
+def choose_num_blocks(model: Decoder, config: EngineConfig) -> int:
+    """Blocks of the KV cache: the override, else as many as `max_num_seqs` sequences of full length can use and the
+    device's budget affords.
+
+    Raises ValueError if that is less than one sequence of full length, or if the override can't fit.
+    """
+    block_bytes = model.cache_bytes_per_block(config.block_size)
+    override = config.num_gpu_blocks_override
+    if override is not None:
+        free = model.device.free_memory()
+        if override * block_bytes > free:
+            raise ValueError(
+                f"num_gpu_blocks_override={override} takes {override * block_bytes / GIB:.1f} GiB of memory, "
+                f"{free / GIB:.1f} GiB are free: at most {free // block_bytes} blocks fit"
+            )
+        return override
+    per_sequence = -(-(config.max_model_len or 0) // config.block_size)
+    affordable = model.device.cache_budget() // block_bytes
+    if affordable < per_sequence:
+        raise ValueError(
+            f"max_model_len={config.max_model_len} needs {per_sequence * block_bytes / GIB:.2f} GiB of KV cache for a "
+            f"single sequence, {affordable * block_bytes / GIB:.2f} GiB may be used: lower max_model_len to at most "
+            f"{affordable * config.block_size}, or free memory"
+        )
+    return min(affordable, config.max_num_seqs * per_sequence)

@@ -1,0 +1,99 @@
+"""EngineConfig: the keywords of `LLM(...)`, checked when built."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+
+from fastdeploy.checks import check_int, check_number, complaint, suggesting_keywords
+from fastdeploy.sampling_params import MAX_SEED
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+BLOCK_SIZES = (16, 32, 64, 128, 256)  # attention splits the context every 256 tokens and reads whole blocks
+DEFAULT_MAX_MODEL_LEN = 8192  # a model made for 128 k tokens would otherwise ask for gigabytes of KV blocks
+DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048  # requests that decode wait for the whole step: bound its length
+
+
+@suggesting_keywords("LLM")
+@dataclass(frozen=True)
+class EngineConfig:
+    """What `LLM(...)` takes. Wrong types are a TypeError, wrong values a ValueError, when built.
+
+    model: a .gguf file, a checkpoint directory, or an installed Python package that carries a .gguf file.
+    tokenizer: where the tokenizer is, if not with the model.
+    max_model_len: most tokens of a request, prompt and output together. None: the model's limit, at most 8192.
+    max_num_seqs: most requests computed in one step; the others wait.
+    max_num_batched_tokens: most tokens computed in one step; longer prompts are cut into chunks. None: 2048.
+    block_size: tokens in a KV block, a power of two from 16 to 256.
+    num_gpu_blocks_override: number of KV blocks, on a CPU too. None: as many as are useful and fit.
+    gpu_memory_utilization: share of a GPU's memory that may be used, weights included. Without effect on a CPU.
+    dtype: what weights and KV cache are stored in; "auto" is the checkpoint's own. On a CPU all sums are float32.
+    seed: the origin of the seeds of requests that name none.
+    tensor_parallel_size: number of devices that share the model; only 1 so far.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int | None = None
+    block_size: int = 64
+    num_gpu_blocks_override: int | None = None
+    gpu_memory_utilization: float = 0.9
+    dtype: str = "auto"
+    seed: int = 0
+    tensor_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        self._check_path("model", self.model)
+        if self.tokenizer is not None:
+            self._check_path("tokenizer", self.tokenizer)
+        for field in ("max_model_len", "max_num_batched_tokens", "num_gpu_blocks_override"):
+            if getattr(self, field) is not None:
+                self._check_int(field, low=1)
+        self._check_int("max_num_seqs", low=1)
+        self._check_int("tensor_parallel_size", low=1)
+        self._check_int("seed", low=0, high=MAX_SEED)
+        self._check_choice("block_size", BLOCK_SIZES)
+        self._check_choice("dtype", DTYPES)
+        share = check_number("LLM", "gpu_memory_utilization", self.gpu_memory_utilization, low=0, high=1)
+        if share == 0:
+            raise ValueError(complaint("LLM", "gpu_memory_utilization", 0, "must be above 0 and at most 1"))
+        object.__setattr__(self, "gpu_memory_utilization", share)
+        if self.tensor_parallel_size != 1:
+            must = "must be 1: this version runs on one device"
+            raise ValueError(complaint("LLM", "tensor_parallel_size", self.tensor_parallel_size, must))
+
+    def _check_path(self, field: str, value: object) -> None:
+        if not isinstance(value, (str, os.PathLike)):
+            must = f"must be a path or a package name, not {type(value).__name__}"
+            raise TypeError(complaint("LLM", field, value, must))
+        path = os.fspath(value)
+        if not isinstance(path, str) or not path.strip():
+            raise ValueError(complaint("LLM", field, value, "must be a path or a package name, not empty"))
+        object.__setattr__(self, field, path)
+
+    def _check_int(self, field: str, low: int, high: int | None = None) -> None:
+        object.__setattr__(self, field, check_int("LLM", field, getattr(self, field), low, high))
+
+    def _check_choice(self, field: str, choices: tuple[object, ...]) -> None:
+        value = getattr(self, field)
+        listed = ", ".join(map(repr, choices))
+        if type(value) is not type(choices[0]):
+            must = f"must be one of {listed}, not {type(value).__name__}"
+            raise TypeError(complaint("LLM", field, value, must))
+        if value not in choices:
+            raise ValueError(complaint("LLM", field, value, f"must be one of {listed}"))
+
+    def resolved(self, model_limit: int) -> EngineConfig:
+        """A copy in which max_model_len and max_num_batched_tokens are numbers.
+
+        model_limit: the positions the model was made for. Raises ValueError where max_model_len is above it.
+        """
+        length = self.max_model_len if self.max_model_len is not None else min(model_limit, DEFAULT_MAX_MODEL_LEN)
+        if length > model_limit:
+            must = f"must be at most {model_limit}, the positions this model was made for"
+            raise ValueError(complaint("LLM", "max_model_len", length, must))
+        tokens = self.max_num_batched_tokens or DEFAULT_MAX_NUM_BATCHED_TOKENS
+        return dataclasses.replace(self, max_model_len=length, max_num_batched_tokens=tokens)

@@ -1,0 +1,110 @@
+"""PromptReader: whatever callers pass as prompts, checked and turned into token ids.
+
+    str, list[int], {"prompt": either}, {"prompt_token_ids": list[int]}      one prompt
+    a list of these                                                          several
+    list[dict] with "role" and "content", or a list of such lists            conversations, for chat
+
+Every error names the place, as in "prompts[3][17] is -1".
+"""
+
+from __future__ import annotations
+
+import numbers
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastdeploy.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the caller will see as `RequestOutput.prompt`, and the ids that the model sees."""
+
+    given: str | list[int]
+    token_ids: list[int]
+
+
+class PromptReader:
+    """Reads prompts for a model with `vocab_size` ids and room for max_model_len tokens, prompt and output together.
+
+    Raises TypeError or ValueError if anything in a prompt is wrong.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, max_model_len: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+
+    def read(self, prompts: object) -> list[Prompt]:
+        """What `LLM.generate` takes. Text is tokenised as it is, without special tokens and chat template."""
+        if isinstance(prompts, (str, Mapping)):
+            return [self._prompt("prompts", prompts)]
+        if not isinstance(prompts, (list, tuple)):
+            must = "must be text, a list of token ids, a dict, or a list of these"
+            raise TypeError(f"prompts {must}, not {type(prompts).__name__}: {reprlib.repr(prompts)}")
+        if not prompts:
+            raise ValueError("prompts is an empty list: pass at least one prompt")
+        if isinstance(prompts[0], numbers.Number):
+            return [self._prompt("prompts", prompts)]
+        return [self._prompt(f"prompts[{index}]", prompt) for index, prompt in enumerate(prompts)]
+
+    def read_chat(self, messages: object, chat_template: str | None, variables: Mapping[str, Any]) -> list[Prompt]:
+        """What `LLM.chat` takes; `variables` go to the chat template."""
+        if not isinstance(messages, (list, tuple)):
+            must = "must be a conversation, a list of {'role': ..., 'content': ...}, or a list of conversations"
+            raise TypeError(f"messages {must}, not {type(messages).__name__}: {reprlib.repr(messages)}")
+        if not messages:
+            raise ValueError("messages is an empty list: pass at least one message")
+        if not isinstance(messages[0], (list, tuple)):
+            return [self._conversation("messages", messages, chat_template, variables)]
+        return [
+            self._conversation(f"messages[{index}]", conversation, chat_template, variables)
+            for index, conversation in enumerate(messages)
+        ]
+
+    def _prompt(self, name: str, prompt: object) -> Prompt:
+        if isinstance(prompt, Mapping):
+            keys = [key for key in ("prompt", "prompt_token_ids") if key in prompt]
+            if len(keys) != 1:
+                found = reprlib.repr(list(prompt))
+                raise ValueError(f"{name} must have either the key 'prompt' or 'prompt_token_ids', it has {found}")
+            name, prompt = f"{name}[{keys[0]!r}]", prompt[keys[0]]
+        if isinstance(prompt, str):
+            return Prompt(prompt, self._checked(name, self._tokenizer.encode(prompt)))
+        if isinstance(prompt, (list, tuple)):
+            token_ids = self._checked(name, prompt)
+            return Prompt(token_ids, token_ids)
+        must = "must be text, a list of token ids, or a dict with one of them"
+        raise TypeError(f"{name} {must}, not {type(prompt).__name__}: {reprlib.repr(prompt)}")
+
+    def _conversation(
+        self, name: str, messages: Sequence[Any], chat_template: str | None, variables: Mapping[str, Any]
+    ) -> Prompt:
+        try:
+            text = self._tokenizer.apply_chat_template(list(messages), chat_template=chat_template, **variables)
+        except (TypeError, ValueError) as error:
+            if name == "messages":
+                raise
+            # Its text says "messages[0]" of a message in this conversation.
+            raise (TypeError if isinstance(error, TypeError) else ValueError)(f"in {name}: {error}") from error
+        return Prompt(text, self._checked(name, self._tokenizer.encode(text)))
+
+    def _checked(self, name: str, ids: Sequence[Any]) -> list[int]:
+        """A copy of a prompt's ids, which the model can take and answer."""
+        if not ids:
+            raise ValueError(f"{name} is empty: a prompt has at least one token")
+        for position, token_id in enumerate(ids):
+            if isinstance(token_id, bool) or not isinstance(token_id, numbers.Integral):
+                must = f"must be a token id, an integer, not {type(token_id).__name__}"
+                raise TypeError(f"{name}[{position}] {must}: {reprlib.repr(token_id)}")
+            if not 0 <= int(token_id) < self._vocab_size:
+                raise ValueError(f"{name}[{position}] is {token_id}: token ids run from 0 to {self._vocab_size - 1}")
+        if len(ids) >= self._max_model_len:
+            raise ValueError(
+                f"{name} has {len(ids)} tokens; max_model_len={self._max_model_len}, for prompt and output together, "
+                f"leaves it {self._max_model_len - 1} at most: shorten it or raise max_model_len"
+            )
+        return [int(token_id) for token_id in ids]

@@ -1,0 +1,264 @@
+"""The loop with a fake model: finish reasons, text, metrics, and what is left after an exception."""
+
+import random
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import pytest
+
+from fastdeploy.engine.engine import Engine, Transcript
+from fastdeploy.engine.request import Request
+from fastdeploy.engine.scheduler import ScheduledBatch, Scheduler
+from fastdeploy.sampling_params import SamplingParams
+
+EOS = 99
+
+
+def make_request(name: str, num_prompt: int = 3, max_tokens: int = 4, **params: object) -> Request:
+    prompt = list(range(num_prompt))
+    return Request(name, prompt, prompt, SamplingParams(0.0, 1.0, max_tokens, 0, **params), frozenset([EOS]))
+
+
+class FakeRunner:
+    """Says a function of (request, number of output tokens so far); may be told to raise before a step."""
+
+    def __init__(self, say: Callable[[Request, int], int] = lambda request, count: 10 + count) -> None:
+        self.say = say
+        self.raise_in: dict[int, BaseException] = {}
+        self.num_steps = 0
+
+    def run(self, batch: ScheduledBatch) -> list[int | None]:
+        self.num_steps += 1
+        if self.num_steps in self.raise_in:
+            raise self.raise_in[self.num_steps]
+        return [self.speak(item.request) if item.samples else None for item in batch.items]
+
+    def speak(self, request: Request) -> int:
+        return self.say(request, request.num_output_tokens)
+
+
+class SpellingDetokenizer:
+    """Token 7 is the first half of a character: it is held back."""
+
+    def __init__(self) -> None:
+        self.held = ""
+
+    def add(self, token_id: int) -> str:
+        if token_id == 7:
+            self.held = "?"
+            return ""
+        text, self.held = f"<{token_id}>", ""
+        return text
+
+    def finish(self) -> str:
+        return self.held
+
+
+def make_engine(runner: FakeRunner, num_blocks: int = 20, max_num_seqs: int = 4, budget: int = 16) -> Engine:
+    return Engine(Scheduler(num_blocks, 2, max_num_seqs, budget), runner)
+
+
+def run(engine: Engine, requests: list[Request]) -> None:
+    for _ in engine.run(requests):
+        engine.scheduler.check_integrity()
+    assert_empty(engine)
+
+
+def assert_empty(engine: Engine) -> None:
+    assert not engine.scheduler.has_requests
+    assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
+
+
+@pytest.mark.parametrize(
+    ("params", "reason", "stop_reason", "num_tokens", "text"),
+    [
+        ({}, "stop", None, 3, "<10><11>"),
+        ({"ignore_eos": True}, "length", None, 5, "<10><11><99><13><14>"),
+        ({"max_tokens": 2}, "length", None, 2, "<10><11>"),
+        ({"max_tokens": 3}, "stop", None, 3, "<10><11>"),
+        ({"stop_token_ids": [5, 11]}, "stop", 11, 2, "<10>"),
+        ({"stop_token_ids": [EOS], "ignore_eos": True}, "stop", EOS, 3, "<10><11>"),
+    ],
+)
+def test_finish_reasons(params: dict, reason: str, stop_reason: int | None, num_tokens: int, text: str) -> None:
+    engine = make_engine(FakeRunner(lambda request, count: EOS if count == 2 else 10 + count))
+    request = make_request("a", **{"max_tokens": 5, **params})
+    run(engine, [request])
+    output = Transcript(request, SpellingDetokenizer()).output()
+    assert (output.outputs.finish_reason, output.outputs.stop_reason) == (reason, stop_reason)
+    assert len(output.outputs.token_ids) == num_tokens
+    assert output.outputs.text == output.outputs.delta == text
+    assert output.finished and output.error_code == 200 and output.error_msg is None
+
+
+def test_a_growing_transcript_holds_back_incomplete_text() -> None:
+    said = [1, 7, 2, 3, 7]
+    engine = make_engine(FakeRunner(lambda request, count: said[count]))
+    request = make_request("a", max_tokens=5)
+    transcript = Transcript(request, SpellingDetokenizer())
+    outputs = [transcript.output() for _ in engine.run([request])]
+    assert [output.outputs.delta for output in outputs] == ["<1>", "", "<2>", "<3>", "?"]
+    assert [output.outputs.token_ids for output in outputs] == [said[:count] for count in range(1, 6)]
+    assert [output.outputs.send_idx for output in outputs] == [0, 1, 2, 3, 4]
+    assert [output.finished for output in outputs] == [False] * 4 + [True]
+    assert outputs[1].outputs.text == "<1>" and outputs[4].outputs.text == "<1><2><3>?"
+    assert outputs[0].metrics.model_execute_time < outputs[4].metrics.model_execute_time
+
+
+def test_requests_are_yielded_when_and_only_when_they_change() -> None:
+    engine = make_engine(FakeRunner(), budget=8)
+    requests = [make_request("short", 2, 3), make_request("long", 20, 2)]
+    changes = [[request.request_id for request in changed] for changed in engine.run(requests)]
+    assert changes == [["short"], ["short"], ["short", "long"], ["long"]]  # long's prompt: 6 + 7 + 7 tokens
+
+
+def test_invalid_logits_fail_one_request_and_spare_the_others() -> None:
+    engine = make_engine(FakeRunner(lambda request, count: -1 if (request.request_id, count) == ("bad", 1) else 10))
+    bad, good = make_request("bad"), make_request("good")
+    run(engine, [bad, good])
+    assert (bad.finish_reason, bad.error_code, bad.num_output_tokens) == ("error", 500, 1)
+    assert "NaN" in str(bad.error_msg)
+    assert (good.finish_reason, good.num_output_tokens) == ("length", 4)
+
+
+def test_a_request_that_outgrows_the_blocks_fails_alone_and_keeps_its_tokens() -> None:
+    engine = make_engine(FakeRunner(), num_blocks=4)
+    endless, good, too_long = make_request("endless", 2, 50), make_request("good"), make_request("too long", 9, 1)
+    run(engine, [endless, good, too_long])
+    assert (endless.finish_reason, endless.error_code, len(endless.token_ids)) == ("error", 400, 9)
+    assert (too_long.finish_reason, too_long.num_output_tokens) == ("error", 0)
+    assert good.finish_reason == "length"
+    output = Transcript(endless, SpellingDetokenizer()).output()
+    assert output.finished and output.error_msg and len(output.outputs.token_ids) == 7
+
+
+def test_metrics_add_up() -> None:
+    engine = make_engine(FakeRunner(), num_blocks=5, max_num_seqs=2)
+    first, second, third = make_request("first", 3, 6), make_request("second", 3, 5), make_request("third", 2, 1)
+    run(engine, [first, second, third])
+    for request in (first, second, third):
+        metrics = request.metrics
+        assert metrics.inference_start_time - metrics.arrival_time == metrics.time_in_queue >= 0
+        assert 0 < metrics.first_token_time <= metrics.model_execute_time
+        assert 0 < metrics.model_forward_time <= metrics.model_execute_time
+    assert third.metrics.time_in_queue > first.metrics.time_in_queue, "third had to wait for a place"
+    assert third.metrics.first_token_time == third.metrics.model_execute_time, "it had one token"
+    assert (first.metrics.preempted_count, second.metrics.preempted_count) == (0, 1)
+
+
+@pytest.mark.parametrize("exception", [KeyboardInterrupt(), RuntimeError("the device is gone")])
+def test_an_exception_frees_what_the_call_queued_and_the_engine_goes_on(exception: BaseException) -> None:
+    runner = FakeRunner()
+    engine = make_engine(runner)
+    runner.raise_in = {3: exception}
+    with pytest.raises(type(exception)):
+        run(engine, [make_request(str(index)) for index in range(10)])
+    assert_empty(engine)
+    after = make_request("after")
+    run(engine, [after])
+    assert after.finish_reason == "length"
+
+
+def test_leaving_the_iterator_early_frees_its_requests() -> None:
+    engine = make_engine(FakeRunner())
+    steps = engine.run([make_request(str(index), max_tokens=50) for index in range(10)])
+    next(steps)
+    steps.close()
+    assert_empty(engine)
+
+
+def test_an_iterator_that_was_never_started_queues_nothing() -> None:
+    engine = make_engine(FakeRunner())
+    engine.run([make_request("a")])
+    assert_empty(engine)
+
+
+def test_a_call_within_an_unfinished_call_disturbs_neither() -> None:
+    engine = make_engine(FakeRunner())
+    outer, inner = make_request("outer", max_tokens=9), make_request("inner", max_tokens=5)
+    steps = engine.run([outer])
+    next(steps)
+    run_inner = [[request.request_id for request in changed] for changed in engine.run([inner])]
+    assert run_inner == [["inner"]] * 5
+    assert next(steps) == [outer] and outer.num_output_tokens == 6, "its tokens of the meantime come at once"
+    assert len(list(steps)) == 3 and outer.num_output_tokens == 9
+    assert_empty(engine)
+
+
+def test_an_exception_in_one_call_leaves_the_requests_of_another_whole() -> None:
+    runner = FakeRunner()
+    engine = make_engine(runner)
+    outer = make_request("outer", max_tokens=9)
+    steps = engine.run([outer])
+    next(steps)
+    runner.raise_in = {3: KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.run([make_request("inner", max_tokens=5)]))
+    assert engine.scheduler.has_requests
+    list(steps)
+    assert outer.token_ids[3:] == [10 + count for count in range(9)]
+    assert_empty(engine)
+
+
+def interrupt_at_line(number: int) -> Callable:
+    """A trace function: Ctrl-C before the number-th line that is run in `Engine.step` and what it calls."""
+    countdown = iter(range(number, -1, -1))
+
+    def trace(frame: FrameType, event: str, argument: object) -> Callable | None:
+        if frame.f_code.co_name in ("_recover", "restart", "run", "abort"):
+            return None
+        if event == "line" and next(countdown) == 0:
+            raise KeyboardInterrupt
+        return trace if frame.f_code.co_filename.endswith(("engine.py", "scheduler.py", "request.py")) else None
+
+    return trace
+
+
+def test_an_interrupt_between_any_two_lines_of_a_step_loses_nothing_of_another_call() -> None:
+    number = 0
+    interrupted = True
+    while interrupted:
+        engine = make_engine(FakeRunner(), num_blocks=6)
+        outer = [make_request("a", 2, 5), make_request("b", 2, 3), make_request("c", 9, 20)]
+        steps = engine.run(outer)
+        next(steps)
+        tracer = sys.gettrace()
+        sys.settrace(interrupt_at_line(number))
+        try:
+            list(engine.run([make_request("inner", 2, 2), make_request("too long", 13, 1)]))
+            interrupted = False
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(tracer)
+        engine.scheduler.check_integrity()
+        list(steps)
+        assert [request.finish_reason for request in outer] == ["length", "length", "error"]
+        assert outer[0].token_ids[2:] == [10, 11, 12, 13, 14] and outer[1].token_ids[2:] == [10, 11, 12]
+        assert_empty(engine)
+        number += 1
+    assert number > 300, "the interrupts came where they should"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_calls_interrupts_and_early_exits_leave_the_engine_empty(seed: int) -> None:
+    rng = random.Random(seed)
+    runner = FakeRunner(lambda request, count: EOS if rng.random() < 0.1 else 10)
+    engine = make_engine(runner, rng.randint(3, 12), max_num_seqs=rng.randint(1, 6), budget=rng.randint(1, 9))
+    for _ in range(15):
+        count = rng.randint(1, 9)
+        requests = [make_request(str(index), rng.randint(1, 8), rng.randint(1, 8)) for index in range(count)]
+        runner.raise_in = {runner.num_steps + rng.randint(1, 20): KeyboardInterrupt()} if rng.random() < 0.5 else {}
+        steps = engine.run(requests)
+        try:
+            for _ in steps:
+                engine.scheduler.check_integrity()
+                if rng.random() < 0.05:
+                    steps.close()
+                    break
+            else:
+                assert all(request.finished for request in requests)
+        except KeyboardInterrupt:
+            pass
+        assert_empty(engine)

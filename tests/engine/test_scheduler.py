@@ -1,0 +1,251 @@
+"""The scheduler without a model: thousands of steps, blocks checked by a memory that knows who wrote them."""
+
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from fastdeploy.engine.request import INTERNAL_ERROR, UNSERVABLE, Request
+from fastdeploy.engine.scheduler import BlockManager, ScheduledBatch, Scheduler
+from fastdeploy.sampling_params import SamplingParams
+
+
+def make_request(name: str, num_prompt: int, max_tokens: int) -> Request:
+    rng = random.Random(name)
+    prompt = [rng.randrange(1000) for _ in range(num_prompt)]
+    return Request(name, prompt, prompt, SamplingParams(0.0, 1.0, max_tokens, seed=0))
+
+
+def next_token(token_ids: list[int]) -> int:
+    """What the fake model says after these tokens: it depends on all of them."""
+    return hash(tuple(token_ids)) % 1000
+
+
+def expected_tokens(request: Request) -> list[int]:
+    tokens = list(request.prompt_token_ids)
+    for _ in range(request.sampling_params.max_tokens or 0):
+        tokens.append(next_token(tokens))
+    return tokens
+
+
+class FakeRunner:
+    """Writes the tokens it computes to its blocks and reads all the tokens of the sequence back from there."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.memory: dict[int, tuple[str, int, int]] = {}  # slot -> request, position, token
+        self.num_computed = 0
+
+    def run(self, batch: ScheduledBatch) -> list[int | None]:
+        return [self.compute(item.request, item.start, item.num_tokens) for item in batch.items]
+
+    def compute(self, request: Request, start: int, num_tokens: int) -> int | None:
+        end = start + num_tokens
+        for position in range(start, end):
+            self.memory[self.slot(request, position)] = (request.request_id, position, request.token_ids[position])
+        read = [self.memory.get(self.slot(request, position)) for position in range(end)]
+        assert read == [(request.request_id, position, request.token_ids[position]) for position in range(end)]
+        self.num_computed += num_tokens
+        return next_token(request.token_ids) if end == len(request.token_ids) else None
+
+    def slot(self, request: Request, position: int) -> int:
+        return request.block_table[position // self.block_size] * self.block_size + position % self.block_size
+
+
+def check_batch(scheduler: Scheduler, batch: ScheduledBatch) -> None:
+    lengths = [item.num_tokens for item in batch.items]
+    assert sum(lengths) <= scheduler.max_num_batched_tokens
+    assert len({id(item.request) for item in batch.items}) == len(lengths) <= scheduler.max_num_seqs
+    assert all(length == 1 for length in lengths[: batch.num_decodes])
+    assert all(length > 1 for length in lengths[batch.num_decodes :][:1])
+    for item in batch.items:
+        assert item.start == item.request.num_computed
+        assert item.samples == (item.start + item.num_tokens == len(item.request.token_ids))
+
+
+def step(scheduler: Scheduler, runner: FakeRunner) -> ScheduledBatch:
+    batch = scheduler.schedule()
+    check_batch(scheduler, batch)
+    scheduler.update(batch, runner.run(batch))
+    scheduler.check_integrity()
+    return batch
+
+
+def run_all(scheduler: Scheduler, runner: FakeRunner, max_steps: int = 100_000) -> Iterator[ScheduledBatch]:
+    for _ in range(max_steps):
+        if not scheduler.has_requests:
+            return
+        yield step(scheduler, runner)
+    raise AssertionError("the scheduler does not come to an end")
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_random_load_ends_with_the_right_tokens_and_no_block_lost(seed: int) -> None:
+    rng = random.Random(seed)
+    block_size = rng.choice([1, 2, 3, 8, 64])
+    num_blocks = rng.choice([1, 2, 3, 5, 10, 40])
+    max_num_seqs = rng.choice([1, 2, 3, 8, 32])
+    scheduler = Scheduler(num_blocks, block_size, max_num_seqs, rng.choice([1, 2, 5, 16, 100, 1000]))
+    runner = FakeRunner(block_size)
+    longest = max(1, num_blocks * block_size * rng.choice([1, 2, 3]) // 3)
+    longest = min(longest, 500)
+    requests = [
+        make_request(str(index), rng.randint(1, longest), rng.randint(1, max(1, longest // 2))) for index in range(40)
+    ]
+    to_come = list(reversed(requests))
+    started: dict[Request, None] = {}
+    aborted = set()
+    num_steps = 0
+    while to_come or scheduler.has_requests:
+        for _ in range(rng.choice([0, 0, 1, 3])):
+            if to_come:
+                scheduler.add(to_come.pop())
+        batch = step(scheduler, runner)
+        started.update(dict.fromkeys(sorted((item.request for item in batch.items), key=requests.index)))
+        if rng.random() < 0.02 and (live := [*scheduler.running, *scheduler.waiting]):
+            aborted.add(victim := rng.choice(live))
+            scheduler.abort(victim)
+            scheduler.check_integrity()
+        num_steps += 1
+        assert num_steps < 50_000, "the scheduler does not come to an end"
+    assert scheduler.blocks.num_free == num_blocks
+    assert list(started) == sorted(started, key=requests.index), "first come, first served"
+    for request in set(requests) - aborted:
+        expected = expected_tokens(request)
+        if request.finish_reason == "length":
+            assert request.token_ids == expected
+        else:
+            assert request.finish_reason == "error" and request.error_code == UNSERVABLE and request.error_msg
+            assert len(request.token_ids) > num_blocks * block_size
+            assert request.token_ids == expected[: len(request.token_ids)]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2])
+def test_blocks_for_exactly_one_request(max_tokens: int) -> None:
+    """Four blocks of two hold eight tokens: the last token sampled needs no place, the one before it does."""
+    scheduler, runner = Scheduler(4, 2, max_num_seqs=8, max_num_batched_tokens=3), FakeRunner(2)
+    requests = [make_request(str(index), 9 - max_tokens, max_tokens) for index in range(3)]
+    for request in requests:
+        scheduler.add(request)
+    list(run_all(scheduler, runner))
+    assert [request.token_ids for request in requests] == [expected_tokens(request) for request in requests]
+
+
+def test_a_request_that_never_fits_fails_alone() -> None:
+    scheduler, runner = Scheduler(4, 2, max_num_seqs=8, max_num_batched_tokens=100), FakeRunner(2)
+    prompt_too_long, outgrows, fits = make_request("a", 9, 1), make_request("b", 4, 20), make_request("c", 3, 4)
+    for request in (prompt_too_long, outgrows, fits):
+        scheduler.add(request)
+    list(run_all(scheduler, runner))
+    assert (prompt_too_long.finish_reason, prompt_too_long.error_code) == ("error", UNSERVABLE)
+    assert "9 tokens" in str(prompt_too_long.error_msg) and "num_gpu_blocks_override" in str(prompt_too_long.error_msg)
+    assert (outgrows.finish_reason, len(outgrows.token_ids)) == ("error", 9)
+    assert fits.token_ids == expected_tokens(fits)
+
+
+def test_decodes_share_a_step_with_prefill_chunks() -> None:
+    scheduler, runner = Scheduler(100, 4, max_num_seqs=8, max_num_batched_tokens=10), FakeRunner(4)
+    short, long = make_request("short", 2, 9), make_request("long", 25, 2)
+    scheduler.add(short)
+    step(scheduler, runner)
+    scheduler.add(long)
+    shapes = [[(item.request.request_id, item.num_tokens) for item in step(scheduler, runner).items] for _ in range(4)]
+    chunks = [[("short", 1), ("long", size)] for size in (9, 9, 7)]
+    assert shapes == [*chunks, [("short", 1), ("long", 1)]]
+
+
+def test_the_youngest_is_preempted_and_continues_where_it_was() -> None:
+    scheduler, runner = Scheduler(6, 2, max_num_seqs=2, max_num_batched_tokens=100), FakeRunner(2)
+    old, young, third = make_request("old", 4, 8), make_request("young", 3, 6), make_request("third", 1, 1)
+    for request in (old, young, third):
+        scheduler.add(request)
+    steps = [[item.request.request_id for item in batch.items] for batch in run_all(scheduler, runner)]
+    assert (old.metrics.preempted_count, young.metrics.preempted_count) == (0, 1)
+    while_young_waits = steps[next(i for i, names in enumerate(steps) if "young" not in names) :]
+    back = next(i for i, names in enumerate(while_young_waits) if "young" in names)
+    assert while_young_waits[:back] == [["old"]] * back, "nobody overtakes the preempted one"
+    assert all(request.token_ids == expected_tokens(request) for request in (old, young, third))
+
+
+def test_scarce_blocks_do_not_make_the_same_prompts_be_computed_over_and_over() -> None:
+    rng = random.Random(0)
+    scheduler, runner = Scheduler(100, 16, max_num_seqs=64, max_num_batched_tokens=512), FakeRunner(16)
+    requests = [make_request(str(index), rng.randint(10, 100), rng.randint(10, 100)) for index in range(100)]
+    for request in requests:
+        scheduler.add(request)
+    list(run_all(scheduler, runner))
+    needed = sum(len(request.token_ids) - 1 for request in requests)
+    assert sum(request.metrics.preempted_count for request in requests) > 0
+    assert needed < runner.num_computed < 1.15 * needed
+
+
+def test_a_budget_below_the_number_of_decodes_serves_the_oldest_first() -> None:
+    scheduler, runner = Scheduler(100, 4, max_num_seqs=4, max_num_batched_tokens=2), FakeRunner(4)
+    requests = [make_request(str(index), 1, 5) for index in range(4)]
+    for request in requests:
+        scheduler.add(request)
+    served = [[item.request.request_id for item in batch.items] for batch in run_all(scheduler, runner)]
+    assert served == [["0", "1"]] * 5 + [["2", "3"]] * 5
+
+
+def test_a_failed_row_fails_its_request_alone() -> None:
+    scheduler = Scheduler(10, 4, max_num_seqs=4, max_num_batched_tokens=100)
+    bad, good = make_request("bad", 3, 5), make_request("good", 3, 1)
+    scheduler.add(bad)
+    scheduler.add(good)
+    scheduler.update(scheduler.schedule(), [-1, 7])
+    assert (bad.finish_reason, bad.error_code, bad.token_ids) == ("error", INTERNAL_ERROR, bad.prompt_token_ids)
+    assert (good.finish_reason, good.token_ids) == ("length", [*good.prompt_token_ids, 7])
+    assert not scheduler.has_requests and scheduler.blocks.num_free == 10
+
+
+def test_abort_frees_running_and_waiting_requests_and_ignores_strangers() -> None:
+    scheduler, runner = Scheduler(10, 4, max_num_seqs=1, max_num_batched_tokens=100), FakeRunner(4)
+    running, waiting, stranger = (make_request(name, 5, 5) for name in ("running", "waiting", "stranger"))
+    scheduler.add(running)
+    scheduler.add(waiting)
+    step(scheduler, runner)
+    for request in (stranger, waiting, running, running):
+        scheduler.abort(request)
+        scheduler.check_integrity()
+    assert not scheduler.has_requests and scheduler.blocks.num_free == 10
+
+
+def test_restart_loses_no_token_whatever_state_it_finds() -> None:
+    scheduler, runner = Scheduler(10, 2, max_num_seqs=3, max_num_batched_tokens=6), FakeRunner(2)
+    requests = [make_request(str(index), 3 + index, 6) for index in range(4)]
+    for request in requests:
+        scheduler.add(request)
+    for _ in range(3):
+        step(scheduler, runner)
+    scheduler.schedule()  # interrupted before update
+    scheduler.running.pop()  # interrupted in the middle of a statement, as it were
+    scheduler.restart(requests)
+    scheduler.check_integrity()
+    list(run_all(scheduler, runner))
+    assert [request.token_ids for request in requests] == [expected_tokens(request) for request in requests]
+
+
+@pytest.mark.parametrize(
+    "corrupt",
+    [
+        lambda blocks, table: table.append(table[0]),
+        lambda blocks, table: table.pop(),
+        lambda blocks, table: blocks.release(list(table)),
+    ],
+)
+def test_check_integrity_finds_shared_lost_and_freed_blocks(corrupt) -> None:
+    blocks, table = BlockManager(4, 2), []
+    assert blocks.grow(table, 4)
+    blocks.check_integrity([table])
+    corrupt(blocks, table)
+    with pytest.raises(RuntimeError, match="KV blocks"):
+        blocks.check_integrity([table])
+
+
+def test_grow_takes_all_blocks_or_none() -> None:
+    blocks, table = BlockManager(3, 2), []
+    assert not blocks.grow(table, 7)
+    assert table == [] and blocks.num_free == 3
+    assert blocks.grow(table, 5) and len(table) == 3
+    assert blocks.grow(table, 6) and len(table) == 3

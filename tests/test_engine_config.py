@@ -1,0 +1,64 @@
+from pathlib import Path
+
+import pytest
+
+from fastdeploy.engine_config import EngineConfig
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("model", 5, TypeError),
+        ("model", "", ValueError),
+        ("model", None, TypeError),
+        ("tokenizer", ["x"], TypeError),
+        ("max_model_len", 0, ValueError),
+        ("max_model_len", 100.0, TypeError),
+        ("max_num_seqs", 0, ValueError),
+        ("max_num_seqs", True, TypeError),
+        ("max_num_batched_tokens", -5, ValueError),
+        ("block_size", 48, ValueError),
+        ("block_size", 8, ValueError),
+        ("block_size", 64.0, TypeError),
+        ("num_gpu_blocks_override", 0, ValueError),
+        ("gpu_memory_utilization", 0, ValueError),
+        ("gpu_memory_utilization", 1.5, ValueError),
+        ("gpu_memory_utilization", "0.9", TypeError),
+        ("dtype", "float64", ValueError),
+        ("dtype", 16, TypeError),
+        ("seed", -1, ValueError),
+        ("tensor_parallel_size", 2, ValueError),
+        ("tensor_parallel_size", "1", TypeError),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(field: str, value: object, error: type[Exception]) -> None:
+    with pytest.raises(error) as raised:
+        EngineConfig(**{"model": "some-model", field: value})
+    assert str(raised.value).startswith(f"LLM({field}={value!r}): must be ")
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("max_len", "max_model_len"), ("tensor_paralel_size", "tensor_parallel_size")]
+)
+def test_an_unknown_keyword_is_a_type_error_that_suggests_a_name(name: str, nearest: str) -> None:
+    with pytest.raises(TypeError, match=f"LLM has no keyword '{name}': did you mean '{nearest}'"):
+        EngineConfig("some-model", **{name: 1})
+
+
+def test_paths_are_taken() -> None:
+    assert EngineConfig(Path("some") / "model").model == str(Path("some") / "model")
+
+
+def test_resolved_lengths_are_numbers_within_the_models_limit() -> None:
+    config = EngineConfig("some-model")
+    assert (config.max_model_len, config.max_num_batched_tokens) == (None, None)
+    assert config.resolved(model_limit=2048).max_model_len == 2048
+    assert config.resolved(model_limit=131072).max_model_len == 8192
+    assert config.resolved(model_limit=2048).max_num_batched_tokens == 2048
+    assert EngineConfig("some-model", max_model_len=100).resolved(2048).max_model_len == 100
+    assert EngineConfig("some-model", max_num_batched_tokens=7).resolved(2048).max_num_batched_tokens == 7
+
+
+def test_a_length_above_the_models_limit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"max_model_len=4096\): must be at most 2048"):
+        EngineConfig("some-model", max_model_len=4096).resolved(model_limit=2048)

@@ -1,0 +1,322 @@
+"""What LLM takes and gives, with a tokenizer that spells bytes and a model that says what it is told."""
+
+import logging
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import fastdeploy.llm
+from fastdeploy import LLM, CompletionOutput, RequestOutput, SamplingParams
+from fastdeploy.engine.scheduler import ScheduledBatch
+
+EOS = 256
+VOCAB_SIZE = 257
+ANSWER = "héllo ☃!".encode()
+
+
+class ByteTokenizer:
+    """Token ids are bytes; 256 ends a sequence."""
+
+    vocab_size = VOCAB_SIZE
+    eos_token_ids = (EOS,)
+    special_token_ids = frozenset([EOS])
+    is_byte_level = True
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id])
+
+    def apply_chat_template(self, messages: list[dict], chat_template: str | None = None, **variables: object) -> str:
+        if not messages or not all("role" in message for message in messages):
+            raise ValueError("messages[0] has no 'role'")
+        turns = "".join(f"[{message['role']}]{message['content']}" for message in messages)
+        return f"{chat_template or ''}{turns}{variables or ''}"
+
+
+class AnsweringRunner:
+    """Answers ANSWER, then ends; a prompt that begins with "long" gets "x" for ever, one with "bad" fails."""
+
+    num_blocks = 20
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.seeds: list[int | None] = []
+
+    def run(self, batch: ScheduledBatch) -> list[int | None]:
+        self.batches.append([item.num_tokens for item in batch.items])
+        return [self.answer(item.request) if item.samples else None for item in batch.items]
+
+    def answer(self, request: object) -> int:
+        count, prompt = request.num_output_tokens, bytes(request.prompt_token_ids)
+        if count == 0:
+            self.seeds.append(request.sampling_params.seed)
+        if prompt.startswith(b"bad"):
+            return -1
+        if prompt.startswith(b"long"):
+            return ord("x")
+        return ANSWER[count] if count < len(ANSWER) else EOS
+
+
+@pytest.fixture
+def llm(monkeypatch: pytest.MonkeyPatch) -> LLM:
+    def load(config: fastdeploy.llm.EngineConfig) -> fastdeploy.llm.Loaded:
+        model_config = SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
+        config = config.resolved(model_limit=100)
+        return fastdeploy.llm.Loaded(config, model_config, {}, ByteTokenizer(), AnsweringRunner(), "pocket", "bfloat16")
+
+    monkeypatch.setattr(fastdeploy.llm, "load", load)
+    return LLM("some-model", block_size=16, max_num_seqs=4, max_num_batched_tokens=32)
+
+
+def assert_idle(llm: LLM) -> None:
+    assert not llm.engine.scheduler.has_requests
+    assert llm.engine.scheduler.blocks.num_free == llm.engine.scheduler.blocks.num_blocks
+
+
+HI = [ord("h"), ord("i")]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        ("hi", ["hi"]),
+        (["hi", "you"], ["hi", "you"]),
+        (HI, [HI]),
+        (tuple(HI), [HI]),
+        ([np.int64(104), np.int32(105)], [HI]),
+        ([HI, [1]], [HI, [1]]),
+        ([HI, "you"], [HI, "you"]),
+        ({"prompt": "hi"}, ["hi"]),
+        ({"prompt": HI}, [HI]),
+        ([{"prompt_token_ids": HI}, {"prompt": "you"}], [HI, "you"]),
+    ],
+)
+def test_generate_takes_text_ids_dicts_and_lists_of_them(llm: LLM, prompts: object, expected: list) -> None:
+    outputs = llm.generate(prompts, use_tqdm=False)
+    assert [output.prompt for output in outputs] == expected
+    for output in outputs:
+        assert output.prompt_token_ids == (
+            list(output.prompt.encode()) if isinstance(output.prompt, str) else output.prompt
+        )
+        assert output.outputs.text == ANSWER.decode() and output.outputs.token_ids == [*ANSWER, EOS]
+        assert output.finished and output.outputs.finish_reason == "stop" and output.error_code == 200
+    assert_idle(llm)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "error", "message"),
+    [
+        ([], ValueError, "prompts is an empty list"),
+        ("", ValueError, "prompts is empty"),
+        (["hi", ""], ValueError, r"prompts\[1\] is empty"),
+        (["hi", []], ValueError, r"prompts\[1\] is empty"),
+        (None, TypeError, "prompts must be text.*not NoneType"),
+        (5, TypeError, "prompts must be text.*not int: 5"),
+        (b"hi", TypeError, "prompts must be text.*not bytes"),
+        (np.array([1, 2]), TypeError, "prompts must be text.*not ndarray"),
+        (["hi", 5], TypeError, r"prompts\[1\] must be text.*not int: 5"),
+        (["hi", None], TypeError, r"prompts\[1\] must be text.*not NoneType"),
+        ([1, "hi"], TypeError, r"prompts\[1\] must be a token id.*not str: 'hi'"),
+        ([True, 1], TypeError, r"prompts\[0\] must be a token id.*not bool: True"),
+        ([1.0, 2], TypeError, r"prompts\[0\] must be a token id.*not float: 1.0"),
+        ([[1], [2, 2.5]], TypeError, r"prompts\[1\]\[1\] must be a token id.*not float: 2.5"),
+        ([[1], [2, -1]], ValueError, r"prompts\[1\]\[1\] is -1: token ids run from 0 to 256"),
+        ([257], ValueError, r"prompts\[0\] is 257: token ids run from 0 to 256"),
+        (["hi", "x" * 100], ValueError, r"prompts\[1\] has 100 tokens; max_model_len=100.*99 at most"),
+        ({"text": "hi"}, ValueError, r"prompts must have either the key 'prompt' or .* it has \['text'\]"),
+        ([{"prompt": "hi", "prompt_token_ids": HI}], ValueError, r"prompts\[0\] must have either"),
+        ([{"prompt": 5}], TypeError, r"prompts\[0\]\['prompt'\] must be text"),
+    ],
+)
+def test_bad_prompts_are_refused_before_anything_is_queued(
+    llm: LLM, prompts: object, error: type[Exception], message: str
+) -> None:
+    for stream in (False, True):
+        with pytest.raises(error, match=message):
+            llm.generate(prompts, stream=stream)
+    assert_idle(llm)
+    assert llm.engine.runner.batches == []
+    assert llm.generate("hi", use_tqdm=False)[0].finished, "the object still works"
+
+
+CHAT = [{"role": "user", "content": "Hi"}]
+
+
+def test_chat_takes_one_conversation_or_several(llm: LLM) -> None:
+    assert [output.prompt for output in llm.chat(CHAT, use_tqdm=False)] == ["[user]Hi"]
+    assert [output.prompt for output in llm.chat([CHAT, CHAT * 2], use_tqdm=False)] == ["[user]Hi", "[user]Hi[user]Hi"]
+    assert llm.chat(CHAT, use_tqdm=False)[0].outputs.text == ANSWER.decode()
+
+
+def test_chat_hands_template_and_variables_on(llm: LLM) -> None:
+    output = llm.chat(CHAT, use_tqdm=False, chat_template="T:", chat_template_kwargs={"deep": 1})[0]
+    assert output.prompt == "T:[user]Hi{'deep': 1}"
+
+
+@pytest.mark.parametrize(
+    ("messages", "error", "message"),
+    [
+        ([], ValueError, "messages is an empty list"),
+        ("hi", TypeError, "messages must be a conversation.*not str: 'hi'"),
+        ([{"content": "Hi"}], ValueError, r"^messages\[0\] has no 'role'"),
+        ([CHAT, [{"content": "Hi"}]], ValueError, r"in messages\[1\]: messages\[0\] has no 'role'"),
+        ([CHAT, []], ValueError, r"in messages\[1\]"),
+        ([CHAT, None], TypeError, r"in messages\[1\]|not NoneType"),
+        ([CHAT, [{"role": "user", "content": "x" * 100}]], ValueError, r"messages\[1\] has 106 tokens"),
+    ],
+)
+def test_bad_messages_are_refused_before_anything_is_queued(
+    llm: LLM, messages: object, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        llm.chat(messages)
+    assert_idle(llm)
+    assert llm.engine.runner.batches == []
+
+
+def test_chat_template_kwargs_must_be_a_dict(llm: LLM) -> None:
+    with pytest.raises(TypeError, match="chat_template_kwargs must be a dict, not list"):
+        llm.chat(CHAT, chat_template_kwargs=["enable_thinking"])
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ([SamplingParams()], ValueError, "sampling_params has 1 elements for 2 prompts"),
+        ([], ValueError, "sampling_params has 0 elements for 2 prompts"),
+        ([SamplingParams(), None], TypeError, r"sampling_params\[1\] must be a SamplingParams, not NoneType"),
+        ({"temperature": 0}, TypeError, "sampling_params must be a SamplingParams .*not dict"),
+        (False, TypeError, "sampling_params must be a SamplingParams .*not bool"),
+        (SamplingParams(stop_token_ids=[5, 257]), ValueError, "257 never occurs, token ids run from 0 to 256"),
+    ],
+)
+def test_bad_sampling_params_are_refused_before_anything_is_queued(
+    llm: LLM, given: object, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        llm.generate(["hi", "you"], given)
+    assert_idle(llm)
+
+
+def test_sampling_params_one_for_all_or_one_for_each(llm: LLM) -> None:
+    def lengths(params: object, prompts: list[str]) -> list[int]:
+        return [len(output.outputs.token_ids) for output in llm.generate(prompts, params, use_tqdm=False)]
+
+    assert lengths(SamplingParams(max_tokens=2), ["a", "b"]) == [2, 2]
+    assert lengths([SamplingParams(max_tokens=2), SamplingParams(max_tokens=3)], ["a", "b"]) == [2, 3]
+    assert lengths([SamplingParams(max_tokens=2)], ["a"]) == [2]
+
+
+def test_max_tokens_is_clipped_to_max_model_len_and_the_callers_object_unchanged(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=1000)
+    outputs = llm.generate(["long", "long enough", "x" * 99], params, use_tqdm=False)
+    assert [len(output.prompt_token_ids) + len(output.outputs.token_ids) for output in outputs] == [100, 100, 100]
+    assert all(output.outputs.finish_reason == "length" for output in outputs)
+    assert params == SamplingParams(max_tokens=1000)
+    assert len(llm.generate("long", use_tqdm=False)[0].outputs.token_ids) == 96, "None: all there is room for"
+
+
+def test_requests_without_a_seed_get_different_ones_which_follow_from_the_engines(llm: LLM) -> None:
+    llm.generate(["a", "b"], use_tqdm=False)
+    again = LLM("some-model", seed=0)
+    again.generate(["a", "b"], use_tqdm=False)
+    other = LLM("some-model", seed=1)
+    other.generate(["a", "b"], use_tqdm=False)
+    first, second, third = (each.engine.runner.seeds for each in (llm, again, other))
+    assert first == second and len({*first, *third}) == 4
+
+
+def test_results_come_in_the_order_of_the_prompts(llm: LLM) -> None:
+    prompts = ["long one", "short", "long", "s"] * 4
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=40), use_tqdm=False)
+    assert [output.prompt for output in outputs] == prompts
+    assert [output.outputs.index for output in outputs] == list(range(16))
+    assert len({output.request_id for output in outputs}) == 16
+
+
+def test_one_failing_request_does_not_spoil_the_others(llm: LLM) -> None:
+    outputs = llm.generate(["hi", "bad", "you"], use_tqdm=False)
+    assert [output.error_code for output in outputs] == [200, 500, 200]
+    assert outputs[1].outputs.finish_reason == "error" and "NaN" in outputs[1].error_msg
+    assert [output.outputs.text for output in outputs] == [ANSWER.decode(), "", ANSWER.decode()]
+
+
+def test_a_stream_grows_by_whole_characters(llm: LLM) -> None:
+    texts = {0: "", 1: ""}
+    sent = {0: 0, 1: 0}
+    last: dict[int, RequestOutput] = {}
+    for output in llm.generate(["hi", "you"], stream=True):
+        index = output.outputs.index
+        texts[index] += output.outputs.delta
+        assert texts[index] == output.outputs.text and "\ufffd" not in output.outputs.text
+        assert output.outputs.send_idx == sent[index] and len(output.outputs.token_ids) == sent[index] + 1
+        sent[index] += 1
+        last[index] = output
+    assert texts == {0: ANSWER.decode(), 1: ANSWER.decode()}
+    assert all(output.finished for output in last.values())
+    assert last[1].outputs == CompletionOutput(
+        index=1, send_idx=len(ANSWER), token_ids=[*ANSWER, EOS], text=ANSWER.decode(), delta="", finish_reason="stop"
+    )
+    assert_idle(llm)
+
+
+def test_leaving_a_stream_early_frees_its_requests(llm: LLM) -> None:
+    for count, _ in enumerate(llm.chat([CHAT] * 9, stream=True)):
+        if count == 5:
+            break
+    del _
+    assert_idle(llm)
+
+
+def test_a_generate_within_a_stream(llm: LLM) -> None:
+    stream = llm.generate("long", SamplingParams(max_tokens=30), stream=True)
+    assert next(stream).outputs.text == "x"
+    assert llm.generate("hi", use_tqdm=False)[0].outputs.text == ANSWER.decode()
+    assert list(stream)[-1].outputs.text == "x" * 30
+    assert_idle(llm)
+
+
+def test_an_interrupt_frees_what_was_queued_and_the_object_still_works(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(batch: ScheduledBatch) -> list:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.runner, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["hi"] * 10, use_tqdm=False)
+    assert_idle(llm)
+    assert llm.generate("hi", use_tqdm=False)[0].outputs.text == ANSWER.decode()
+
+
+def test_the_progress_bar_shows_tokens_per_second_and_can_be_switched_off(
+    llm: LLM, capsys: pytest.CaptureFixture
+) -> None:
+    llm.generate(["hi", "you"], use_tqdm=False)
+    list(llm.generate(["hi"], stream=True))
+    assert capsys.readouterr().err == ""
+    llm.generate(["hi", "you"])
+    shown = capsys.readouterr().err
+    assert "Processed prompts: 100%" in shown and "2/2" in shown
+    assert "input: " in shown and "output: " in shown and "output: 0.00" not in shown.rsplit("\r", 1)[-1]
+
+
+def test_one_line_of_facts_is_logged_at_start(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="fastdeploy"):
+        facts = LLM("some-model", block_size=16, max_model_len=50).facts
+    assert facts == {
+        "device": "pocket", "dtype": "bfloat16", "max_model_len": 50, "total_block_num": 20, "block_size": 16
+    }
+    line = next(record.getMessage() for record in caplog.records if "total_block_num" in record.getMessage())
+    assert all(f"{name} {value}" in line for name, value in facts.items())
+
+
+def test_a_bad_keyword_and_a_missing_model_are_named() -> None:
+    with pytest.raises(TypeError, match="did you mean 'max_model_len'"):
+        LLM("some-model", max_modl_len=5)
+    with pytest.raises(FileNotFoundError, match="no-such-model"):
+        LLM("no-such-model")
