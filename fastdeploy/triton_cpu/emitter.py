@@ -379,7 +379,7 @@ _HANDLERS: dict[str, Callable[[KernelEmitter, Op], None]] = {
 def generate_c(functions: list[Function], prelude: str, lanes: int, contract: bool = True) -> str:
     """A C file whose `run_programs(arguments, begin, end, grid)` runs programs [begin, end) of the kernel's grid."""
     kernel, helpers = functions[0], functions[1:]
-    parts = [f"#define LANES {lanes}", prelude]
+    parts = [f"#define LANES {lanes}"]
     prototypes, bodies = [], []
     for function in [*reversed(helpers), kernel]:
         text = KernelEmitter(function, lanes, contract).emit(control_flow.result_type(function))
@@ -395,7 +395,9 @@ def generate_c(functions: list[Function], prelude: str, lanes: int, contract: bo
         "void run_programs(const struct arguments *a, long begin, long end, const int *grid) {\n"
         f"  for (long i = begin; i < end; i++) {c_function_name(kernel.name)}({arguments});\n}}\n"
     )
-    return "\n".join(parts + [p for p in prototypes if p] + bodies + [entry])
+    code = "\n".join([p for p in prototypes if p] + bodies + [entry])
+    parts += [f"#define {macro}" for macro, sign in (("USES_VECTORS", "vec "), ("USES_ATOMICS", "atomic_")) if sign in code]
+    return "\n".join([*parts, prelude, code])
 
 
 def _field_type(parameter: Value) -> str:

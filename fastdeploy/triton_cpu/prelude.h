@@ -8,9 +8,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -155,7 +152,12 @@ INLINE float fast_tanh(float x) {
 }
 INLINE float fast_rsqrt(float x) { return 1.f / sqrtf(x); }
 
-/* ---- vectors: the register tiles of tl.dot ----------------------------------------------------------------------- */
+/* ---- vectors: the register tiles of tl.dot ------------------------------------------------------------------------
+ * Only in kernels that use them: the compiler needs 0.1 s for immintrin.h alone. */
+#ifdef USES_VECTORS
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 #if LANES == 16 && defined(__AVX512F__)
 INLINE vec vec_fused(vec a, vec b, vec c) { return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
@@ -183,8 +185,10 @@ INLINE vec vec_from_int8_t(const int8_t *p) { vec v; for (int i = 0; i < LANES; 
 #endif
 INLINE vec vec_from_float(const float *p) { return *(const vec *)p; }
 INLINE vec vec_splat(float x) { return x - (vec){0}; } /* x - 0 is x, sign of zero included: one broadcast */
+#endif
 
 /* ---- atomics: any operation on any word, by compare and swap; they return the old value -------------------------- */
+#ifdef USES_ATOMICS
 #define ATOMIC(kind, suffix, type, word, combined)                                                          \
   static inline type atomic_##kind##_##suffix(type *p, type operand) {                                      \
     word seen = __atomic_load_n((word *)p, __ATOMIC_RELAXED), wanted;                                       \
@@ -215,3 +219,4 @@ INTEGER_ATOMICS(i32, int32_t, uint32_t)
 INTEGER_ATOMICS(i64, int64_t, uint64_t)
 FLOAT_ATOMICS(f32, float, uint32_t)
 FLOAT_ATOMICS(f64, double, uint64_t)
+#endif

@@ -1,0 +1,261 @@
+"""The only room that knows Paddle's devices: allocation, copies, memory, recording.
+
+Everything above asks a `Device` for memory and gets Paddle tensors; everything below (the kernels) sees them through
+DLPack only. A step of the engine meets its device in three places:
+
+    staging.host[...] = ...   the step's inputs, written by NumPy            (GPU: pinned memory)
+    staging.upload()          one transfer to where kernels read them        (CPU: nothing to do, it is the same memory)
+    plan.replay()             the recorded kernel launches of the step       (GPU: a CUDA graph; CPU: a list of calls)
+
+Importing this module imports Paddle (2 to 3 seconds).
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Paddle warns of a missing ccache, which only its own custom operators use
+    import paddle
+
+GIB = 1 << 30
+CACHE_LINE = 64
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Plan(Protocol):
+    """A recorded sequence of kernel launches."""
+
+    def replay(self) -> None:
+        """Run the recorded launches, in their order, on the memory that they were recorded with."""
+
+
+class Field(NamedTuple):
+    """One named array of a staging area."""
+
+    shape: tuple[int, ...]
+    dtype: str  # "int32", "int64" or "float32"
+
+
+class Staging:
+    """The inputs of a step: one flat area of memory seen as named arrays, on the host and on the device.
+
+    `host[name]` is a NumPy array to write; `device[name]` is the Paddle tensor that kernels read. Both keep their
+    address for life, so that recorded launches can refer to them. One flat area, because a GPU then needs one copy a
+    step, whatever the number of fields.
+    """
+
+    def __init__(self, fields: Mapping[str, Field]) -> None:
+        offsets, size = _offsets(fields)
+        area = paddle.zeros([size // 8], dtype="int64")
+        flat = np.from_dlpack(area)
+        self._area = area
+        self.host: dict[str, np.ndarray] = {}
+        self.device: dict[str, paddle.Tensor] = {}
+        for name, field in fields.items():
+            dtype = np.dtype(field.dtype)
+            start = offsets[name] // dtype.itemsize
+            part = slice(start, start + int(np.prod(field.shape)))
+            self.host[name] = flat.view(dtype)[part].reshape(field.shape)
+            # The dtype first, the slice second: Paddle 3.3 counts the slice's offset twice the other way round.
+            self.device[name] = area.view(getattr(paddle, field.dtype))[part].reshape(field.shape)
+
+    def upload(self) -> None:
+        """Make what was written to `host` visible in `device`. On a CPU they share their memory: nothing to do."""
+
+
+class Device(ABC):
+    """Where tensors live and kernels run."""
+
+    name: str
+
+    @abstractmethod
+    def empty(self, shape: tuple[int, ...], dtype: str) -> paddle.Tensor:
+        """A tensor with unspecified contents; `dtype` as Paddle names it ("float32", "bfloat16", "int32", ...)."""
+
+    @abstractmethod
+    def from_numpy(self, array: np.ndarray) -> paddle.Tensor:
+        """The array as a tensor on this device, without a copy where the device is the host.
+
+        NumPy has no bfloat16: the bits of such numbers come as uint16, and it is for `kernels.launch.view` to be told.
+        """
+
+    @abstractmethod
+    def write(self, tensor: paddle.Tensor, values: np.ndarray) -> None:
+        """Copy `values`, of the same shape and dtype, to `tensor`."""
+
+    @abstractmethod
+    def to_numpy(self, tensor: paddle.Tensor) -> np.ndarray:
+        """A copy of the tensor's present values on the host; bfloat16 numbers come as their bits, in uint16.
+
+        Waits for the kernels that write them.
+        """
+
+    @abstractmethod
+    def staging(self, fields: Mapping[str, Field]) -> Staging:
+        """Memory for a step's inputs, see `Staging`."""
+
+    @abstractmethod
+    def activation_dtype(self, weight_dtype: str) -> str:
+        """What activations are stored in when weights are stored in `weight_dtype`."""
+
+    @abstractmethod
+    def free_memory(self) -> int:
+        """Bytes that this process may still allocate on the device."""
+
+    @abstractmethod
+    def cache_budget(self) -> int:
+        """Bytes that the KV cache may take at most, of what is free now."""
+
+    @abstractmethod
+    def capture(self) -> AbstractContextManager[Plan]:
+        """Record the kernel launches made inside the `with` block, without running them, as a plan to replay."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until everything launched so far has run."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The device in words, for the line logged at start."""
+
+
+class CPUDevice(Device):
+    """The host's processors, Triton kernels run by `fastdeploy.triton_cpu`.
+
+    Memory from `paddle.empty` begins on a page, which the packed weights rely on (a panel's row is one cache line), and
+    is not resident before it is written: a large KV cache costs only what is used of it.
+    """
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        from fastdeploy import triton_cpu
+
+        triton_cpu.activate()
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> paddle.Tensor:
+        return paddle.empty(shape, dtype=getattr(paddle, dtype))
+
+    def from_numpy(self, array: np.ndarray) -> paddle.Tensor:
+        return paddle.from_dlpack(array)
+
+    def write(self, tensor: paddle.Tensor, values: np.ndarray) -> None:
+        np.from_dlpack(tensor)[...] = values
+
+    def to_numpy(self, tensor: paddle.Tensor) -> np.ndarray:
+        return tensor.numpy()
+
+    def staging(self, fields: Mapping[str, Field]) -> Staging:
+        return Staging(fields)
+
+    def activation_dtype(self, weight_dtype: str) -> str:
+        # No CPU we target adds in half precision faster than in float32, and float32 keeps every digit.
+        return "float32"
+
+    def free_memory(self) -> int:
+        return available_memory()
+
+    def cache_budget(self) -> int:
+        """A quarter of the free memory: the host is shared with everything else that its owner runs."""
+        return self.free_memory() // 4
+
+    def num_threads(self) -> int:
+        """Threads that a kernel is spread over."""
+        from fastdeploy.triton_cpu import runtime
+
+        return runtime.num_threads()
+
+    def capture(self) -> AbstractContextManager[Plan]:
+        from fastdeploy.triton_cpu import runtime
+
+        return runtime.record()
+
+    def synchronize(self) -> None:
+        """Nothing to wait for: a launch on a CPU returns when it has run."""
+
+    def describe(self) -> str:
+        return f"CPU ({_processor_name()}), {self.num_threads()} threads, {self.free_memory() / GIB:.1f} GiB free"
+
+
+def open_device() -> Device:
+    """The device that this process computes on."""
+    return CPUDevice()
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes this process may still allocate on the host: what the kernel calls available, or less where a control group
+    (a container's memory limit) allows less. `root` is where /proc and /sys are looked up.
+
+    File pages that a group could drop at once (`inactive_file`) count as free: a checkpoint just read must not make its
+    own KV cache smaller.
+    """
+    meminfo = _named_numbers(root / "proc/meminfo")
+    available = meminfo["MemAvailable"] * 1024
+    return max(0, min([available, *_cgroup_headrooms(root)]))
+
+
+def _cgroup_headrooms(root: Path) -> Iterator[int]:
+    """Limit minus usage of every control group that holds this process, in bytes."""
+    try:
+        memberships = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for membership in memberships:
+        _, controllers, path = membership.split(":", 2)
+        if controllers == "":  # version 2, one tree for all controllers
+            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = base / path.lstrip("/")
+        # A container sees its own group at the mount point but its path as on the host: missing levels are skipped.
+        for level in [group, *group.parents]:
+            if level.is_relative_to(base):
+                yield from _headroom(level, *names)
+
+
+def _headroom(group: Path, limit_file: str, usage_file: str, droppable: str) -> Iterator[int]:
+    """Limit minus usage of one control group; nothing where it has no limit."""
+    try:
+        limit, usage = (group / limit_file).read_text(), (group / usage_file).read_text()
+        statistics = _named_numbers(group / "memory.stat")
+    except OSError:
+        return
+    if limit.strip() != "max":
+        yield int(limit) - int(usage) + statistics.get(droppable, 0)
+
+
+def _named_numbers(path: Path) -> dict[str, int]:
+    """The lines "name number ..." of a file of the /proc kind."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return {words[0].rstrip(":"): int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown processor"
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, "unknown processor")
+
+
+def _offsets(fields: Mapping[str, Field]) -> tuple[dict[str, int], int]:
+    """Where each field begins in a flat area, in bytes, each on its own cache line; and the area's size."""
+    offsets: dict[str, int] = {}
+    size = 0
+    for name, field in fields.items():
+        offsets[name] = size
+        nbytes = int(np.prod(field.shape)) * np.dtype(field.dtype).itemsize
+        size += -(-nbytes // CACHE_LINE) * CACHE_LINE
+    return offsets, size

@@ -1,0 +1,196 @@
+"""The runner on tiny random models, driven by the real scheduler: tokens, bits, recorded steps, memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fastdeploy.device import open_device
+from fastdeploy.engine.request import Request
+from fastdeploy.engine.runner import Runner
+from fastdeploy.engine.scheduler import Scheduler
+from fastdeploy.engine_config import EngineConfig
+from fastdeploy.models import load_model
+from fastdeploy.models.decoder import Decoder
+from fastdeploy.sampling_params import SamplingParams
+from tests.models import reference
+from tests.models.tiny import BIASED, TIED, UNTIED, checkpoint, random_tensors
+
+MAX_MODEL_LEN = 320
+
+
+def load(config=TIED, dtype="float32") -> Decoder:
+    return load_model(checkpoint(config, random_tensors(config)), open_device(), dtype, MAX_MODEL_LEN, progress=False)
+
+
+def new_runner(model: Decoder, **keywords) -> Runner:
+    keywords = {"max_model_len": MAX_MODEL_LEN, "block_size": 16, "num_gpu_blocks_override": 200, **keywords}
+    return Runner(model, EngineConfig(model="tiny", **keywords).resolved(TIED.max_position_embeddings))
+
+
+def new_request(length: int, seed: int = 0, max_tokens: int = 8, temperature: float = 0.0) -> Request:
+    prompt = np.random.default_rng(seed).integers(0, TIED.vocab_size, length).tolist()
+    parameters = SamplingParams(temperature, top_p=0.9, max_tokens=max_tokens, seed=seed, stop_token_ids=[])
+    return Request(f"request {seed}", prompt, prompt, parameters)
+
+
+def serve(runner: Runner, requests: list[Request], max_num_batched_tokens: int = 2048) -> list[np.ndarray]:
+    """Run the requests, all there from the start, to their end. Each one's logits, [samples, vocabulary]."""
+    scheduler = Scheduler(runner.num_blocks, runner.block_size, runner.max_seqs, max_num_batched_tokens)
+    logits: dict[Request, list[np.ndarray]] = {request: [] for request in requests}
+    for request in requests:
+        scheduler.add(request)
+    while scheduler.has_requests:
+        batch = scheduler.schedule()
+        if not batch.items:
+            continue
+        sampled = runner.run(batch)
+        rows = iter(runner.last_logits())
+        for item, token in zip(batch.items, sampled, strict=True):
+            assert (token is not None) == item.samples
+            if token is not None:
+                logits[item.request].append(next(rows))
+        scheduler.update(batch, sampled)
+    assert all(request.error_code == 200 for request in requests), [request.error_msg for request in requests]
+    return [np.array(rows) for rows in logits.values()]
+
+
+def several(**keywords) -> list[Request]:
+    lengths = (40, 3, 17, 64, 1, 90, 33, 16)
+    return [new_request(length, seed, max_tokens=6 + 3 * seed, **keywords) for seed, length in enumerate(lengths)]
+
+
+@pytest.fixture(scope="module")
+def biased_runner() -> Runner:
+    return new_runner(load(BIASED, "bfloat16"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_greedy_tokens_of_a_batch_are_the_reference_decoders(dtype):
+    requests = several()
+    serve(new_runner(load(UNTIED, dtype)), requests)
+    tensors = random_tensors(UNTIED)
+    for request in requests:
+        length = len(request.prompt_token_ids)
+        logits = reference.logits(UNTIED, tensors, dtype, request.token_ids)[length - 1 : -1]
+        chosen = logits[np.arange(len(logits)), request.token_ids[length:]]
+        assert (chosen >= logits.max(axis=1) - (1e-4 if dtype == "float32" else 0.1)).all()
+
+
+def test_logits_alone_and_in_a_batch_have_the_same_bits(biased_runner):
+    together = several()
+    in_batch = serve(biased_runner, together)
+    for request, logits in zip(several(), in_batch, strict=True):
+        np.testing.assert_array_equal(serve(biased_runner, [request])[0], logits)
+
+
+@pytest.mark.parametrize("budget", [8, 13, 50])
+def test_logits_of_prompts_cut_into_chunks_have_the_same_bits(biased_runner, budget):
+    whole = serve(biased_runner, several())
+    for chunked, logits in zip(serve(biased_runner, several(), budget), whole, strict=True):
+        np.testing.assert_array_equal(chunked, logits)
+
+
+def test_logits_after_preemptions_have_the_same_bits(biased_runner):
+    def growing():
+        return [new_request(length, seed, max_tokens=50) for seed, length in enumerate((14, 30, 3))]
+
+    undisturbed, requests = serve(biased_runner, growing()), growing()
+    disturbed = serve(new_runner(biased_runner.model, num_gpu_blocks_override=8), requests)
+    assert sum(request.metrics.preempted_count for request in requests) > 0
+    for logits, expected in zip(disturbed, undisturbed, strict=True):
+        np.testing.assert_array_equal(logits, expected)
+
+
+def test_contexts_past_a_split_of_attention_have_the_same_bits_alone_and_in_a_batch(biased_runner):
+    def long_and_short():
+        return [new_request(length, length, max_tokens=20) for length in (250, 5, 262)]
+
+    in_batch = serve(biased_runner, long_and_short())
+    for request, logits in zip(long_and_short(), in_batch, strict=True):
+        np.testing.assert_array_equal(serve(biased_runner, [request])[0], logits)
+
+
+class Unrecorded(Runner):
+    """Launches decode steps one kernel at a time."""
+
+    def _replay_decode(self, num_seqs: int, num_splits: int) -> None:
+        self._launch(num_seqs, num_seqs, num_seqs, longest=1, num_splits=num_splits)
+
+
+def test_recorded_steps_have_the_bits_of_direct_launches():
+    model = load(TIED, "bfloat16")
+    config = EngineConfig(model="tiny", max_model_len=MAX_MODEL_LEN, block_size=16).resolved(2048)
+    recorded, direct = serve(Runner(model, config), several()), serve(Unrecorded(model, config), several())
+    for logits, expected in zip(recorded, direct, strict=True):
+        np.testing.assert_array_equal(logits, expected)
+
+
+def test_a_recorded_step_is_recorded_once_and_reads_new_inputs_each_time():
+    runner = new_runner(load())
+    first, second = new_request(5, 1), new_request(9, 2)
+    logits = [serve(runner, [request])[0] for request in (first, second)]
+    plans = dict(runner._plans)
+    again = [serve(runner, [request])[0] for request in (new_request(5, 1), new_request(9, 2))]
+    assert runner._plans == plans and len(plans) == 1
+    np.testing.assert_array_equal(np.concatenate(again), np.concatenate(logits))
+
+
+def test_seeded_draws_are_the_same_alone_and_in_a_batch(biased_runner):
+    together = several(temperature=1.3)
+    serve(biased_runner, together)
+    assert len({tuple(request.token_ids) for request in together}) == len(together)
+    for request, expected in zip(several(temperature=1.3), together, strict=True):
+        serve(biased_runner, [request])
+        assert request.token_ids == expected.token_ids
+
+
+def test_a_row_without_numbers_fails_alone():
+    tensors = random_tensors(UNTIED)
+    tensors["model.embed_tokens.weight"][7] = np.nan
+    model = load_model(checkpoint(UNTIED, tensors), open_device(), "float32", MAX_MODEL_LEN, progress=False)
+    runner = new_runner(model)
+    scheduler = Scheduler(runner.num_blocks, runner.block_size, runner.max_seqs, 2048)
+    for prompt in ([1, 2, 3], [4, 7, 5], [6]):
+        scheduler.add(Request("", prompt, prompt, SamplingParams(0.0, 1.0, 4, seed=0)))
+    batch = scheduler.schedule()
+    failed = [token == -1 for token in runner.run(batch)]
+    assert failed == [7 in item.request.token_ids for item in batch.items]
+
+
+# The size of the KV cache
+
+
+def test_blocks_are_enough_for_all_sequences_of_full_length():
+    runner = new_runner(load(), num_gpu_blocks_override=None, max_num_seqs=3)
+    assert runner.num_blocks == 3 * MAX_MODEL_LEN // 16
+
+
+def test_blocks_take_no_more_than_the_devices_budget(monkeypatch):
+    model = load()
+    monkeypatch.setattr(model.device, "cache_budget", lambda: 21 * model.cache_bytes_per_block(16) + 1)
+    assert new_runner(model, num_gpu_blocks_override=None).num_blocks == 21
+
+
+def test_a_budget_below_one_full_sequence_is_an_error_that_names_the_length_that_fits(monkeypatch):
+    model = load()
+    monkeypatch.setattr(model.device, "cache_budget", lambda: 19 * model.cache_bytes_per_block(16))
+    with pytest.raises(ValueError, match=r"max_model_len=320 .* lower max_model_len to at most 304"):
+        new_runner(model, num_gpu_blocks_override=None)
+
+
+def test_an_override_that_does_not_fit_is_an_error_that_names_how_many_do(monkeypatch):
+    model = load()
+    monkeypatch.setattr(model.device, "free_memory", lambda: 50 * model.cache_bytes_per_block(16))
+    with pytest.raises(ValueError, match=r"num_gpu_blocks_override=51 .* at most 50 blocks fit"):
+        new_runner(model, num_gpu_blocks_override=51)
+    assert new_runner(model, num_gpu_blocks_override=50).num_blocks == 50
+
+
+def test_an_override_below_one_full_sequence_is_the_users_choice():
+    assert new_runner(load(), num_gpu_blocks_override=1).num_blocks == 1
+
+
+def test_a_configuration_with_open_lengths_is_refused():
+    with pytest.raises(ValueError, match="resolved"):
+        Runner(load(), EngineConfig(model="tiny"))

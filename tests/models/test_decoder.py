@@ -1,0 +1,139 @@
+"""The decoder against NumPy in float64, and against itself: a row has the same bits in any company."""
+
+import ctypes
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from fastdeploy.device import open_device
+from fastdeploy.kernels.attention import SPLIT, AttentionBatch
+from fastdeploy.kernels.launch import view
+from fastdeploy.models import load_model
+from fastdeploy.models.decoder import Decoder, StepInputs
+from tests.models import reference
+from tests.models.tiny import CONFIGS, TIED, UNTIED, checkpoint, random_tensors
+
+BLOCK_SIZE = 16
+MAX_TOKENS = 400
+MAX_BLOCKS = MAX_TOKENS // BLOCK_SIZE
+# Relative to the largest logit. A key near the middle between two numbers of `dtype` may round either way.
+TOLERANCE = {"float32": 3e-5, "bfloat16": 2e-2, "float16": 3e-3}
+
+
+class Steps:
+    """A model with a cache, and steps laid out for it by hand. Sequence i owns the blocks i, i + 4, i + 8, ..."""
+
+    def __init__(self, model: Decoder) -> None:
+        self.model = model
+        self.cache = model.allocate_cache(4 * MAX_BLOCKS, BLOCK_SIZE)
+        self.memory = model.allocate_activations(MAX_TOKENS, MAX_TOKENS, MAX_TOKENS)
+
+    def run(self, *chunks: tuple[int, int, list[int]], rows: list[int] | None = None) -> np.ndarray:
+        """Compute chunks (sequence, start, ids), those of one token first; the logits of all rows, or of `rows`."""
+        tokens = [(sequence, start + i, token) for sequence, start, ids in chunks for i, token in enumerate(ids)]
+        sequences, positions, ids = np.array(tokens).T
+        tables = [[sequence + 4 * block for block in range(MAX_BLOCKS)] for sequence, _, _ in chunks]
+        lengths = [len(ids) for _, _, ids in chunks]
+        contexts = [start + len(ids) for _, start, ids in chunks]
+        num_logits = len(ids) if rows is None else len(rows)
+        attention = AttentionBatch(
+            num_decodes=lengths.count(1),
+            num_seqs=len(chunks),
+            max_query_len=max(lengths),
+            num_splits=-(-max(contexts) // SPLIT),
+            cu_seqlens=view(np.cumsum([0, *lengths], dtype=np.int32)),
+            context_lens=view(np.array(contexts, np.int32)),
+            block_tables=view(np.array(tables, np.int32)),
+        )
+        step = StepInputs(
+            ids=view(ids.astype(np.int32)),
+            positions=view(positions.astype(np.int32)),
+            slots=view((sequences + 4 * (positions // BLOCK_SIZE)) * BLOCK_SIZE + positions % BLOCK_SIZE),
+            logits_rows=None if rows is None else view(np.array(rows, np.int32)),
+            attention=attention,
+            num_tokens=len(ids),
+            num_logits=num_logits,
+        )
+        logits = np.empty((num_logits, self.model.config.vocab_size), np.float32)
+        self.model.forward(view(logits), step, self.cache, self.memory)
+        return logits
+
+
+def load(config=TIED, dtype="float32", seed=0) -> Steps:
+    tensors = random_tensors(config, seed)
+    return Steps(load_model(checkpoint(config, tensors), open_device(), dtype, max_positions=512, progress=False))
+
+
+def random_ids(count: int, seed: int = 1) -> list[int]:
+    return np.random.default_rng(seed).integers(0, TIED.vocab_size, count).tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "float32") for name in CONFIGS), ("tied", "bfloat16"), ("untied", "bfloat16"), ("biased", "float16")],
+)
+def test_logits_of_a_prompt_equal_the_reference(name, dtype):
+    config, ids = CONFIGS[name], random_ids(70)
+    expected = reference.logits(config, random_tensors(config), dtype, ids)
+    found = load(config, dtype).run((0, 0, ids))
+    assert np.abs(found - expected).max() < TOLERANCE[dtype] * np.abs(expected).max()
+
+
+def test_a_prompt_longer_than_a_split_of_attention_equals_the_reference():
+    ids = random_ids(SPLIT + 44)
+    expected = reference.logits(TIED, random_tensors(TIED), "float32", ids)
+    assert np.abs(load().run((0, 0, ids)) - expected).max() < TOLERANCE["float32"] * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("name", "dtype"), [(name, "float32") for name in CONFIGS] + [("untied", "bfloat16")])
+def test_chunks_and_decodes_have_the_bits_of_the_whole_prompt(name, dtype):
+    ids = random_ids(60)
+    steps = load(CONFIGS[name], dtype)
+    whole = steps.run((0, 0, ids))
+    cuts = [0, 7, 8, 33, 52, *range(53, 61)]  # prompt chunks, one of them of one token, then decodes
+    parts = [steps.run((1, start, ids[start:stop])) for start, stop in pairwise(cuts)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+def test_decodes_past_a_split_of_attention_have_the_bits_of_the_whole_prompt():
+    ids = random_ids(2 * SPLIT // 2 + 20)
+    steps = load(UNTIED, "bfloat16")
+    whole = steps.run((0, 0, ids))
+    steps.run((1, 0, ids[:-4]))
+    for position in range(len(ids) - 4, len(ids)):
+        np.testing.assert_array_equal(steps.run((1, position, ids[position : position + 1]))[0], whole[position])
+
+
+def test_rows_of_a_mixed_batch_have_the_bits_they_have_alone():
+    a, b, c, d = (random_ids(count, seed) for seed, count in enumerate((41, 18, 50, 23)))
+    steps = load(CONFIGS["biased"], "bfloat16")
+    alone = [steps.run((sequence, 0, ids)) for sequence, ids in enumerate((a, b, c, d))]
+    for sequence, ids in enumerate((a[:-1], b[:-1], c[:10])):  # d comes new
+        steps.run((sequence, 0, ids))
+    mixed = steps.run((0, 40, a[-1:]), (1, 17, b[-1:]), (2, 10, c[10:]), (3, 0, d))
+    np.testing.assert_array_equal(mixed, np.concatenate([alone[0][-1:], alone[1][-1:], alone[2][10:], alone[3]]))
+
+
+def test_rows_asked_for_have_the_bits_they_have_among_all_rows():
+    ids, rows = random_ids(30), [3, 17, 29]
+    steps = load()
+    np.testing.assert_array_equal(steps.run((0, 0, ids), rows=rows), steps.run((1, 0, ids))[rows])
+
+
+def test_a_step_without_logits_still_writes_the_cache():
+    ids = random_ids(30)
+    steps = load()
+    whole = steps.run((0, 0, ids))
+    assert steps.run((1, 0, ids[:20]), rows=[]).shape == (0, TIED.vocab_size)
+    np.testing.assert_array_equal(steps.run((1, 20, ids[20:])), whole[20:])
+
+
+def test_slots_never_written_do_not_matter_even_if_they_hold_nan():
+    ids = random_ids(19)
+    steps = load()
+    clean = steps.run((0, 0, ids))
+    for part in steps.cache.keys + steps.cache.values:
+        (ctypes.c_float * math.prod(part.shape)).from_address(part.data_ptr())[:] = [math.nan] * math.prod(part.shape)
+    np.testing.assert_array_equal(steps.run((0, 0, ids)), clean)

@@ -1,0 +1,112 @@
+"""Loading: every tensor is read once, in slices, to its place and type; clear errors where it can't be."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fastdeploy.device import open_device
+from fastdeploy.models import load_model, loading
+from tests.models.reference import stored
+from tests.models.tiny import BIASED, TIED, UNTIED, checkpoint, random_tensors
+
+
+def load(source, dtype="float32"):
+    return load_model(source, open_device(), dtype, max_positions=64, progress=False)
+
+
+def unpacked(weight) -> np.ndarray:
+    """A LinearWeight as [out_features, in_features], in the type that it is stored in (bfloat16: bits)."""
+    dtype = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}[weight.data.dtype]
+    size = int(np.prod(weight.data.shape))
+    memory = (np.ctypeslib.ctypes.c_uint8 * (size * np.dtype(dtype).itemsize)).from_address(weight.data.data_ptr())
+    panels = np.frombuffer(memory, dtype).reshape(weight.data.shape)
+    return panels.transpose(0, 2, 1).reshape(-1, weight.in_features)[: weight.out_features]
+
+
+def values(weight) -> np.ndarray:
+    found = unpacked(weight)
+    return (found.astype(np.uint32) << 16).view(np.float32) if found.dtype == np.uint16 else found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_are_fused_and_rounded_to_the_dtype(dtype):
+    tensors = random_tensors(UNTIED)
+    model = load(checkpoint(UNTIED, tensors), dtype)
+    for index, layer in enumerate(model.layers):
+        prefix = f"model.layers.{index}"
+        qkv = np.concatenate([tensors[f"{prefix}.self_attn.{name}_proj.weight"] for name in "qkv"])
+        gate_up = np.concatenate([tensors[f"{prefix}.mlp.{name}_proj.weight"] for name in ("gate", "up")])
+        np.testing.assert_array_equal(values(layer.qkv), stored(qkv, dtype))
+        np.testing.assert_array_equal(values(layer.gate_up), stored(gate_up, dtype))
+        np.testing.assert_array_equal(values(layer.down), stored(tensors[f"{prefix}.mlp.down_proj.weight"], dtype))
+    np.testing.assert_array_equal(values(model.lm_head), stored(tensors["lm_head.weight"], dtype))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_checkpoints_load_as_they_are(dtype):
+    tensors = random_tensors(TIED)
+    model = load(checkpoint(TIED, tensors, dtype), dtype)
+    np.testing.assert_array_equal(values(model.embedding), stored(tensors["model.embed_tokens.weight"], dtype))
+
+
+def test_a_tied_table_is_stored_once():
+    model = load(checkpoint(TIED, random_tensors(TIED)))
+    assert model.lm_head is model.embedding
+
+
+def test_reading_in_slices_reads_every_row_once(monkeypatch):
+    tensors, read = random_tensors(BIASED), []
+    source = checkpoint(BIASED, tensors)
+    read_rows = source.read_rows
+
+    def noting(name, start, stop):
+        read.append((name, start, stop))
+        return read_rows(name, start, stop)
+
+    monkeypatch.setattr(source, "read_rows", noting)
+    whole = load(checkpoint(BIASED, tensors))
+    monkeypatch.setattr(loading, "SLICE_ELEMENTS", 500)
+    sliced = load(source)
+    for name, tensor in tensors.items():
+        rows = [row for other, start, stop in read if other == name for row in range(start, stop)]
+        assert sorted(rows) == list(range(len(tensor)))
+    assert len(read) > len(tensors) + 20
+    np.testing.assert_array_equal(values(sliced.layers[1].qkv), values(whole.layers[1].qkv))
+    np.testing.assert_array_equal(values(sliced.embedding), values(whole.embedding))
+
+
+def test_auto_is_the_checkpoints_dtype():
+    for dtype in ("float32", "bfloat16"):
+        config = replace(TIED, dtype=dtype)
+        model = load(checkpoint(config, random_tensors(config)), "auto")
+        assert model.dtype == dtype == model.embedding.data.dtype
+
+
+def test_an_architecture_we_do_not_have_is_an_error_that_names_those_we_have():
+    config = replace(TIED, architecture="BertModel")
+    with pytest.raises(ValueError, match=r"'BertModel'.*LlamaForCausalLM"):
+        load(checkpoint(config, {}))
+
+
+def test_missing_and_unexpected_tensors_are_errors_before_anything_is_read():
+    tensors = random_tensors(TIED)
+    tensors["stray.weight"] = tensors.pop("model.norm.weight")
+    source = checkpoint(TIED, tensors)
+    with pytest.raises(ValueError, match=r"1 missing: model\.norm\.weight; 1 unexpected: stray.weight"):
+        load(source)
+    assert len(source.unread()) == len(tensors)
+
+
+def test_a_tensor_of_another_shape_is_an_error_that_names_both_shapes():
+    tensors = random_tensors(TIED)
+    tensors["model.layers.1.mlp.up_proj.weight"] = np.zeros((52, 35), np.float32)
+    with pytest.raises(ValueError, match=r"up_proj.weight \(expected \[52, 36\], found \[52, 35\]\)"):
+        load(checkpoint(TIED, tensors))
+
+
+def test_weights_that_cannot_fit_are_an_error_that_names_the_sizes(monkeypatch):
+    device = open_device()
+    monkeypatch.setattr(device, "free_memory", lambda: 1000)
+    with pytest.raises(MemoryError, match=r'the weights take .* GiB as float32, 0.0 GiB are free; .*dtype="bfloat16"'):
+        load_model(checkpoint(TIED, random_tensors(TIED)), device, "float32", 64, progress=False)

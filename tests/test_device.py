@@ -1,0 +1,141 @@
+"""The device: memory that kernels and NumPy share, how much of it is free, recorded launches."""
+
+import numpy as np
+import pytest
+
+from fastdeploy.device import CACHE_LINE, Field, available_memory, open_device
+from fastdeploy.kernels.activation import silu_mul, silu_mul_reference
+from fastdeploy.kernels.launch import view
+
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def device():
+    return open_device()
+
+
+# Tensors
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "int64"])
+def test_empty_memory_begins_on_a_cache_line_and_has_the_dtype(device, dtype):
+    for shape in ((1,), (3, 5), (7, 33, 32)):
+        tensor = view(device.empty(shape, dtype))
+        assert tensor.shape == shape and tensor.dtype == dtype and tensor.data_ptr() % CACHE_LINE == 0
+
+
+def test_a_numpy_array_is_taken_without_a_copy(device):
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    array.flags.writeable = False
+    assert view(device.from_numpy(array)).data_ptr() == array.ctypes.data
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int32", "int64"])
+def test_what_is_written_to_a_tensor_is_read_back(device, dtype):
+    values = np.arange(12).reshape(3, 4).astype(dtype)
+    tensor = device.empty((3, 4), dtype)
+    device.write(tensor, values)
+    found = device.to_numpy(tensor)
+    device.write(tensor, values + 1)  # what was read is a copy
+    np.testing.assert_array_equal(found, values)
+
+
+# Staging
+
+
+def test_staging_shows_kernels_what_the_host_wrote(device):
+    fields = {"ids": Field((5,), "int32"), "slots": Field((3,), "int64"), "tables": Field((2, 7), "int32"),
+              "temperature": Field((4,), "float32")}  # fmt: skip
+    staging = device.staging(fields)
+    for number, (name, field) in enumerate(fields.items()):
+        staging.host[name][...] = np.arange(np.prod(field.shape)).reshape(field.shape) + 100 * number
+    staging.upload()
+    for number, (name, field) in enumerate(fields.items()):
+        expected = np.arange(np.prod(field.shape)).reshape(field.shape) + 100 * number
+        found = device.to_numpy(staging.device[name])
+        assert found.dtype == field.dtype and found.shape == field.shape
+        np.testing.assert_array_equal(found, expected)
+        assert view(staging.device[name]).data_ptr() % CACHE_LINE == 0
+
+
+def test_staging_begins_as_zeros(device):
+    assert not device.staging({"ids": Field((1000,), "int32")}).host["ids"].any()
+
+
+# Recorded launches
+
+
+def test_captured_launches_run_when_replayed_and_read_what_is_there_then(device):
+    out, gate_up = np.zeros((2, 8), np.float32), np.zeros((2, 16), np.float32)
+    with device.capture() as plan:
+        silu_mul(view(out), view(gate_up))
+    gate_up[:] = np.random.default_rng(0).normal(size=gate_up.shape)
+    assert not out.any()
+    for _ in range(2):
+        gate_up *= 2
+        plan.replay()
+        device.synchronize()
+        np.testing.assert_allclose(out, silu_mul_reference(gate_up), rtol=1e-5, atol=1e-6)
+
+
+# Free memory
+
+
+def write_tree(root, files):
+    for path, text in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text)
+    return root
+
+
+def meminfo(available):
+    return f"MemTotal:       {100 * GIB // 1024} kB\nMemAvailable:   {available // 1024} kB\n"
+
+
+def group(limit, usage, droppable=0, path="."):
+    files = {"max": f"{limit}\n", "current": f"{usage}\n", "stat": f"anon 5\ninactive_file {droppable}\n"}
+    return {f"sys/fs/cgroup/{path}/memory.{name}": text for name, text in files.items()}
+
+
+def test_without_control_groups_what_the_system_calls_available_is_free(tmp_path):
+    assert available_memory(write_tree(tmp_path, {"proc/meminfo": meminfo(6 * GIB)})) == 6 * GIB
+
+
+@pytest.mark.parametrize("limited", ["a", "a/b"])
+def test_a_limit_of_any_enclosing_control_group_counts(tmp_path, limited):
+    groups = {"a": ("max", 3 * GIB), "a/b": ("max", 3 * GIB)} | {limited: (5 * GIB, 3 * GIB)}
+    files = {"proc/meminfo": meminfo(6 * GIB), "proc/self/cgroup": "0::/a/b\n"}
+    for path, (limit, usage) in groups.items():
+        files |= group(limit, usage, droppable=GIB, path=path)
+    assert available_memory(write_tree(tmp_path, files)) == 3 * GIB  # 5 - 3 + 1 that could be dropped
+
+
+def test_a_container_that_sees_its_group_at_the_mount_point_has_its_limit(tmp_path):
+    files = {"proc/meminfo": meminfo(6 * GIB), "proc/self/cgroup": "0::/docker/1234\n", **group(2 * GIB, GIB)}
+    assert available_memory(write_tree(tmp_path, files)) == GIB
+
+
+def test_control_groups_of_version_1_count(tmp_path):
+    path = "sys/fs/cgroup/memory/a"
+    files = {
+        "proc/meminfo": meminfo(6 * GIB),
+        "proc/self/cgroup": "5:cpu,cpuacct:/a\n4:memory:/a\n0::/\n",
+        f"{path}/memory.limit_in_bytes": f"{4 * GIB}\n",
+        f"{path}/memory.usage_in_bytes": f"{2 * GIB}\n",
+        f"{path}/memory.stat": f"total_inactive_file {GIB}\n",
+    }
+    assert available_memory(write_tree(tmp_path, files)) == 3 * GIB
+
+
+def test_a_group_over_its_limit_leaves_nothing(tmp_path):
+    files = {"proc/meminfo": meminfo(6 * GIB), "proc/self/cgroup": "0::/\n", **group(GIB, 2 * GIB)}
+    assert available_memory(write_tree(tmp_path, files)) == 0
+
+
+def test_this_machine_has_free_memory_and_the_cache_gets_a_part_of_it(device):
+    assert 0 < device.cache_budget() < device.free_memory()
+
+
+def test_the_description_names_processor_threads_and_memory(device):
+    assert f"{device.num_threads()} threads" in device.describe() and "GiB free" in device.describe()
