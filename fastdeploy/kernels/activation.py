@@ -1,0 +1,55 @@
+"""The gate of a Llama-family MLP: out = silu(gate) * up, silu(g) = g / (1 + exp(-g))  (Shazeer, "GLU Variants", 2020).
+
+    gate_up [T, 2I]    | gate: I columns | up: I columns |      as one fused linear layer writes them
+    out     [T, I]
+
+One program takes BLOCK columns of one row: a 2-D grid, so that no element needs a division to find its row. fp32
+arithmetic. Cost: 3*T*I elements moved, bandwidth bound; one exp per element.
+"""
+
+from typing import Any
+
+import numpy as np
+import triton
+import triton.language as tl
+
+from fastdeploy.kernels.launch import FLOATS, Target, expect, launch, row_block, target, view
+
+
+@triton.jit
+def _silu_mul_kernel(out, gate_up, I: tl.constexpr, BLOCK: tl.constexpr):  # noqa: E741 (I as in the formula)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    inside = columns < I if I % BLOCK != 0 else tl.full([BLOCK], True, tl.int1)
+    gate = tl.load(gate_up + row * 2 * I + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * I + I + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * I + columns, (gate / (1.0 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=inside)
+
+
+def tiles(target: Target, width: int) -> dict[str, int]:
+    """Tile rule: 512 columns on a CPU are 0.3 us of work, ten times a program's overhead; 1024 on a GPU."""
+    if target.is_cpu:
+        return {"BLOCK": row_block(target, width, limit=512)}
+    return {"BLOCK": min(1024, triton.next_power_of_2(width)), "num_warps": 4}
+
+
+def silu_mul(out: Any, gate_up: Any) -> None:
+    """out = silu(gate_up[:, :I]) * gate_up[:, I:].
+
+    Args:
+        out: [T, I], any float type.
+        gate_up: [T, 2I], any float type.
+    """
+    out, gate_up = view(out), view(gate_up)
+    count, width = out.shape
+    expect("out", out, (count, width), *FLOATS)
+    expect("gate_up", gate_up, (count, 2 * width), *FLOATS)
+    rule = tiles(target(), width)
+    launch(_silu_mul_kernel, (count, triton.cdiv(width, rule["BLOCK"])), out, gate_up, I=width, **rule)
+
+
+def silu_mul_reference(gate_up: np.ndarray) -> np.ndarray:
+    """The specification, in float64."""
+    gate, up = np.split(gate_up.astype(np.float64), 2, axis=-1)
+    with np.errstate(over="ignore"):  # exp(-gate) = inf gives the right limit, 0
+        return gate / (1 + np.exp(-gate)) * up

@@ -1,0 +1,408 @@
+"""Paged attention over a mixed batch: decodes (one new token each) and chunks of prompts, grouped heads, block tables.
+
+    out[t, h] = sum_j softmax_j(scale * q[t, h] . k[j, h / group]) v[j, h / group]      over the keys j <= position of t
+
+    qkv [T, (H + 2 KVH) * D]                    only q is read; the new keys and values are already in the cache
+    k_cache [blocks, KVH, D, block_size]        transposed, so that a tile of keys is a right operand of q.k as it lies
+    v_cache [blocks, KVH, block_size, D]
+    block_tables [sequences, max_blocks]        key j of a sequence is in its block table[j // block_size]
+    out [T, H * D]
+
+Tiles. The rows of a query tile are the (token, query head) pairs that share a KV head: row r is token r // group, head
+r % group, so that keys and values are read once for the whole group, whatever its size. A tile of keys is part of one
+block. Tiles of keys that no row may see are never visited; only those that some row may not see are masked.
+
+               keys ->  | split 0: 256 keys     | split 1             | ...
+    rows of tokens  . . . . . . . . . . . . . . . . . . \\               \\ = the causal edge
+    4, 5, 6, ...    . . . . . . . . . . . . . . . . . . . . \\
+
+Splits. The softmax is computed over splits of SPLIT keys at fixed positions and the splits' states are merged in
+ascending order, always: a row's sum is done in one order only, whether one program walks over the splits or, for the
+few decodes of a small batch, every split is a program of its own (`_split_kernel`) and a second launch merges
+(`_merge_kernel`).
+
+The state of a softmax over some keys, in the manner of FlashAttention-2 (Dao, 2023), in base 2:
+    peak = max of scores,   total = sum of 2^(score - peak),   sums = sum of 2^(score - peak) v
+Of no keys it is peak -inf, total 0, sums 0; every formula below keeps that free of NaN.
+
+Cost: a decode reads its context once, 2 * context * KVH * D elements, bound by memory; prefill is 4 * D FLOPs per
+(query head, key) pair, bound by arithmetic. Grouping, splits and the search for a program's sequence follow vLLM's
+unified Triton attention; the fixed split size follows Thinking Machines' work on batch invariance.
+"""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import triton
+import triton.language as tl
+
+from fastdeploy.kernels.launch import FLOATS, Target, TensorView, expect, launch, operand_dtype, target, view
+from fastdeploy.kernels.rope import HeadLayout
+
+SPLIT = 256  # keys; a multiple of every block size. Part of the arithmetic: another value gives other last bits.
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """Who attends to what in one step. Decodes come first: sequence i < num_decodes is the one token i.
+
+    num_decodes, num_seqs, max_query_len: known on the host; max_query_len is the longest prompt chunk.
+    num_splits: at least ceil(longest context of a decode / SPLIT); more is right too, if slower.
+    cu_seqlens [num_seqs + 1] int32: sequence i has the tokens cu_seqlens[i] to cu_seqlens[i + 1] of the step.
+    context_lens [num_seqs] int32: keys that the last token of a sequence sees, itself included; 0 for padding.
+    block_tables [num_seqs, max_blocks] int32.
+    """
+
+    num_decodes: int
+    num_seqs: int
+    max_query_len: int
+    num_splits: int
+    cu_seqlens: TensorView
+    context_lens: TensorView
+    block_tables: TensorView
+
+
+# The softmax state
+
+
+@triton.jit
+def _empty_state(ROWS: tl.constexpr, DIM: tl.constexpr):
+    sums = tl.zeros([ROWS, DIM], tl.float32)
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    return sums, peak, tl.zeros([ROWS], tl.float32)
+
+
+@triton.jit
+def _finite(peak):
+    """`peak` as something to subtract: -inf - -inf would be NaN, while 2^(-inf - 0) is the 0 we want."""
+    return tl.where(peak == float("-inf"), 0.0, peak)
+
+
+@triton.jit
+def _merge(sums, peak, total, more_sums, more_peak, more_total):
+    """The state of two sets of keys. Written with fma, so that no compiler decides where to round."""
+    new_peak = tl.maximum(peak, more_peak)
+    kept = tl.exp2(peak - _finite(new_peak))  # [rows]
+    added = tl.exp2(more_peak - _finite(new_peak))
+    sums = tl.fma(sums, tl.broadcast_to(kept[:, None], sums.shape), more_sums * added[:, None])
+    return sums, new_peak, tl.fma(total, kept, more_total * added)
+
+
+@triton.jit
+def _add_keys(
+    sums, peak, total, q, keys, values, key, position, end, log2_scale,
+    D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The state after the TILE keys from `key` on; `keys` and `values` point to their block.
+
+    MASKED: some row may not see some of them, those from `end` on exist for no row and may hold anything, even NaN.
+    """
+    DIM: tl.constexpr = q.shape[1]
+    d = tl.arange(0, DIM)
+    t = key % BLOCK_SIZE + tl.arange(0, TILE)  # places in the block
+    number = key + tl.arange(0, TILE)  # places in the sequence
+    k = tl.load(keys + d[:, None] * BLOCK_SIZE + t[None, :], mask=_head_mask(d, D, DIM)[:, None], other=0.0)
+    scores = tl.dot(q, k.to(q.dtype), input_precision="ieee")  # [rows, TILE]
+    if MASKED:
+        scores = tl.where(number[None, :] <= position[:, None], scores, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, axis=1) * log2_scale)
+    shift = tl.broadcast_to(-_finite(new_peak)[:, None], scores.shape)
+    weights = tl.exp2(tl.fma(scores, tl.full(scores.shape, log2_scale, tl.float32), shift))
+    kept = tl.exp2(peak - _finite(new_peak))
+    total = tl.fma(total, kept, tl.sum(weights, axis=1))
+    v_tile = values + t[:, None] * D + d[None, :]
+    if MASKED:
+        v = tl.load(v_tile, mask=(number < end)[:, None] & _head_mask(d, D, DIM)[None, :], other=0.0)
+    else:
+        v = tl.load(v_tile, mask=_head_mask(d, D, DIM)[None, :], other=0.0)
+    sums = tl.dot(weights.to(q.dtype), v.to(q.dtype), sums * kept[:, None], input_precision="ieee")
+    return sums, new_peak, total
+
+
+@triton.jit
+def _head_mask(d, D: tl.constexpr, DIM: tl.constexpr):
+    """Which of DIM lanes are elements of a head; folded away where the head's width is a power of two."""
+    if DIM == D:
+        return tl.full([DIM], True, tl.int1)
+    else:
+        return d < D
+
+
+@triton.jit
+def _attend_split(
+    q, k_cache, v_cache, block_table, kv_head, position, first, seen_by_all, end, log2_scale,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """The state of the keys from `first` to the end of their split, or to `end` if that comes first.
+
+    q: [rows, DIM]; position: [rows], a row sees keys up to it; seen_by_all: the number of keys that every row sees.
+    """
+    sums, peak, total = _empty_state(q.shape[0], q.shape[1])
+    end_of_split = tl.minimum(first + SPLIT, end)
+    unmasked = tl.minimum(tl.maximum(seen_by_all // TILE * TILE, first), end_of_split)
+    for key in range(first, unmasked, TILE):
+        block = (tl.load(block_table + key // BLOCK_SIZE).to(tl.int64) * KV_HEADS + kv_head) * D * BLOCK_SIZE
+        sums, peak, total = _add_keys(
+            sums, peak, total, q, k_cache + block, v_cache + block, key, position, end, log2_scale,
+            D, BLOCK_SIZE, TILE, False,
+        )  # fmt: skip
+    for key in range(unmasked, end_of_split, TILE):
+        block = (tl.load(block_table + key // BLOCK_SIZE).to(tl.int64) * KV_HEADS + kv_head) * D * BLOCK_SIZE
+        sums, peak, total = _add_keys(
+            sums, peak, total, q, k_cache + block, v_cache + block, key, position, end, log2_scale,
+            D, BLOCK_SIZE, TILE, True,
+        )  # fmt: skip
+    return sums, peak, total
+
+
+# The kernels
+
+
+@triton.jit
+def _load_queries(
+    qkv, row, kv_head,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """q of the rows (token * group + head of the group) of one KV head: [rows, DIM]."""
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    d = tl.arange(0, DIM)
+    start = (row // GROUP).to(tl.int64) * (HEADS + 2 * KV_HEADS) * D + (kv_head * GROUP + row % GROUP) * D
+    return tl.load(qkv + start[:, None] + d[None, :], mask=_head_mask(d, D, DIM)[None, :], other=0.0).to(OPERAND)
+
+
+@triton.jit
+def _store_attended(
+    out, sums, total, row, mask, kv_head,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """sums / total to the rows of `out`; zeros for a row that saw no key."""
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    d = tl.arange(0, DIM)
+    attended = sums / tl.where(total == 0.0, 1.0, total)[:, None]
+    start = (row // GROUP).to(tl.int64) * HEADS * D + (kv_head * GROUP + row % GROUP) * D
+    mask = mask[:, None] & _head_mask(d, D, DIM)[None, :]
+    tl.store(out + start[:, None] + d[None, :], attended.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _find_sequence(tile, cu_seqlens, num_decodes, num_seqs, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The prompt chunk that a query tile belongs to and the chunk's first tile.
+
+    Chunk i begins with tile cu_seqlens[i] * group // BLOCK_M + i (counted from the first chunk): that leaves room for
+    all chunks before it without a sum over them, at the price of a few tiles that find no rows. Bisection.
+    """
+    low = num_decodes
+    high = num_seqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        begins = (tl.load(cu_seqlens + middle) - num_decodes) * GROUP // BLOCK_M + middle - num_decodes
+        low = tl.where(begins <= tile, middle, low)
+        high = tl.where(begins <= tile, high, middle)
+    return low, (tl.load(cu_seqlens + low) - num_decodes) * GROUP // BLOCK_M + low - num_decodes
+
+
+@triton.jit(do_not_specialize=["num_decodes", "num_seqs", "max_blocks"])
+def _attention_kernel(
+    out, qkv, k_cache, v_cache, cu_seqlens, context_lens, block_tables, num_decodes, num_seqs, max_blocks, log2_scale,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, BLOCK_M: tl.constexpr, DECODE: tl.constexpr,
+):  # fmt: skip
+    """One query tile of one KV head, over all its splits. DECODE: a tile is one sequence's only token."""
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    kv_head = tl.program_id(1)
+    if DECODE:
+        sequence = tl.program_id(0)
+        first_token = sequence
+        first_row = 0
+        count = 1
+    else:
+        sequence, first_tile = _find_sequence(tl.program_id(0), cu_seqlens, num_decodes, num_seqs, GROUP, BLOCK_M)
+        first_token = tl.load(cu_seqlens + sequence)
+        first_row = (tl.program_id(0) - first_tile) * BLOCK_M
+        count = tl.load(cu_seqlens + sequence + 1) - first_token
+    if first_row < count * GROUP:
+        past = tl.load(context_lens + sequence) - count  # keys before this step's
+        row = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+        real = row < count * GROUP
+        row = tl.minimum(row, count * GROUP - 1)  # surplus rows repeat the last one
+        q = _load_queries(qkv, first_token * GROUP + row, kv_head, HEADS, KV_HEADS, D, DIM, OPERAND)
+        position = past + row // GROUP
+        seen_by_all = past + first_row // GROUP + 1
+        end = past + tl.minimum((first_row + BLOCK_M - 1) // GROUP + 1, count)
+        block_table = block_tables + sequence.to(tl.int64) * max_blocks
+        sums, peak, total = _empty_state(BLOCK_M, DIM)
+        for first in range(0, end, SPLIT):
+            more_sums, more_peak, more_total = _attend_split(
+                q, k_cache, v_cache, block_table, kv_head, position, first, seen_by_all, end, log2_scale,
+                KV_HEADS, D, BLOCK_SIZE, TILE, SPLIT,
+            )  # fmt: skip
+            sums, peak, total = _merge(sums, peak, total, more_sums, more_peak, more_total)
+        _store_attended(out, sums, total, first_token * GROUP + row, real, kv_head, HEADS, KV_HEADS, D, DIM)
+
+
+@triton.jit(do_not_specialize=["num_splits", "max_blocks"])
+def _split_kernel(
+    partials, qkv, k_cache, v_cache, context_lens, block_tables, num_splits, max_blocks, log2_scale,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """One split of one decode and KV head: its state to partials [decodes, H, num_splits, D + 2]."""
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    split = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    sequence = tl.program_id(2)
+    end = tl.load(context_lens + sequence)
+    if split * SPLIT < end:
+        row = tl.arange(0, BLOCK_M)  # [BLOCK_M] heads of the group
+        real = row < GROUP
+        row = tl.minimum(row, GROUP - 1)
+        q = _load_queries(qkv, sequence * GROUP + row, kv_head, HEADS, KV_HEADS, D, DIM, OPERAND)
+        position = tl.full([BLOCK_M], 0, tl.int32) + (end - 1)
+        sums, peak, total = _attend_split(
+            q, k_cache, v_cache, block_tables + sequence.to(tl.int64) * max_blocks, kv_head, position,
+            split * SPLIT, end, end, log2_scale, KV_HEADS, D, BLOCK_SIZE, TILE, SPLIT,
+        )  # fmt: skip
+        d = tl.arange(0, DIM)
+        start = partials + ((sequence * HEADS + kv_head * GROUP + row).to(tl.int64) * num_splits + split) * (D + 2)
+        tl.store(start[:, None] + d[None, :], sums, mask=real[:, None] & _head_mask(d, D, DIM)[None, :])
+        tl.store(start + D, peak, mask=real)
+        tl.store(start + D + 1, total, mask=real)
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def _merge_kernel(
+    out, partials, context_lens, num_splits,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The states of one decode and KV head, merged in ascending order as `_attention_kernel` does."""
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    kv_head = tl.program_id(0)
+    sequence = tl.program_id(1)
+    row = tl.arange(0, BLOCK_M)
+    real = row < GROUP
+    row = tl.minimum(row, GROUP - 1)
+    d = tl.arange(0, DIM)
+    start = partials + (sequence * HEADS + kv_head * GROUP + row).to(tl.int64) * num_splits * (D + 2)
+    sums, peak, total = _empty_state(BLOCK_M, DIM)
+    for split in range(0, tl.cdiv(tl.load(context_lens + sequence), SPLIT)):
+        at = start + split * (D + 2)
+        more_sums = tl.load(at[:, None] + d[None, :], mask=_head_mask(d, D, DIM)[None, :], other=0.0)
+        sums, peak, total = _merge(sums, peak, total, more_sums, tl.load(at + D), tl.load(at + D + 1))
+    _store_attended(out, sums, total, sequence * GROUP + row, real, kv_head, HEADS, KV_HEADS, D, DIM)
+
+
+# The launcher
+
+
+def tiles(target: Target, heads: HeadLayout, block_size: int, query_len: int) -> dict[str, Any]:
+    """Tile rule. The tile of keys follows from the block size alone: 64 keys, or the block where that is smaller.
+
+    On a CPU the query tile fits the rows there are, up to 64 (see linear.py on why it may depend on them there); on a
+    GPU it is 64 rows for prompts and decodes alike, so that a token has the same bits in both.
+    """
+    shape: dict[str, Any] = {"DIM": triton.next_power_of_2(heads.head_dim), "TILE": min(block_size, 64)}
+    rows = triton.next_power_of_2(heads.group * query_len)
+    if target.is_cpu:
+        # one size for decodes, two for prompts: every size is a compilation of 0.3 s
+        return {**shape, "BLOCK_M": rows if query_len == 1 else 16 if rows <= 16 else 64}
+    shape["BLOCK_M"] = max(64, triton.next_power_of_2(heads.group))
+    if target.arch == 80 and shape["DIM"] > 64:  # without wgmma, 4 warps or a second stage spill registers
+        return {**shape, "num_warps": 8, "num_stages": 1}
+    return {**shape, "num_warps": 4, "num_stages": 2 if target.kind == "cuda" else 1}
+
+
+def splits_in_parallel(target: Target, num_decodes: int, heads: HeadLayout, num_splits: int) -> bool:
+    """Whether decodes are too few to keep the processor busy with one program per sequence and KV head."""
+    return num_splits > 1 and num_decodes * heads.num_kv_heads < 4 * target.parallelism
+
+
+def workspace_shape(max_decodes: int, heads: HeadLayout, max_context: int) -> tuple[int, int, int, int]:
+    """The shape of the float32 workspace for steps of up to `max_decodes` decodes of up to `max_context` tokens."""
+    return (max_decodes, heads.num_heads, triton.cdiv(max_context, SPLIT), heads.head_dim + 2)
+
+
+def paged_attention(
+    out: Any, qkv: Any, k_cache: Any, v_cache: Any,
+    batch: AttentionBatch, heads: HeadLayout, scale: float, workspace: Any,
+) -> None:  # fmt: skip
+    """Attention of every token of the step over the keys of its own sequence up to itself.
+
+    Args:
+        out: [T, H * D], any float type.
+        qkv: [T, heads.qkv_width], q turned by `rope_and_cache`, which has also written the new keys and values.
+        k_cache: [blocks, KVH, D, block_size], any float type; block_size a power of two from 16 to 256.
+        v_cache: [blocks, KVH, block_size, D], the same type.
+        batch: who attends to what. Its tensors' values are not checked: they lie on the device.
+        scale: factor of the scores, above 0, usually 1 / sqrt(D).
+        workspace: float32 of at least `workspace_shape` elements.
+    """
+    out, qkv, k_cache, v_cache, workspace = view(out), view(qkv), view(k_cache), view(v_cache), view(workspace)
+    block_size = heads.expect_caches(k_cache, v_cache)
+    _check(out, qkv, batch, heads, block_size)
+    here = target()
+    common = {
+        "HEADS": heads.num_heads, "KV_HEADS": heads.num_kv_heads, "D": heads.head_dim, "BLOCK_SIZE": block_size,
+        "SPLIT": SPLIT, "OPERAND": operand_dtype(here, qkv),
+    }  # fmt: skip
+    log2_scale = scale * 1.4426950408889634  # exp(x) = 2^(x log2(e))
+    max_blocks = batch.block_tables.shape[1]
+    cached = (out, qkv, k_cache, v_cache, batch.cu_seqlens, batch.context_lens, batch.block_tables)
+    walked = (*cached, batch.num_decodes, batch.num_seqs, max_blocks, log2_scale)
+    rule = tiles(here, heads, block_size, query_len=1)
+    if splits_in_parallel(here, batch.num_decodes, heads, batch.num_splits):
+        _launch_splits(out, qkv, k_cache, v_cache, batch, workspace, log2_scale, {**common, **rule})
+    else:
+        launch(_attention_kernel, (batch.num_decodes, heads.num_kv_heads), *walked, **common, **rule, DECODE=True)
+    if batch.num_seqs > batch.num_decodes:
+        rule = tiles(here, heads, block_size, batch.max_query_len)
+        rows = (qkv.shape[0] - batch.num_decodes) * heads.group
+        query_tiles = rows // rule["BLOCK_M"] + batch.num_seqs - batch.num_decodes
+        launch(_attention_kernel, (query_tiles, heads.num_kv_heads), *walked, **common, **rule, DECODE=False)
+
+
+def _check(out: TensorView, qkv: TensorView, batch: AttentionBatch, heads: HeadLayout, block_size: int) -> None:
+    if block_size & (block_size - 1) or not 16 <= block_size <= SPLIT:
+        raise ValueError(f"block_size is {block_size}; attention takes powers of two from 16 to {SPLIT}")
+    count = qkv.shape[0]
+    expect("qkv", qkv, (count, heads.qkv_width), *FLOATS)
+    expect("out", out, (count, heads.num_heads * heads.head_dim), *FLOATS)
+    expect("cu_seqlens", batch.cu_seqlens, (batch.num_seqs + 1,), "int32")
+    expect("context_lens", batch.context_lens, (batch.num_seqs,), "int32")
+    expect("block_tables", batch.block_tables, (batch.num_seqs, batch.block_tables.shape[1]), "int32")
+
+
+def _launch_splits(
+    out: TensorView, qkv: TensorView, k_cache: TensorView, v_cache: TensorView, batch: AttentionBatch,
+    workspace: TensorView, log2_scale: float, constexprs: dict[str, Any],
+) -> None:  # fmt: skip
+    """The decodes, a program per split."""
+    kv_heads, splits = constexprs["KV_HEADS"], batch.num_splits
+    needed = batch.num_decodes * constexprs["HEADS"] * splits * (constexprs["D"] + 2)
+    expect("workspace", workspace, workspace.shape, "float32")
+    if prod(workspace.shape) < needed:
+        raise ValueError(f"the workspace has {prod(workspace.shape)} elements; {splits} splits need {needed}")
+    inputs = (qkv, k_cache, v_cache, batch.context_lens, batch.block_tables, splits, batch.block_tables.shape[1])
+    launch(_split_kernel, (splits, kv_heads, batch.num_decodes), workspace, *inputs, log2_scale, **constexprs)
+    merging = {name: value for name, value in constexprs.items() if name not in ("BLOCK_SIZE", "TILE", "OPERAND")}
+    launch(_merge_kernel, (kv_heads, batch.num_decodes), out, workspace, batch.context_lens, splits, **merging)
+
+
+def attention_reference(
+    q: np.ndarray, caches: tuple[np.ndarray, np.ndarray], block_table: np.ndarray, context: int, scale: float
+) -> np.ndarray:
+    """The specification for one sequence, in float64: q [tokens, H, D], its last token sees `context` keys."""
+    k_cache, v_cache = caches
+    tokens, num_heads, width = q.shape
+    kv_heads, block_size = v_cache.shape[1:3]
+    blocks = block_table[: triton.cdiv(context, block_size)]
+    keys = k_cache[blocks].astype(np.float64).transpose(1, 0, 3, 2).reshape(kv_heads, -1, width)[:, :context]
+    values = v_cache[blocks].astype(np.float64).transpose(1, 0, 2, 3).reshape(kv_heads, -1, width)[:, :context]
+    keys, values = (np.repeat(x, num_heads // kv_heads, axis=0) for x in (keys, values))  # [H, context, D]
+    scores = np.einsum("thd,hkd->htk", q.astype(np.float64), keys) * scale
+    unseen = np.arange(context)[None, :] > (context - tokens + np.arange(tokens))[:, None]
+    scores = np.where(unseen[None], -np.inf, scores)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return np.einsum("htk,hkd->thd", weights / weights.sum(axis=-1, keepdims=True), values)

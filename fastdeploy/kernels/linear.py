@@ -1,0 +1,202 @@
+"""Linear layers: y[t, n] = sum_k x[t, k] * W[n, k] + bias[n].
+
+Weights are stored in panels of `panel` output features, features next to each other, because a CPU multiplies along n:
+
+    data [ceil(N / panel), K, panel]          address of W[n, k] = (n // panel) * K * panel + k * panel + n % panel
+
+           k = 0 | W[0,0] W[1,0] ... W[31,0] |     panel 32 in bf16: one cache line per k, read in address order,
+           k = 1 | W[0,1] W[1,1] ... W[31,1] |     so that a matrix-vector product runs at the speed of memory
+             :   |            :              |
+           next panel: W[32..63, :]                (row-major [N, K] breaks down when rows lie a page apart)
+
+`panel == 1` is plain row-major [N, K], which GPUs want: the same formula, the same kernel. Features that fill up the
+last panel are computed but never stored, so their values do not matter.
+
+One program computes BLOCK_M rows of x times BLOCK_N features, walking k in steps of BLOCK_K with a `tl.dot` that adds
+into one accumulator: no split over k, so that a row's sum does not depend on how many rows there are. Programs are
+ordered in groups of GROUP_M row blocks, see `_program_tile`.
+
+Cost: N*K weights read once per BLOCK_M rows (decode: bound by memory), 2*T*N*K FLOPs (prefill: bound by arithmetic).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import triton
+import triton.language as tl
+
+from fastdeploy.kernels.launch import FLOATS, Target, TensorView, expect, launch, operand_dtype, target, view
+
+
+@dataclass(frozen=True)
+class LinearWeight:
+    """The weight of y = x @ W.T (+ bias), W being [out_features, in_features], and its layout.
+
+    data: see `packed_shape`, any float type.  bias: [out_features] float32 or None.
+    """
+
+    data: TensorView
+    out_features: int
+    in_features: int
+    panel: int
+    bias: TensorView | None = None
+
+    def __post_init__(self) -> None:
+        expect("weight data", self.data, packed_shape(self.out_features, self.in_features, self.panel), *FLOATS)
+        if self.bias is not None:
+            expect("bias", self.bias, (self.out_features,), "float32")
+
+
+def default_panel(target: Target) -> int:
+    """Features per panel: 32 on a CPU (a cache line of 16-bit weights, two AVX-512 vectors of sums), none on a GPU."""
+    return 32 if target.is_cpu else 1
+
+
+def packed_shape(out_features: int, in_features: int, panel: int) -> tuple[int, int, int]:
+    """The shape of a packed weight's data."""
+    return (triton.cdiv(out_features, panel), in_features, panel)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _linear_kernel(
+    y, x, weight, bias, rows, N, K,
+    PANEL: tl.constexpr, OPERAND: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    block_m, block_n = _program_tile(rows, N, BLOCK_M, BLOCK_N, GROUP_M)
+    m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    # Rows and features past the end are read again from the last one: cheaper than a mask in the loop.
+    x_tile = x + tl.minimum(m, rows - 1).to(tl.int64)[:, None] * K + k[None, :]  # [BLOCK_M, BLOCK_K]
+    if PANEL == 1:
+        weight_tile = weight + tl.minimum(n, N - 1).to(tl.int64)[None, :] * K + k[:, None]  # [BLOCK_K, BLOCK_N]
+    else:  # a tile is as wide as a panel, which is padded
+        weight_tile = weight + block_n.to(tl.int64) * K * PANEL + k[:, None] * PANEL + tl.arange(0, BLOCK_N)[None, :]
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(x_tile)
+            b = tl.load(weight_tile)
+        else:
+            a = tl.load(x_tile, mask=(start + k < K)[None, :], other=0.0)
+            b = tl.load(weight_tile, mask=(start + k < K)[:, None], other=0.0)
+        sums = tl.dot(a.to(OPERAND), b.to(OPERAND), sums, input_precision="ieee")
+        x_tile += BLOCK_K
+        weight_tile += BLOCK_K * PANEL
+    if bias is not None:
+        sums += tl.load(bias + n, mask=n < N, other=0.0)[None, :]
+    y_tile = y + m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(y_tile, sums.to(y.dtype.element_ty), mask=(m < rows)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _program_tile(rows, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """This program's row block and feature block.
+
+    Within a group of GROUP_M row blocks, the row blocks run first, so that the programs which share a weight tile run
+    at the same time, and the features of the group follow each other:
+
+        GROUP_M = 2     features ->   0 2 4 6          row blocks of a group reread its x, which stays in the cache;
+                        row blocks    1 3 5 7          weights come from memory once per group
+                                      8 10 12 14
+    """
+    program = tl.program_id(0)
+    feature_blocks = tl.cdiv(N, BLOCK_N)
+    group = program // (GROUP_M * feature_blocks)
+    first = group * GROUP_M
+    size = tl.minimum(tl.cdiv(rows, BLOCK_M) - first, GROUP_M)
+    within = program % (GROUP_M * feature_blocks)
+    return first + within % size, within // size
+
+
+def tiles(target: Target, rows: int, weight: LinearWeight) -> dict[str, Any]:
+    """Tile rule. BLOCK_K and BLOCK_N follow from the weight alone.
+
+    On a CPU the row block follows the number of rows, up to 64: our `tl.dot` adds the terms of each element one after
+    the other in order of k, so the tile does not change a bit. Tensor cores choose their instruction, and with it the
+    order, by the tile: there it is 64 rows always, which costs a bandwidth-bound decode nothing.
+    """
+    even = min(weight.in_features & -weight.in_features, 64)  # the largest power of two that divides K
+    if target.is_cpu:
+        block_m = min(triton.next_power_of_2(rows), 64)
+        return {"BLOCK_M": block_m, "BLOCK_N": max(weight.panel, 16), "BLOCK_K": even, "GROUP_M": 1, "EVEN_K": True}
+    block_n = 128 if weight.out_features >= 8192 else 64  # enough programs for small layers, fewer x reads for large
+    block_k = even if even >= 16 else 64
+    shape = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8, "EVEN_K": even >= 16}
+    return {**shape, "num_warps": 4, "num_stages": 3 if target.kind == "cuda" else 2}
+
+
+def linear(out: Any, x: Any, weight: LinearWeight) -> None:
+    """out = x @ W.T (+ bias).
+
+    Args:
+        out: [T, out_features], any float type.
+        x: [T, in_features], any float type.
+        weight: as packed by `pack`.
+    """
+    out, x = view(out), view(x)
+    rows = x.shape[0]
+    expect("x", x, (rows, weight.in_features), *FLOATS)
+    expect("out", out, (rows, weight.out_features), *FLOATS)
+    if rows == 0:
+        return
+    here = target()
+    rule = tiles(here, rows, weight)
+    blocks = triton.cdiv(rows, rule["BLOCK_M"]) * triton.cdiv(weight.out_features, rule["BLOCK_N"])
+    arguments = (out, x, weight.data, weight.bias, rows, weight.out_features, weight.in_features)
+    launch(_linear_kernel, (blocks,), *arguments, PANEL=weight.panel, OPERAND=operand_dtype(here, x), **rule)
+
+
+@triton.jit(do_not_specialize=["count", "row_offset", "row_stride"])
+def _pack_kernel(
+    data, source, count, row_offset, row_stride, K,
+    PANEL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    first = row_offset // BLOCK_N * BLOCK_N  # tiles start on panels, whatever row the slice starts with
+    n = first + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N] rows of W
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    inside = ((n >= row_offset) & (n < row_offset + count))[None, :] & (k < K)[:, None]
+    values = tl.load(source + (n - row_offset).to(tl.int64)[None, :] * row_stride + k[:, None], mask=inside)
+    offset = (n // PANEL).to(tl.int64)[None, :] * K * PANEL + k[:, None] * PANEL + (n % PANEL)[None, :]
+    tl.store(data + offset, values.to(data.dtype.element_ty), mask=inside)
+
+
+def pack(out: Any, weight: Any, row_offset: int = 0) -> None:
+    """Convert rows [row_offset, row_offset + n) of a weight matrix to `out`'s type and lay them out in panels.
+
+    A fused weight (q, k and v, say) is packed by one call per part; other rows of `out` keep their values.
+
+    Args:
+        out: a packed weight's data, [ceil(N / panel), K, panel].
+        weight: [n, K], any float type; rows may have gaps between them.
+        row_offset: row of the packed weight that receives the first row of `weight`.
+    """
+    out, weight = view(out), view(weight)
+    panels, width, panel = out.shape
+    count = weight.shape[0]
+    expect("out", out, (panels, width, panel), *FLOATS)
+    if weight.shape[1:] != (width,) or weight.strides[1] != 1:
+        raise ValueError(f"weight of shape {weight.shape}, strides {weight.strides}: expected rows of {width} elements")
+    if not 0 <= row_offset <= panels * panel - count:
+        raise ValueError(f"rows {row_offset} to {row_offset + count} do not fit in {panels} panels of {panel} rows")
+    block_n, block_k = max(panel, 32), 64
+    tiles_n = triton.cdiv(row_offset % block_n + count, block_n)
+    grid = (tiles_n if count else 0, triton.cdiv(width, block_k))
+    arguments = (out, weight, count, row_offset, weight.strides[0], width)
+    launch(_pack_kernel, grid, *arguments, PANEL=panel, BLOCK_N=block_n, BLOCK_K=block_k)
+
+
+def pack_reference(weight: np.ndarray, panel: int) -> np.ndarray:
+    """The layout's specification: [N, K] -> [ceil(N / panel), K, panel], zeros in the last panel's empty rows."""
+    rows, width = weight.shape
+    padded = np.zeros((triton.cdiv(rows, panel) * panel, width), weight.dtype)
+    padded[:rows] = weight
+    return padded.reshape(-1, panel, width).transpose(0, 2, 1)
+
+
+def linear_reference(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    """The specification, in float64; `weight` is [N, K] as stored, that is after rounding to its type."""
+    y = x.astype(np.float64) @ weight.astype(np.float64).T
+    return y if bias is None else y + bias

@@ -1,0 +1,114 @@
+"""RMS normalisation, alone or after the addition to the residual stream.
+
+    rms_norm:       out[t, k] = x[t, k] * weight[k] / sqrt(mean_k x[t, k]^2 + eps)
+    add_rms_norm:   residual[t, k] += delta[t, k];   out = rms_norm(residual)
+
+(Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.) Fusing the addition saves one write and one read of
+the residual stream per norm.
+
+Layout: x, out, residual, delta [T, K] row-major; weight [K] float32. All arithmetic is fp32.
+
+    one program = one row          | BLOCK | BLOCK | BLOCK | ... |     K elements
+
+A program walks its row twice in chunks of BLOCK: first for the sum of squares, one partial sum per lane, then to scale.
+The second walk finds the row in the cache (or, on a GPU, where BLOCK covers the row, in registers).
+Cost: T*K reads and writes, bandwidth bound. The order of the sum depends on K alone.
+"""
+
+from typing import Any
+
+import numpy as np
+import triton
+import triton.language as tl
+
+from fastdeploy.kernels.launch import FLOATS, Target, TensorView, expect, launch, row_block, target, view
+
+
+@triton.jit
+def _rms_norm_kernel(out, x, residual, delta, weight, eps, K: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * K
+    lanes = tl.arange(0, BLOCK)
+    squares = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, K, BLOCK):
+        columns = start + lanes  # [BLOCK]
+        values = _row_chunk(x, residual, delta, row, columns, K, BLOCK)
+        squares += values * values
+    scale = tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
+    for start in range(0, K, BLOCK):
+        columns = start + lanes
+        inside = _inside(columns, K, BLOCK)
+        values = _row_chunk(x, residual, delta, row, columns, K, BLOCK)
+        if residual is not None:
+            tl.store(residual + row + columns, values.to(residual.dtype.element_ty), mask=inside)
+        gains = tl.load(weight + columns, mask=inside)
+        tl.store(out + row + columns, (values * scale * gains).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _row_chunk(x, residual, delta, row, columns, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Some columns of x, or of residual + delta, in fp32; zeros past the end of the row."""
+    inside = _inside(columns, K, BLOCK)
+    if residual is None:
+        values = tl.load(x + row + columns, mask=inside, other=0.0).to(tl.float32)
+    else:
+        values = tl.load(residual + row + columns, mask=inside, other=0.0).to(tl.float32)
+        values += tl.load(delta + row + columns, mask=inside, other=0.0).to(tl.float32)
+    return values
+
+
+@triton.jit
+def _inside(columns, K: tl.constexpr, BLOCK: tl.constexpr):
+    """The mask of columns within the row; always true, and folded away, where BLOCK divides K."""
+    if K % BLOCK == 0:
+        return tl.full(columns.shape, True, tl.int1)
+    else:
+        return columns < K
+
+
+def tiles(target: Target, width: int) -> dict[str, int]:
+    """Tile rule: 64 lanes on a CPU (four AVX-512 sums in flight; divides SmolLM2's 576); the whole row on a GPU."""
+    block = row_block(target, width, limit=64)
+    return {"BLOCK": block} if target.is_cpu else {"BLOCK": block, "num_warps": max(1, min(8, block // 512))}
+
+
+def rms_norm(out: Any, x: Any, weight: Any, eps: float) -> None:
+    """out = x / rms(x) * weight for every row.
+
+    Args:
+        out, x: [T, K], any float types; they may be the same memory.
+        weight: [K] float32.
+        eps: added to the mean square.
+    """
+    out, x, weight = view(out), view(x), view(weight)
+    _check(out, weight, x=x)
+    _launch(out, x, None, None, weight, eps)
+
+
+def add_rms_norm(out: Any, residual: Any, delta: Any, weight: Any, eps: float) -> None:
+    """residual += delta, then out = residual / rms(residual) * weight.
+
+    Args:
+        out, residual, delta: [T, K], any float types; `residual` is updated in place. The norm is of the fp32 sum,
+            before that is rounded to the residual's type.
+        weight: [K] float32.
+    """
+    out, residual, delta, weight = view(out), view(residual), view(delta), view(weight)
+    _check(out, weight, residual=residual, delta=delta)
+    _launch(out, None, residual, delta, weight, eps)
+
+
+def _check(out: TensorView, weight: TensorView, **inputs: TensorView) -> None:
+    for name, tensor in {"out": out, **inputs}.items():
+        expect(name, tensor, out.shape, *FLOATS)
+    expect("weight", weight, out.shape[1:], "float32")
+
+
+def _launch(out: TensorView, *arguments: Any) -> None:
+    count, width = out.shape
+    launch(_rms_norm_kernel, (count,), out, *arguments, K=width, **tiles(target(), width))
+
+
+def rms_norm_reference(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    """The specification, in float64. `add_rms_norm` is this after residual + delta."""
+    x = x.astype(np.float64)
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight

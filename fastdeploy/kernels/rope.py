@@ -1,0 +1,184 @@
+"""Rotary position embedding, fused with the write of keys and values into the paged cache.
+
+Each head's vector is cut into D/2 pairs; pair i of a token at position p is turned by the angle p * theta^(-2i/D)
+(Su et al., "RoFormer", 2021):
+
+    a' = a cos - b sin      half-split:   (a, b) = (x[i], x[i + D/2])      as Hugging Face stores q and k
+    b' = b cos + a sin      interleaved:  (a, b) = (x[2i], x[2i + 1])      as the paper and GGUF's llama layout
+
+    qkv [T, (H + 2 KVH) * D]    | q: H heads | k: KVH heads | v: KVH heads |     q is turned in place, k on its way
+                                                                                 into the cache, v is only copied
+    k_cache [blocks, KVH, D, block_size]    transposed: q.k reads along the tokens of a block
+    v_cache [blocks, KVH, block_size, D]                p.v reads along a token's vector
+    slots [T]: block * block_size + offset, or -1 for a token that is not kept
+
+One program takes one token and one KV head, with the H / KVH query heads that share it. fp32 arithmetic, one rounding
+to the cache's type. Cost: one pass over qkv and over the new tokens' part of the cache, bandwidth bound.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import triton
+import triton.language as tl
+
+from fastdeploy.kernels.launch import FLOATS, TensorView, expect, launch, target, view
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """The heads of an attention layer; `interleaved` says how rotary pairs lie in a head."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_kv_heads < 1 or self.num_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} KV heads evenly")
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary pairs need a positive even number")
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def qkv_width(self) -> int:
+        """Columns of the fused qkv rows."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    def expect_caches(self, k_cache: TensorView, v_cache: TensorView) -> int:
+        """Check the two caches of a layer; returns their block size."""
+        blocks, block_size = k_cache.shape[0], k_cache.shape[-1]
+        expect("k_cache", k_cache, (blocks, self.num_kv_heads, self.head_dim, block_size), *FLOATS)
+        expect("v_cache", v_cache, (blocks, self.num_kv_heads, block_size, self.head_dim), k_cache.dtype)
+        return block_size
+
+
+@triton.jit
+def _rope_and_cache_kernel(
+    qkv, positions, slots, cos, sin, k_cache, v_cache,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    INTERLEAVED: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    token = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    position = tl.load(positions + token).to(tl.int64)
+    pair = tl.arange(0, PAIRS)  # [PAIRS], PAIRS >= D / 2
+    inside = pair < D // 2 if PAIRS != D // 2 else tl.full([PAIRS], True, tl.int1)
+    first = pair * 2 if INTERLEAVED else pair
+    second = first + 1 if INTERLEAVED else pair + D // 2
+    cosines = tl.load(cos + position * (D // 2) + pair, mask=inside, other=0.0)
+    sines = tl.load(sin + position * (D // 2) + pair, mask=inside, other=0.0)
+
+    row = qkv + token * (HEADS + 2 * KV_HEADS) * D
+    for head in range(GROUP):
+        query = row + (kv_head * GROUP + head) * D
+        a = tl.load(query + first, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(query + second, mask=inside, other=0.0).to(tl.float32)
+        tl.store(query + first, (a * cosines - b * sines).to(qkv.dtype.element_ty), mask=inside)
+        tl.store(query + second, (b * cosines + a * sines).to(qkv.dtype.element_ty), mask=inside)
+
+    slot = tl.load(slots + token)
+    if slot >= 0:
+        block = (slot // BLOCK_SIZE * KV_HEADS + kv_head) * BLOCK_SIZE * D  # int64: caches exceed 2^31 elements
+        offset = slot % BLOCK_SIZE
+        key = row + (HEADS + kv_head) * D
+        a = tl.load(key + first, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(key + second, mask=inside, other=0.0).to(tl.float32)
+        new_key = k_cache + block + offset
+        tl.store(new_key + first * BLOCK_SIZE, (a * cosines - b * sines).to(k_cache.dtype.element_ty), mask=inside)
+        tl.store(new_key + second * BLOCK_SIZE, (b * cosines + a * sines).to(k_cache.dtype.element_ty), mask=inside)
+        value = row + (HEADS + KV_HEADS + kv_head) * D
+        new_value = v_cache + block + offset * D
+        a = tl.load(value + first, mask=inside, other=0.0)
+        b = tl.load(value + second, mask=inside, other=0.0)
+        tl.store(new_value + first, a.to(v_cache.dtype.element_ty), mask=inside)
+        tl.store(new_value + second, b.to(v_cache.dtype.element_ty), mask=inside)
+
+
+def rope_and_cache(
+    qkv: Any, positions: Any, slots: Any, cos: Any, sin: Any, k_cache: Any, v_cache: Any, heads: HeadLayout
+) -> None:
+    """Turn q in place inside `qkv`; turn k and write it, with v, into the caches.
+
+    Args:
+        qkv: [T, heads.qkv_width], any float type.
+        positions: [T] int32, each less than the tables' length (not checked: they lie on the device).
+        slots: [T] int64, -1 to write nothing.
+        cos, sin: [max_positions, D/2] float32, from `rope_tables`.
+        k_cache: [blocks, KVH, D, block_size], any float type.
+        v_cache: [blocks, KVH, block_size, D], the same type.
+    """
+    qkv, positions, slots, cos, sin = view(qkv), view(positions), view(slots), view(cos), view(sin)
+    k_cache, v_cache = view(k_cache), view(v_cache)
+    count = qkv.shape[0]
+    expect("qkv", qkv, (count, heads.qkv_width), *FLOATS)
+    expect("positions", positions, (count,), "int32")
+    expect("slots", slots, (count,), "int64")
+    expect("cos", cos, (cos.shape[0], heads.head_dim // 2), "float32")
+    expect("sin", sin, cos.shape, "float32")
+    rule = {"PAIRS": triton.next_power_of_2(heads.head_dim // 2)}
+    if not target().is_cpu:
+        rule["num_warps"] = 1  # one warp holds a head
+    launch(
+        _rope_and_cache_kernel, (count, heads.num_kv_heads), qkv, positions, slots, cos, sin, k_cache, v_cache,
+        HEADS=heads.num_heads, KV_HEADS=heads.num_kv_heads, D=heads.head_dim,
+        BLOCK_SIZE=heads.expect_caches(k_cache, v_cache), INTERLEAVED=heads.interleaved, **rule,
+    )  # fmt: skip
+
+
+def rope_tables(
+    head_dim: int, max_positions: int, theta: float, scaling: dict[str, Any] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin of every position's angles, two float32 arrays [max_positions, head_dim / 2].
+
+    `scaling` is a checkpoint's "rope_scaling": None, or a dictionary whose "rope_type" is "default", "linear" or
+    "llama3". Computed in float64: at position 100,000 a float32 angle would be off by 0.004.
+    """
+    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    angles = np.outer(np.arange(max_positions, dtype=np.float64), _scaled(frequencies, scaling or {}))
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def _scaled(frequencies: np.ndarray, scaling: dict[str, Any]) -> np.ndarray:
+    """Frequencies stretched to contexts longer than those a model was trained with."""
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return frequencies
+    if kind == "linear":
+        return frequencies / scaling["factor"]
+    if kind == "llama3":  # slow frequencies are stretched, fast ones kept, those between blended (Llama 3.1)
+        turns = frequencies * scaling["original_max_position_embeddings"] / (2 * np.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        return frequencies * (kept + (1 - kept) / scaling["factor"])
+    raise ValueError(f"rope_scaling of type {kind!r} is not supported; known: default, linear, llama3")
+
+
+def rope_reference(x: np.ndarray, positions: np.ndarray, theta: float, interleaved: bool) -> np.ndarray:
+    """The specification of the rotation, in float64, as a product of complex numbers; x is [T, heads, D]."""
+    half = x.shape[-1] // 2
+    angles = positions[:, None] * theta ** (-np.arange(half) / half)
+    pairs = x.astype(np.float64).reshape(*x.shape[:-1], *((half, 2) if interleaved else (2, half)))
+    real, imaginary = np.moveaxis(pairs, -1 if interleaved else -2, 0)
+    turned = (real + 1j * imaginary) * np.exp(1j * angles)[:, None, :]
+    return np.stack([turned.real, turned.imag], axis=-1 if interleaved else -2).reshape(x.shape)
+
+
+def cache_write_reference(
+    caches: tuple[np.ndarray, np.ndarray], keys: np.ndarray, values: np.ndarray, slots: np.ndarray
+) -> None:
+    """The specification of the write; keys (turned) and values are [T, KVH, D]."""
+    k_cache, v_cache = caches
+    block_size = v_cache.shape[2]
+    for token, slot in enumerate(slots):
+        if slot >= 0:
+            block, offset = divmod(int(slot), block_size)
+            k_cache[block, :, :, offset] = keys[token]
+            v_cache[block, :, offset, :] = values[token]

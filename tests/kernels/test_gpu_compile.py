@@ -1,0 +1,187 @@
+"""Every kernel compiled ahead of time for GPUs, on a machine without any.
+
+The launchers themselves run, with Triton's active driver replaced by one that names a GPU as its target and throws the
+launch away: what is compiled is what the launcher would compile there, argument types, tile rules and all.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from fastdeploy.kernels.activation import silu_mul
+from fastdeploy.kernels.attention import AttentionBatch, paged_attention
+from fastdeploy.kernels.embedding import embedding, gather_rows
+from fastdeploy.kernels.launch import TensorView, target
+from fastdeploy.kernels.linear import LinearWeight, default_panel, linear, pack, packed_shape
+from fastdeploy.kernels.norm import add_rms_norm, rms_norm
+from fastdeploy.kernels.rope import HeadLayout, rope_and_cache
+from fastdeploy.kernels.sampling import sample
+
+# target, bytes of shared memory that one program may use
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+TOKENS = 100
+
+
+class CompileOnly:
+    """A driver whose device compiles for `target`, keeps what was compiled and runs nothing."""
+
+    def __init__(self, gpu: GPUTarget, number: int) -> None:
+        self.gpu, self.number = gpu, number  # Triton keeps its kernels per device number
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"multiprocessor_count": 132, "max_shared_mem": 1 << 30},
+            load_binary=lambda name, binary, shared, device: (None, None, 0, 0, 1 << 10),
+            unload_module=lambda module: None,
+        )
+
+    def launcher_cls(self, source, metadata):
+        return lambda *arguments: None
+
+    def get_current_target(self):
+        return self.gpu
+
+    def get_current_device(self):
+        return self.number
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture(params=TARGETS)
+def gpu(request, monkeypatch):
+    """A GPU without a GPU; `gpu.kernels` lists what the test's launches compiled."""
+    found, shared_limit = TARGETS[request.param]
+    kernels = []
+    monkeypatch.setattr(driver, "_active", CompileOnly(found, 1000 + list(TARGETS).index(request.param)))
+    monkeypatch.setattr(triton.knobs.amd, "use_buffer_ops", False)  # in Triton 3.6 it wants to ask PyTorch for sizes
+    load = triton.compiler.CompiledKernel._init_handles
+
+    def remember(kernel):
+        load(kernel)
+        kernels.append(kernel)
+
+    monkeypatch.setattr(triton.compiler.CompiledKernel, "_init_handles", remember)
+    yield SimpleNamespace(kernels=kernels, shared_limit=shared_limit, is_cuda=found.backend == "cuda")
+
+
+def tensor(*shape, dtype="bfloat16"):
+    """An address and a type; nobody will look there."""
+    strides = np.cumprod([1, *shape[:0:-1]])[::-1] if shape else ()
+    return TensorView(1 << 20, dtype, shape, tuple(int(stride) for stride in strides), None)
+
+
+def weight(rows, width, dtype="bfloat16", bias=False):
+    panel = default_panel(target())
+    data = tensor(*packed_shape(rows, width, panel), dtype=dtype)
+    return LinearWeight(data, rows, width, panel, tensor(rows, dtype="float32") if bias else None)
+
+
+def run_linear(rows, out_features, in_features, dtype="bfloat16", bias=False):
+    x, out = tensor(rows, in_features, dtype=dtype), tensor(rows, out_features, dtype=dtype)
+    linear(out, x, weight(out_features, in_features, dtype, bias))
+
+
+def run_pack():
+    pack(tensor(*packed_shape(576, 576, default_panel(target()))), tensor(576, 576, dtype="float32"))
+
+
+def run_norms(width):
+    x, gain = tensor(TOKENS, width), tensor(width, dtype="float32")
+    rms_norm(x, x, gain, 1e-5)
+    add_rms_norm(x, x, x, gain, 1e-5)
+
+
+def run_gathers():
+    embedding(tensor(TOKENS, 576), tensor(TOKENS, dtype="int32"), weight(49152, 576))
+    gather_rows(tensor(8, 576), tensor(TOKENS, 576), tensor(8, dtype="int32"))
+
+
+def run_rope(heads, block_size):
+    table = tensor(8192, heads.head_dim // 2, dtype="float32")
+    positions, slots = tensor(TOKENS, dtype="int32"), tensor(TOKENS, dtype="int64")
+    rope_and_cache(tensor(TOKENS, heads.qkv_width), positions, slots, table, table, *caches(heads, block_size), heads)
+
+
+def caches(heads, block_size):
+    k_shape = (500, heads.num_kv_heads, heads.head_dim, block_size)
+    return tensor(*k_shape), tensor(k_shape[0], k_shape[1], k_shape[3], k_shape[2])
+
+
+def run_attention(heads, block_size, num_splits):
+    """Four decodes and one prompt."""
+    integers = [tensor(*shape, dtype="int32") for shape in [(6,), (5,), (5, 128)]]
+    batch = AttentionBatch(4, 5, TOKENS - 4, num_splits, *integers)
+    out, qkv = tensor(TOKENS, heads.num_heads * heads.head_dim), tensor(TOKENS, heads.qkv_width)
+    workspace = tensor(1 << 24, dtype="float32")
+    paged_attention(out, qkv, *caches(heads, block_size), batch, heads, 0.1, workspace)
+
+
+def run_sample(vocabulary):
+    numbers = [tensor(8, dtype=dtype) for dtype in ("float32", "float32", "int64", "int32")]
+    sample(tensor(8, dtype="int32"), tensor(8, vocabulary, dtype="float32"), *numbers)
+
+
+SMOLLM2 = HeadLayout(9, 3, 64)
+LLAMA3 = HeadLayout(32, 8, 128)
+LAUNCHES = {
+    "linear, small": lambda: run_linear(1, 576, 576),
+    "linear, large, bias": lambda: run_linear(TOKENS, 14336, 4096, bias=True),
+    "linear, odd width": lambda: run_linear(TOKENS, 100, 72),
+    "linear, float16": lambda: run_linear(TOKENS, 1536, 576, "float16"),
+    "pack": run_pack,
+    "norms, 576": lambda: run_norms(576),
+    "norms, 8192": lambda: run_norms(8192),
+    "gathers": run_gathers,
+    "rope": lambda: run_rope(LLAMA3, 64),
+    "rope, head of 80, interleaved": lambda: run_rope(HeadLayout(8, 2, 80, True), 16),
+    "attention": lambda: run_attention(LLAMA3, 64, num_splits=1),
+    "attention, splits": lambda: run_attention(SMOLLM2, 64, num_splits=8),
+    "attention, large blocks, head of 96": lambda: run_attention(HeadLayout(32, 8, 96), 256, num_splits=1),
+    "attention, small blocks": lambda: run_attention(SMOLLM2, 16, num_splits=1),
+    "silu_mul": lambda: silu_mul(tensor(TOKENS, 1536), tensor(TOKENS, 3072)),
+    "sample": lambda: run_sample(49152),
+    "sample, odd vocabulary": lambda: run_sample(128_003),
+}
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_kernels_compile_and_fit(launch, gpu, tmp_path):
+    LAUNCHES[launch]()
+    assert gpu.kernels
+    for kernel in gpu.kernels:
+        assert kernel.metadata.shared <= gpu.shared_limit, f"{kernel.name}: {kernel.metadata.shared} B of shared memory"
+        spilled = cuda_spills(kernel, tmp_path) if gpu.is_cuda else amd_spills(kernel)
+        assert spilled == 0, f"{kernel.name} spills"
+
+
+def cuda_spills(kernel, folder: Path) -> int:
+    """Bytes of stack per thread, which our kernels use for spilled registers only."""
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(kernel.asm["cubin"])
+    tool = triton.knobs.nvidia.cuobjdump.path
+    text = subprocess.run([tool, "--dump-resource-usage", binary], capture_output=True, text=True, check=True).stdout
+    return sum(int(count) for count in re.findall(r"(?:STACK|LOCAL):(\d+)", text))
+
+
+def amd_spills(kernel) -> int:
+    counts = re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])
+    assert counts
+    return sum(map(int, counts))
+
+
+def test_matrix_products_run_on_tensor_cores(gpu):
+    run_linear(TOKENS, 576, 576)
+    run_attention(LLAMA3, 64, num_splits=1)
+    instruction = {"80": "mma.sync", "90": "wgmma", "gfx942": "v_mfma"}[str(driver.active.get_current_target().arch)]
+    for kernel in gpu.kernels:
+        assert instruction in kernel.asm["ptx" if gpu.is_cuda else "amdgcn"], kernel.name

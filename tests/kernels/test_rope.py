@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+
+from fastdeploy.kernels.rope import HeadLayout, cache_write_reference, rope_and_cache, rope_reference, rope_tables
+
+THETA = 10000.0
+
+
+@pytest.fixture
+def step(rng, store, normal):
+    """step(heads, tokens, block_size, cache dtype): the arguments of rope_and_cache and the expected results."""
+
+    def build(heads, tokens, block_size, dtype="float32"):
+        blocks = tokens // block_size + 3
+        positions = rng.integers(0, 500, tokens)
+        slots = rng.permutation(blocks * block_size)[:tokens]
+        slots[rng.random(tokens) < 0.2] = -1
+        layouts = [(heads.head_dim, block_size), (block_size, heads.head_dim)]
+        caches = [normal(blocks, heads.num_kv_heads, *layout, dtype=dtype) for layout in layouts]
+        qkv = normal(tokens, heads.qkv_width)
+        tables = [store(table) for table in rope_tables(heads.head_dim, 500, THETA)]
+        arrays = [qkv, store(positions, "int32"), store(slots, "int64"), *tables, *caches]
+        return arrays, positions, slots
+
+    return build
+
+
+def expected_step(arrays, positions, slots, heads):
+    """float64 results: turned q rows, the two caches."""
+    qkv = arrays[0].values.reshape(len(positions), -1, heads.head_dim)
+    q, k, v = np.split(qkv, [heads.num_heads, heads.num_heads + heads.num_kv_heads], axis=1)
+    caches = tuple(cache.values.copy() for cache in arrays[-2:])
+    turned = [rope_reference(x, positions, THETA, heads.interleaved) for x in (q, k)]
+    cache_write_reference(caches, turned[1], v, slots)
+    return turned[0], k, v, caches
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    "num_heads, num_kv_heads, head_dim, block_size",
+    [(9, 3, 64, 64), (9, 3, 64, 16), (4, 4, 80, 64), (8, 1, 96, 32), (7, 1, 128, 256), (2, 2, 2, 16)],
+)
+def test_rope_and_cache_match_reference(num_heads, num_kv_heads, head_dim, block_size, interleaved, step):
+    heads = HeadLayout(num_heads, num_kv_heads, head_dim, interleaved)
+    arrays, positions, slots = step(heads, 13, block_size)
+    q, k, v, caches = expected_step(arrays, positions, slots, heads)
+    rope_and_cache(*(array.view for array in arrays), heads)
+    after = arrays[0].values.reshape(13, -1, head_dim)
+    np.testing.assert_allclose(after[:, :num_heads], q, atol=1e-5)
+    np.testing.assert_array_equal(after[:, num_heads:], np.concatenate([k, v], axis=1))
+    for cache, expected in zip(arrays[-2:], caches, strict=True):
+        np.testing.assert_allclose(cache.values, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 2e-2), ("float16", 2e-3)])
+def test_caches_of_half_precision(dtype, tolerance, step):
+    heads = HeadLayout(9, 3, 64)
+    arrays, positions, slots = step(heads, 20, 16, dtype)
+    *_, caches = expected_step(arrays, positions, slots, heads)
+    rope_and_cache(*(array.view for array in arrays), heads)
+    for cache, expected in zip(arrays[-2:], caches, strict=True):
+        np.testing.assert_allclose(cache.values, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_token_has_the_same_bits_alone_and_in_a_batch(step):
+    heads = HeadLayout(9, 3, 64)
+    arrays, *_ = step(heads, 11, 16)
+    qkv, caches = arrays[0].memory.copy(), [cache.memory.copy() for cache in arrays[-2:]]
+    rope_and_cache(*(array.view for array in arrays), heads)
+    for token in range(11):
+        one = slice(token, token + 1)
+        inputs = (arrays[1].memory[one], arrays[2].memory[one], arrays[3].view, arrays[4].view)
+        rope_and_cache(qkv[one], *inputs, *caches, heads)
+    assert qkv.tobytes() == arrays[0].bits
+    assert [cache.tobytes() for cache in caches] == [cache.bits for cache in arrays[-2:]]
+
+
+def test_slots_beyond_31_bits(store, normal, blank):
+    """A block that begins past 2^31 elements, in memory of which only that block is ever touched."""
+    heads, block_size = HeadLayout(2, 1, 128), 256
+    block = 2**31 // (128 * block_size) + 3
+    k_cache = np.zeros((block + 1, 1, 128, block_size), np.float16)
+    v_cache = np.zeros((block + 1, 1, block_size, 128), np.float16)
+    qkv = normal(1, heads.qkv_width)
+    cos, sin = (store(table).view for table in rope_tables(128, 4, THETA))
+    slots = store([block * block_size + 7], "int64")
+    rope_and_cache(qkv.view, store([0], "int32").view, slots.view, cos, sin, k_cache, v_cache, heads)
+    np.testing.assert_allclose(k_cache[block, 0, :, 7], qkv.memory[0, 256:384], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(v_cache[block, 0, 7], qkv.memory[0, 384:], rtol=1e-3, atol=1e-3)
+
+
+def test_no_tokens_is_nothing_to_do(step):
+    heads = HeadLayout(9, 3, 64)
+    arrays, *_ = step(heads, 0, 16)
+    rope_and_cache(*(array.view for array in arrays), heads)
+
+
+def test_tables_at_far_positions_are_exact_to_float32():
+    cos, sin = rope_tables(64, 100_001, 1e5)
+    angle = np.longdouble(100_000) * np.longdouble(1e5) ** (-np.arange(32, dtype=np.longdouble) / 32)
+    np.testing.assert_allclose(cos[-1], np.cos(angle).astype(np.float64), atol=1e-7)
+    np.testing.assert_allclose(sin[-1], np.sin(angle).astype(np.float64), atol=1e-7)
+
+
+def test_linear_scaling_stretches_positions():
+    plain, stretched = rope_tables(64, 100, THETA), rope_tables(64, 400, THETA, {"type": "linear", "factor": 4.0})
+    np.testing.assert_allclose(stretched[0][::4], plain[0], atol=1e-6)
+
+
+def test_llama3_scaling_keeps_fast_and_stretches_slow_frequencies():
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 8192
+    plain, scaled = (rope_tables(128, 9, 5e5, choice)[1].astype(np.float64) for choice in (None, scaling))
+    np.testing.assert_allclose(scaled[1, 0], plain[1, 0], rtol=1e-6)
+    np.testing.assert_allclose(scaled[8, -1], plain[1, -1], rtol=1e-6)
+    ratio = np.arcsin(plain[1]) / np.arcsin(scaled[1])
+    assert ((ratio > 1 - 1e-6) & (ratio < 8 + 1e-4)).all()
+    assert (np.diff(ratio) > -1e-4).all()
+
+
+def test_unknown_scaling_is_refused():
+    with pytest.raises(ValueError, match="'yarn' is not supported; known: default, linear, llama3"):
+        rope_tables(64, 16, THETA, {"rope_type": "yarn", "factor": 2.0})
+
+
+def test_impossible_heads_are_refused():
+    with pytest.raises(ValueError, match="9 query heads cannot share 2 KV heads evenly"):
+        HeadLayout(9, 2, 64)
+    with pytest.raises(ValueError, match="head_dim is 65"):
+        HeadLayout(8, 2, 65)
