@@ -97,7 +97,7 @@ class Worker:
 
 
 def interpreter(engine: str, environments: Path) -> str:
-    """The Python of an engine's environment. Raises RuntimeError if we have no such engine, or no environment for it."""
+    """The Python of an engine's environment. Raises RuntimeError if there is no such engine, or no environment."""
     known = sorted(path.name.removesuffix("_worker.py") for path in (ROOT / "bench" / "peers").glob("*_worker.py"))
     if engine not in known:
         raise RuntimeError(f"--engines takes ENGINE:DTYPE, with an engine of {', '.join(known)}; found {engine!r}")

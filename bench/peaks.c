@@ -1,5 +1,5 @@
 /* What this machine can do at most, measured on the same thread pool as the kernels: each program is one thread's share.
- * Compiled by bench/kernels.py with LANES defined, like every kernel. */
+ * Compiled by bench/backend.py with LANES defined, like every kernel. */
 #include <stdint.h>
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(64), may_alias));
 

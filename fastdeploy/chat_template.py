@@ -81,7 +81,7 @@ def _compile(source: str) -> jinja2.Template:
 class GenerationTag(Extension):
     """{% generation %}...{% endgeneration %} marks the assistant's words for training; here it's only its content."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (jinja2 looks for a set)
 
     def parse(self, parser: Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)

@@ -55,6 +55,6 @@ def serve(protocol, generate: Generate, facts: dict) -> None:
             start = time.perf_counter()
             generate(request["prompts"], request["new_tokens"])
             answer = {"seconds": time.perf_counter() - start}
-        except Exception as error:  # noqa: BLE001 (whatever an engine raises, the driver has to hear of it)
+        except Exception as error:  # whatever an engine raises, the driver has to hear of it
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=protocol)

@@ -138,8 +138,9 @@ def rope_tables(
 ) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin of every position's angles, two float32 arrays [max_positions, head_dim / 2].
 
-    `scaling` is a checkpoint's "rope_scaling": None, or a dictionary whose "rope_type" is "default", "linear" or
-    "llama3". Computed in float64: at position 100,000 a float32 angle would be off by 0.004.
+    `scaling` is a checkpoint's "rope_scaling": None, or a dictionary whose "rope_type" is "default", "linear", "llama3"
+    or "divisors" (GGUF's form of llama3: the numbers worked out). Computed in float64: at position 100,000 a float32
+    angle would be off by 0.004.
     """
     frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     angles = np.outer(np.arange(max_positions, dtype=np.float64), _scaled(frequencies, scaling or {}))
@@ -153,12 +154,14 @@ def _scaled(frequencies: np.ndarray, scaling: dict[str, Any]) -> np.ndarray:
         return frequencies
     if kind == "linear":
         return frequencies / scaling["factor"]
+    if kind == "divisors":
+        return frequencies / np.asarray(scaling["divisors"], np.float64)
     if kind == "llama3":  # slow frequencies are stretched, fast ones kept, those between blended (Llama 3.1)
         turns = frequencies * scaling["original_max_position_embeddings"] / (2 * np.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         kept = np.clip((turns - low) / (high - low), 0, 1)
         return frequencies * (kept + (1 - kept) / scaling["factor"])
-    raise ValueError(f"rope_scaling of type {kind!r} is not supported; known: default, linear, llama3")
+    raise ValueError(f"rope_scaling of type {kind!r} is not supported; known: default, linear, llama3, divisors")
 
 
 def rope_reference(x: np.ndarray, positions: np.ndarray, theta: float, interleaved: bool) -> np.ndarray:

@@ -13,7 +13,7 @@ one inside another block, would evaluate it; and if it loads memory that is writ
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 
 from .ttir import Block, Function, Op, Value
 
@@ -54,6 +54,7 @@ _EXPENSIVE = {
 }
 _CHEAP_MATH = {"math.absf", "math.absi", "math.fma", "math.floor", "math.ceil"}
 _SCATTERED = {"tt.reshape", "tt.cat", "tt.join", "tt.split", "tt.gather"}
+_REPEATS = {"tt.broadcast", "tt.expand_dims"}  # bigger than their operand, which is stored in their stead
 _WRITES = ("tt.store", "tt.atomic", "tt.call", "scf.")
 
 
@@ -102,7 +103,7 @@ class StoragePlan:
         self._roots[value], self._escapes[value] = roots, escapes
 
     def _must_store(self, value: Value, position: int) -> bool:
-        if not is_expensive(value, self):
+        if not is_expensive(value, self) or value.op.name in _REPEATS:  # type: ignore[union-attr]
             return False
         if self._escapes[value] or len(self._roots[value]) > 1:
             return True
@@ -112,7 +113,10 @@ class StoragePlan:
         """Is memory written between a load and its only root, or does the root write the same tensor shifted?"""
         for op in value.block.ops[position + 1 :]:
             if op in self._roots[value]:
-                return op.name in ("tt.store", "tt.atomic_rmw") and _shifted(value.op.operands[0], op.operands[0])  # type: ignore[union-attr]
+                return op.name in ("tt.store", "tt.atomic_rmw") and (
+                    _shifted(value.op.operands[0], op.operands[0])  # type: ignore[union-attr]
+                    or any(rearranges(operand, lambda v: v is value, self._stored) for operand in op.operands[1:])
+                )
             if op.name.startswith(_WRITES):
                 return True
         return False
@@ -130,19 +134,45 @@ def is_expensive(value: Value, plan: StoragePlan) -> bool:
 
 def _shifted(source: Value, target: Value) -> bool:
     """Two pointer tensors into one argument at different offsets: all must be read before the first is written."""
-    return source is not target and _base(source) is _base(target)
+    first, second = _bases(source, set()), _bases(target, set())
+    return source is not target and (None in first | second or bool(first & second))
 
 
-def _base(pointer: Value) -> Value:
-    while pointer.op is not None and pointer.op.name in (
-        "tt.addptr",
-        "tt.splat",
-        "tt.broadcast",
-        "tt.expand_dims",
-        "tt.bitcast",
-    ):
-        pointer = pointer.op.operands[0]
-    return pointer
+def _bases(pointer: Value, seen: set[Value]) -> set[Value | None]:
+    """The arguments that a pointer may be based on; None among them where that is not known."""
+    if pointer in seen:
+        return set()
+    seen.add(pointer)
+    op, loop = pointer.op, pointer.block.parent
+    if op is None and loop is None:
+        return {pointer}
+    if op is None and loop is not None and loop.name == "scf.for":
+        number = pointer.block.arguments.index(pointer) - 1
+        yielded = pointer.block.terminator.operands[number]  # type: ignore[union-attr]
+        return _bases(loop.operands[3 + number], seen) | _bases(yielded, seen)
+    if op is not None and op.name == "scf.for":
+        return _bases(op.regions[0].arguments[1 + op.results.index(pointer)], seen)
+    if op is not None and op.name in ("tt.addptr", "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.bitcast"):
+        return _bases(op.operands[0], seen)
+    return {None}
+
+
+def rearranges(value: Value, source: Callable[[Value], bool], stored: Container[Value]) -> bool:
+    """Is an element of `value` computed from an element of a `source` at another index, without an array between them?"""
+    return _reads(value, source, stored, False, set())
+
+
+def _reads(
+    value: Value, source: Callable[[Value], bool], stored: Container[Value], moved: bool, seen: set[tuple[Value, bool]]
+) -> bool:
+    if source(value):
+        return moved
+    op = value.op
+    if op is None or value in stored or not is_lazy(op) or (value, moved) in seen:
+        return False
+    seen.add((value, moved))
+    moved |= moves_elements(op)
+    return any(_reads(operand, source, stored, moved, seen) for operand in op.operands)
 
 
 def unit_reshape(op: Op) -> list[int] | None:
@@ -160,6 +190,11 @@ def unit_reshape(op: Op) -> list[int] | None:
 def scatters(op: Op) -> bool:
     """Does `op` evaluate its operand at computed indices, element by element?"""
     return op.name in _SCATTERED and unit_reshape(op) is None
+
+
+def moves_elements(op: Op) -> bool:
+    """Does `op` read elements of its operand at other indices than its own?"""
+    return op.name == "tt.trans" or scatters(op)
 
 
 def uniform(value: Value) -> bool:
@@ -199,6 +234,8 @@ def stride(value: Value, dimension: int, origins: Mapping[Value, Value]) -> int 
         return stride(op.operands[0], axes.index(dimension), origins) if dimension in axes else 0
     if op.name == "tt.trans":
         return stride(op.operands[0], permutation(op)[dimension], origins)
+    if op.name == "arith.trunci" and value.type.element != "i32":
+        return None  # a range of 300 does not fit into i8
     if op.name in ("tt.broadcast", "arith.extsi", "arith.extui", "arith.trunci", "arith.index_cast"):
         return stride(op.operands[0], dimension, origins)
     if op.name not in ("arith.addi", "tt.addptr", "arith.subi", "arith.muli"):

@@ -10,13 +10,14 @@ evaluated into it, element by element. Two cases need care:
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from . import expressions as c
-from .analysis import is_lazy, uniform
-from .loops import ZERO, Array, LoopNest, MovingPointers, Scalar
-from .ttir import Block, Function, Op, Value
+from .analysis import is_lazy, moves_elements, rearranges, uniform
+from .loops import ZERO, Array, LoopNest, MovingPointers, Scalar, best_order, linear
+from .ttir import SYMBOL, Block, Function, Op, Value
 
 if TYPE_CHECKING:
     from .emitter import KernelEmitter
@@ -106,6 +107,7 @@ def _only_read_by(value: Value, reader: Op) -> bool:
         elif (
             user.block is not reader.block
             or not is_lazy(user)
+            or moves_elements(user)
             or not user.results[0].type.is_tensor
             or not all(_only_read_by(result, reader) for result in user.results)
         ):
@@ -119,23 +121,46 @@ def _assign(emitter: KernelEmitter, carried: list[_Carried], yielded: list[Value
     pending: list[tuple[str, Value]] = []
     for item, new in zip(carried, yielded):
         if item.step is not None:
-            late.append(f"{item.name} += {_uniform_text(emitter, item.step)};")
+            name = emitter.name("step")
+            emitter.line(f"const int64_t {name} = {_uniform_text(emitter, item.step)};")
+            late.append(f"{item.name} += {name};")
         elif not new.type.is_tensor:
             name = emitter.name("next")
             emitter.line(f"{c.constant_declaration(new.type.element, name)} = {emitter.scalar(new)};")
             late.append(f"{item.name} = {name};")
         elif emitter.storage.get(new) != Array(item.name):
             pending.append((item.name, new))
-    overwritten = {name for name, _ in pending}
-    for name, new in pending:  # a value that reads another's array is computed before any array changes
-        if _arrays_read(emitter, new) & (overwritten - {name}):
-            copy = emitter.array(new.type, "held")
-            emitter.materialise(new, into=copy)
-            emitter.storage[new] = Array(copy)
-    for name, new in sorted(pending, key=lambda pair: isinstance(emitter.storage.get(pair[1]), Array)):
-        emitter.materialise(new, into=name)
+    late += _assign_tensors(emitter, pending)
     for text in late:
         emitter.line(text)
+
+
+def _assign_tensors(emitter: KernelEmitter, pending: list[tuple[str, Value]]) -> list[str]:
+    """New tensors of one shape share a loop nest, which reads an element of all before it writes one of any.
+
+    A value that reads an array of another shape, or elements at other indices, of those to be overwritten is computed
+    into a copy before any array changes; returns the lines that move the copies.
+    """
+    copies: list[str] = []
+    groups: dict[tuple[int, ...], list[tuple[str, Value]]] = {}
+    for name, new in pending:
+        same_shape = {other for other, value in pending if value.type.shape == new.type.shape}
+        others = {other for other, _ in pending} - same_shape
+        if _arrays_read(emitter, new) & others or rearranges(
+            new, lambda v, names=same_shape: getattr(emitter.storage.get(v), "name", None) in names, emitter.storage
+        ):
+            copy = emitter.array(new.type, "held")
+            emitter.materialise(new, into=copy)
+            copies.append(f"memcpy({name}, {copy}, sizeof {copy});")
+        else:
+            groups.setdefault(new.type.shape, []).append((name, new))
+    for shape, members in groups.items():
+        nest = LoopNest(emitter, shape, best_order(emitter, [new for _, new in members], shape))
+        elements = [nest.evaluate(new).text for _, new in members]
+        for (name, _), element in zip(members, elements):
+            nest.put(f"{name}[{linear(shape, nest.index).text}] = {element};")
+        nest.write()
+    return copies
 
 
 def _uniform_text(emitter: KernelEmitter, value: Value) -> str:
@@ -214,6 +239,32 @@ def emit_while(emitter: KernelEmitter, op: Op) -> None:
         _assign(emitter, carried, after.terminator.operands)  # type: ignore[union-attr]
 
 
+# ---- early returns: jumps, forward only, between the blocks of a function -------------------------------------------
+def declare_labels(emitter: KernelEmitter) -> None:
+    """Storage for the arguments of all blocks, which jumps write before the block is reached."""
+    for op in emitter.function.body.ops:
+        for argument in op.results if op.name == "cf.label" else []:
+            _declare(emitter, argument)
+
+
+def emit_label(emitter: KernelEmitter, op: Op) -> None:
+    emitter.forget_copies()  # a jump may have passed by them
+    emitter.line(f"{op.text[1:]}:;")
+
+
+def emit_jump(emitter: KernelEmitter, op: Op) -> None:
+    """`cf.br ^bb1(%x : i32)` or `cf.cond_br %condition, ^bb1, ^bb2(%y : i32)`"""
+    labels = {label.text: label for label in emitter.function.body.ops if label.name == "cf.label"}
+    targets = [labels[text] for text in re.findall(r"\^\w+", op.text)]
+    passed = iter(op.operands)
+    openings = [f"if ({emitter.scalar(next(passed))})", "else"] if len(targets) == 2 else [""]
+    for opening, target in zip(openings, targets):
+        with emitter.braces(opening):
+            for argument in target.results:
+                _write(emitter, argument, next(passed))
+            emitter.line(f"goto {target.text[1:]};")
+
+
 # ---- functions that are not inlined (noinline=True): Triton passes them scalars only ---------------------------------
 def result_type(function: Function) -> str:
     types = function.result_types
@@ -239,7 +290,7 @@ def _struct_name(name: str) -> str:
 def emit_call(emitter: KernelEmitter, op: Op) -> None:
     from .emitter import c_function_name
 
-    callee = op.text.split("@", 1)[1].split("(", 1)[0].strip('"')
+    callee = SYMBOL.search(op.text).group(1).strip('"')  # type: ignore[union-attr]
     if any(value.type.is_tensor for value in [*op.operands, *op.results]):
         raise emitter.unsupported(op, "with a tensor")
     arguments = [emitter.scalar(v) for v in op.operands] + ["pid_x", "pid_y", "pid_z", "num_x", "num_y", "num_z"]

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 # The vector loads of prelude.h, by the element type in memory.
 _VECTOR_LOADS = {"f32": "vec_from_float", "bf16": "vec_from_bf16", "f16": "vec_from_f16", "i8": "vec_from_int8_t"}
-_WIDENING = ("arith.extf", "arith.sitofp", "tt.fp_to_fp")
+_WIDENING = ("arith.extf", "arith.sitofp")
 # Up to so many blocks of rows convert `b` again rather than share an array. At 2 blocks (M = 16, K = N = 2048, bf16)
 # the array costs a third: 62 against 95 GFLOP/s on one core.
 FEW_BLOCKS = 4
-# Bytes ahead of the row being read, one prefetch per cache line. Measured in bench/results/kernels.md.
+# Bytes ahead of the row being read, one prefetch per cache line.
 PREFETCH_BYTES = 4096
 
 
@@ -71,7 +71,7 @@ def _block_size(emitter: KernelEmitter, type_: Type) -> tuple[int, int]:
     """(rows, vectors) of a register block for an accumulator of this type."""
     m, n = type_.shape
     registers = 16 if emitter.lanes == 16 else 8  # AVX-512 has 32 vector registers, its elders 16
-    vectors = min(n // emitter.lanes, 4 if m >= 4 else 8, registers)
+    vectors = min(n // emitter.lanes, 2 if m >= 8 else 4 if m >= 4 else 8, registers)
     while vectors > 1 and n // emitter.lanes % vectors:
         vectors -= 1
     return min(m, max(1, registers // max(vectors, 1))), vectors
@@ -187,7 +187,7 @@ def _emit_blocks(emitter: KernelEmitter, op: Op, left, right, target: str, block
         emitter.braces(f"for (int {row} = 0; {row} < {m}; {row} += {rows})"),
         emitter.braces(f"for (int {column} = 0; {column} < {n}; {column} += {vectors * emitter.lanes})"),
     ):
-        row_names = [f"{row} + {r}" for r in range(rows)] if m > rows else [str(r) for r in range(rows)]
+        row_names = [f"({row} + {r})" for r in range(rows)] if m > rows else [str(r) for r in range(rows)]
         columns = [f"{column} + {v * emitter.lanes}" for v in range(vectors)]
         left.prepare(emitter, row_names)
         if right is not left:

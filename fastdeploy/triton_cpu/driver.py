@@ -44,8 +44,12 @@ class CPULauncher:
                 f"kernel {metadata.name!r}: tensor descriptors made on the host are not supported on a CPU; "
                 "use tl.make_tensor_descriptor in the kernel"
             )
-        self.format = struct.Struct(metadata.argument_format)
         self.positions = [i for i, kind in enumerate(kinds) if kind != "constexpr"]
+        codes = [  # TTIR's integers have no sign, Python's do
+            code.upper() if code in "bhiq" and str(kinds[i]).startswith("u") else code
+            for i, code in zip(self.positions, metadata.argument_format[1:], strict=True)
+        ]
+        self.format = struct.Struct("@" + "".join(codes))
         self.nested = any(isinstance(kind, tuple) for kind in source.signature.values())
         self.is_pointer = [code == "P" for code in metadata.argument_format[1:]]
 

@@ -50,6 +50,7 @@ class KernelEmitter:
         self.destinations: dict[
             Value, str
         ] = {}  # tl.dot results that may be written straight into a loop's accumulator
+        self.copies: list[Value] = []  # arrays made because one operation needs one, declared in the C block being written
         self.lines: list[str] = []
         self.depth = 1
         self.names: dict[str, int] = {}
@@ -71,7 +72,7 @@ class KernelEmitter:
         name = self.name(hint)
         large = type_.size * c.BYTES.get(type_.element, 8) >= LARGEST_STACK_ARRAY
         self.line(
-            f"{'static _Thread_local ' if large else ''}{c.value_type(type_.element)} {name}[{type_.size}] "
+            f"{'static _Thread_local ' if large else ''}{c.array_type(type_.element)} {name}[{type_.size}] "
             "__attribute__((aligned(64)));"
         )
         return name
@@ -130,7 +131,10 @@ class KernelEmitter:
 
     def as_array(self, value: Value) -> str:
         storage = self.storage.get(value)
-        return storage.name if isinstance(storage, Array) else self.materialise(value)
+        if isinstance(storage, Array):
+            return storage.name
+        self.copies.append(value)
+        return self.materialise(value)
 
     def scalar_expression(self, op: Op, arguments: list[str]) -> str:
         """C for one element of a lazy operation that computes."""
@@ -178,8 +182,18 @@ class KernelEmitter:
 
     # ---- operations ---------------------------------------------------------------------------------------------
     def block(self, block: Block, skip_terminator: bool = False) -> None:
+        outer, self.copies = self.copies, []
         for op in block.ops[:-1] if skip_terminator else block.ops:
             self.op(op)
+        self.forget_copies(keep=block)
+        self.copies = outer
+
+    def forget_copies(self, keep: Block | None = None) -> None:
+        """A C block ends: nobody behind it may read the arrays declared in it. What belongs to `keep` has no user there."""
+        for value in self.copies:
+            if value.block is not keep:
+                del self.storage[value]
+        self.copies = []
 
     def op(self, op: Op) -> None:
         if handler := _HANDLERS.get(op.name):
@@ -247,8 +261,8 @@ class KernelEmitter:
         mask = op.operands[2] if len(op.operands) > 2 else None
         result, element = op.result, value.type.element
         update = f"atomic_{kind}_{element}"
-        if kind not in ("fadd", "add", "max", "min", "umax", "umin", "and", "or", "xor", "exch"):
-            raise self.unsupported(op, kind)
+        if kind not in c.ATOMICS.get(element, ()):
+            raise self.unsupported(op, f"{kind} of {element}")
         if not value.type.is_tensor:
             name = self.name(result.name)
             self.line(f"{c.value_type(element)} {name} = 0;")
@@ -282,7 +296,7 @@ class KernelEmitter:
         values, result = op.operands[0], op.result
         source, counts = self.as_array(values), self.array(result.type, result.name)
         mask = self.as_array(op.operands[1]) if len(op.operands) > 1 else None
-        condition = f"if ({mask}[i]) " if mask else ""
+        condition = f"if ((uint64_t){source}[i] < {result.type.size}{f' && {mask}[i]' if mask else ''}) "
         self.line(f"memset({counts}, 0, sizeof {counts});")
         self.line(f"for (int i = 0; i < {values.type.size}; i++) {condition}{counts}[{source}[i]]++;")
         self.storage[result] = Array(counts)
@@ -322,6 +336,7 @@ class KernelEmitter:
         """The C function, static, taking the kernel's arguments and the program's place in the grid."""
         for parameter in self.function.parameters:
             self.storage[parameter] = Scalar(self.name("arg_" + parameter.name.lstrip("%")))
+        control_flow.declare_labels(self)
         self.block(self.function.body)
         parameters = [f"{c.value_type(p.type.element)} {self.scalar(p)}" for p in self.function.parameters]
         signature = ", ".join(
@@ -369,6 +384,9 @@ _HANDLERS: dict[str, Callable[[KernelEmitter, Op], None]] = {
     "scf.if": control_flow.emit_if,
     "tt.call": control_flow.emit_call,
     "tt.return": control_flow.emit_return,
+    "cf.br": control_flow.emit_jump,
+    "cf.cond_br": control_flow.emit_jump,
+    "cf.label": control_flow.emit_label,
     "llvm.intr.assume": _nothing,
     "gpu.barrier": _nothing,
     "ttg.barrier": _nothing,
@@ -387,7 +405,7 @@ def generate_c(functions: list[Function], prelude: str, lanes: int, contract: bo
         bodies.append(text)
     fields = [f"{_field_type(p)} a{i};" for i, p in enumerate(kernel.parameters)]
     arguments = ", ".join(
-        [f"a->a{i}" for i in range(len(kernel.parameters))]
+        [c.rounded(p.type.element, f"a->a{i}") for i, p in enumerate(kernel.parameters)]
         + ["i % grid[0]", "i / grid[0] % grid[1]", "i / grid[0] / grid[1]", "grid[0]", "grid[1]", "grid[2]"]
     )
     entry = (

@@ -37,6 +37,10 @@ MEMORY_TYPES = VALUE_TYPES | {
     "f8E4M3FN": "uint8_t",
     "f8E5M2": "uint8_t",
 }
+# The atomic updates of prelude.h
+_INTEGER_ATOMICS = ("add", "max", "min", "umax", "umin", "and", "or", "xor", "exch")
+ATOMICS = {"i32": _INTEGER_ATOMICS, "i64": _INTEGER_ATOMICS, "f32": ("fadd", "max", "min", "exch")}
+ATOMICS |= {"f64": ATOMICS["f32"], "f16": ("fadd", "exch"), "bf16": ("fadd", "exch")}
 # `struct` codes of kernel arguments
 ARGUMENT_CODES = {
     "i1": "b",
@@ -71,6 +75,11 @@ def value_type(element: str) -> str:
     if element.startswith("**"):
         return "int64_t*"  # a pointer to pointers: addresses are read as integers and cast where used
     return memory_type(element[1:]) + "*" if element.startswith("*") else _known(VALUE_TYPES, element)
+
+
+def array_type(element: str) -> str:
+    """In local arrays truth values are as wide as floats: gcc does not vectorise loops that read arrays of _Bool."""
+    return "int32_t" if element == "i1" else value_type(element)
 
 
 def constant_declaration(element: str, name: str) -> str:
@@ -116,7 +125,7 @@ def constant(op: Op, element: str) -> str:
     if text.startswith("0x") and element in _FLOAT_BITS:
         return _float_literal(_from_bits(int(text, 16), element), element)
     if element in _FLOAT_BITS:
-        return _float_literal(float(text), element)
+        return rounded(element, _float_literal(float(text), element))  # MLIR prints few digits of a small float
     if element == "i64" or element == "index":
         return f"INT64_C({text})" if text != str(-(2**63)) else "INT64_MIN"
     return text if text != str(-(2**31)) else "INT32_MIN"
@@ -169,12 +178,11 @@ _INFIX = {
     "andi": "&",
     "ori": "|",
     "xori": "^",
-    "divsi": "/",
-    "remsi": "%",
     "shli": "<<",
     "shrsi": ">>",
 }
-_INFIX_UNSIGNED = {"divui": "/", "remui": "%", "shrui": ">>"}
+_INFIX_UNSIGNED = {"shrui": ">>"}
+_DIVISIONS = {"divsi": "divide", "remsi": "remainder", "divui": "udivide", "remui": "uremainder"}
 _CHOICES = {"maxsi": ">", "minsi": "<"}
 _CHOICES_UNSIGNED = {"maxui": ">", "minui": "<"}
 _FLOAT_CHOICES = {"maxnumf": "max_num", "minnumf": "min_num", "maximumf": "max_nan", "minimumf": "min_nan"}
@@ -229,6 +237,8 @@ def expression(op: Op, arguments: list[str], source: str, target: str) -> str:
     Raises KeyError for an operation that is not scalar arithmetic.
     """
     dialect, _, name = op.name.partition(".")
+    if name in _DIVISIONS:
+        return _division(name, arguments, source)
     if name in _INFIX or name in _INFIX_UNSIGNED or name in _CHOICES or name in _CHOICES_UNSIGNED:
         return _integer_or_float(name, arguments, source)
     if name in _FLOAT_CHOICES:
@@ -263,6 +273,14 @@ def _integer_or_float(name: str, arguments: list[str], source: str) -> str:
     return f"(({unsigned}){a} {_CHOICES_UNSIGNED[name]} ({unsigned}){b} ? {a} : {b})"
 
 
+def _division(name: str, arguments: list[str], source: str) -> str:
+    """Calls of prelude.h that do not trap where a machine's division would; of i32 for all narrower types."""
+    width = "i64" if source in ("i64", "index") else "i32"
+    if name.endswith("ui"):
+        arguments = [_unsigned_operand(a, source) for a in arguments]
+    return f"({VALUE_TYPES[source]}){_DIVISIONS[name]}_{width}({', '.join(arguments)})"
+
+
 def _comparison(op: Op, arguments: list[str], source: str) -> str:
     predicate = op.text.split()[1].rstrip(",")
     a, b = arguments
@@ -287,18 +305,31 @@ def _call(name: str, arguments: list[str], source: str) -> str:
 
 def _extern(op: Op, arguments: list[str], source: str, target: str) -> str:
     """libdevice functions are those of C's libm with a prefix: __nv_tanhf -> tanhf."""
-    symbol = re.search(r'symbol = "(?:__nv_)?(\w+)"', op.text).group(1)  # type: ignore[union-attr]
-    function = {
-        "tanhf": "fast_tanh",
-        "expf": "fast_exp",
-        "exp2f": "fast_exp2",
-        "logf": "fast_log",
-        "log2f": "fast_log2",
-        "rsqrtf": "fast_rsqrt",
-        "fast_expf": "fast_exp",
-        "fast_logf": "fast_log",
-    }.get(symbol, symbol)
-    return f"{function}({', '.join(arguments)})"
+    symbol = re.search(r'symbol = "(?:__nv_)?(?:fast_)?(\w+)"', op.text).group(1)  # type: ignore[union-attr]
+    function = symbol.removesuffix("f") if source == "f32" else symbol
+    if function not in _LIBM:
+        raise NotImplementedError(f"the libdevice function {symbol}")
+    if function in ("isnan", "isinf", "isfinite"):  # C's macros for any type
+        return f"({function}({arguments[0]}) != 0)"
+    return f"{_FAST.get(symbol, symbol)}({', '.join(arguments)})"
+
+
+_LIBM = set(
+    "acos acosh asin asinh atan atan2 atanh cbrt ceil copysign cos cosh erf erfc exp exp2 expm1 fabs fdim floor fma fmax fmin "
+    "fmod hypot isfinite isinf isnan lgamma log log10 log1p log2 nearbyint pow remainder rint round rsqrt sin sinh sqrt tan "
+    "tanh tgamma trunc".split()
+)
+_FAST = {
+    "tanhf": "fast_tanh",
+    "expf": "fast_exp",
+    "exp2f": "fast_exp2",
+    "logf": "fast_log",
+    "log2f": "fast_log2",
+    "rsqrtf": "fast_rsqrt",
+    "rsqrt": "1.0 / sqrt",
+    "fmaf": "fusedf",
+    "fma": "fused",
+}
 
 
 def _bitcast(op: Op, arguments: list[str], source: str, target: str) -> str:
@@ -325,6 +356,16 @@ def _high_product(op: Op, arguments: list[str], source: str, target: str) -> str
     return f"(int32_t)(((uint64_t)(uint32_t){a} * (uint32_t){b}) >> 32)"
 
 
+def _float_to_float(a: str, source: str, target: str) -> str:
+    return rounded(target, f"(float){a}" if source == "f64" else a) if target != "f64" else f"(double){a}"
+
+
+def _rounded_as_asked(op: Op, arguments: list[str], source: str, target: str) -> str:
+    if "rounding = rtz" in op.text and target in SMALL_FLOATS:
+        return f"truncate_{SMALL_FLOATS[target]}({arguments[0]})"
+    return _float_to_float(arguments[0], source, target)
+
+
 _SPECIAL = {
     "arith.select": lambda op, a, s, t: f"({a[0]} ? {a[1]} : {a[2]})",
     "arith.negf": lambda op, a, s, t: f"(-{a[0]})",
@@ -337,6 +378,7 @@ _SPECIAL = {
         if "propagateNan = all" in op.text
         else f"clamp_num{_suffix(s)}({', '.join(a)})"
     ),
+    "tt.fp_to_fp": _rounded_as_asked,
     "tt.mulhiui": _high_product,
     "tt.extern_elementwise": _extern,
     "tt.bitcast": _bitcast,
@@ -351,14 +393,9 @@ def _unsigned_operand(a: str, source: str) -> str:
     return a if source == "i1" else f"(u{VALUE_TYPES[source]}){a}"
 
 
-def _float_to_float(a: str, source: str, target: str) -> str:
-    return rounded(target, f"(float){a}" if source == "f64" else a) if target != "f64" else f"(double){a}"
-
-
 _CONVERSIONS = {
     "extf": _float_to_float,
     "truncf": _float_to_float,
-    "fp_to_fp": _float_to_float,
     "extsi": lambda a, s, t: f"({VALUE_TYPES[t]}){'-' if s == 'i1' else ''}{a}",
     "extui": lambda a, s, t: f"({VALUE_TYPES[t]}){_unsigned_operand(a, s)}",
     "trunci": lambda a, s, t: f"({a} & 1)" if t == "i1" else f"({VALUE_TYPES[t]}){a}",

@@ -303,7 +303,7 @@ def _vote(
     op = value.op
     if isinstance(emitter.storage.get(value), Array):
         if value.type.shape[-1] > 1 and dimensions[-1] is not None:
-            votes[dimensions[-1]] += 1
+            votes[dimensions[-1]] += value.type.size
         return
     if op is None or not is_lazy(op):
         return
@@ -314,7 +314,7 @@ def _vote(
                 and value.type.shape[d] > 1
                 and stride(op.operands[0], d, emitter.origins) == 1
             ):
-                votes[nest_dimension] += 1
+                votes[nest_dimension] += value.type.size
     if op.name == "tt.expand_dims":
         axis = op.attribute("axis")
         dimensions = dimensions[:axis] + dimensions[axis + 1 :]

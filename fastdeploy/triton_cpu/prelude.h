@@ -25,6 +25,19 @@ INLINE float fusedf(float a, float b, float c) { return a * b + c; }
 INLINE double fused(double a, double b, double c) { return a * b + c; }
 #endif
 
+/* Where x86 traps (division by zero, INT_MIN / -1) these give a number, as GPUs do: a masked lane may hold anything. */
+#define DIVISIONS(width)                                                                                            \
+  INLINE int##width##_t divide_i##width(int##width##_t a, int##width##_t b) {                                       \
+    return b == -1 ? -a : b == 0 ? -1 : a / b;                                                                      \
+  }                                                                                                                 \
+  INLINE int##width##_t remainder_i##width(int##width##_t a, int##width##_t b) {                                    \
+    return b == -1 ? 0 : b == 0 ? a : a % b;                                                                        \
+  }                                                                                                                 \
+  INLINE int##width##_t udivide_i##width(uint##width##_t a, uint##width##_t b) { return b == 0 ? -1 : a / b; }      \
+  INLINE int##width##_t uremainder_i##width(uint##width##_t a, uint##width##_t b) { return b == 0 ? a : a % b; }
+DIVISIONS(32)
+DIVISIONS(64)
+
 /* maxnum ignores one NaN, as Triton's tl.maximum does by default; the _nan forms pass it on. */
 INLINE float max_numf(float a, float b) { return (b > a) | (a != a) ? b : a; }
 INLINE float min_numf(float a, float b) { return (b < a) | (a != a) ? b : a; }
@@ -71,16 +84,27 @@ INLINE float f16_to_float(uint16_t code) {
 }
 INLINE uint16_t float_to_f16(float x) { return (uint16_t)encode_small(x, 16, 10, 15, 0x7c00, 0x7e00); }
 INLINE float round_f16(float x) { return f16_to_float(float_to_f16(x)); }
-/* fp8 saturates at its largest finite number, as NVIDIA's conversions do. */
+/* Rounding to fp8 saturates at the largest finite number, as NVIDIA's conversions do; storing what is fp8 changes nothing. */
 INLINE float e5m2_to_float(uint8_t code) { return f16_to_float((uint16_t)(code << 8)); }
-INLINE uint8_t float_to_e5m2(float x) { return (uint8_t)encode_small(x, 8, 2, 15, 0x7b, 0x7f); }
-INLINE float round_e5m2(float x) { return e5m2_to_float(float_to_e5m2(x)); }
+INLINE uint8_t float_to_e5m2(float x) { return (uint8_t)encode_small(x, 8, 2, 15, 0x7c, 0x7f); }
+INLINE float round_e5m2(float x) { return e5m2_to_float((uint8_t)encode_small(x, 8, 2, 15, 0x7b, 0x7f)); }
 INLINE float e4m3_to_float(uint8_t code) {
   float x = decode_small(code, 8, 3, 7);
-  return (code & 0x7f) == 0x7f ? NAN : x;
+  return (code & 0x7f) == 0x7f ? float_of_bits(bits_of_float(x) | 0x7fc00000u) : x;
 }
 INLINE uint8_t float_to_e4m3(float x) { return (uint8_t)encode_small(x, 8, 3, 7, 0x7e, 0x7f); }
 INLINE float round_e4m3(float x) { return e4m3_to_float(float_to_e4m3(x)); }
+/* Rounding toward zero: one code back where rounding to nearest went away from it. */
+#define TRUNCATE(name, code_type)                                                      \
+  INLINE float truncate_##name(float x) {                                              \
+    float nearest = round_##name(x);                                                   \
+    code_type code = float_to_##name(nearest);                                         \
+    return name##_to_float(code - (__builtin_fabsf(nearest) > __builtin_fabsf(x)));    \
+  }
+TRUNCATE(bf16, uint16_t)
+TRUNCATE(f16, uint16_t)
+TRUNCATE(e5m2, uint8_t)
+TRUNCATE(e4m3, uint8_t)
 
 /* ---- elementary functions, within 2 units in the last place ------------------------------------------------------
  * Polynomials: Cephes' single-precision ones (S. Moshier), which are minimax on the reduced interval. */
@@ -219,4 +243,18 @@ INTEGER_ATOMICS(i32, int32_t, uint32_t)
 INTEGER_ATOMICS(i64, int64_t, uint64_t)
 FLOAT_ATOMICS(f32, float, uint32_t)
 FLOAT_ATOMICS(f64, double, uint64_t)
+#define SMALL_FLOAT_ATOMIC(kind, name, combined)                                                                 \
+  static inline float atomic_##kind##_##name(uint16_t *p, float operand) {                                       \
+    uint16_t seen = __atomic_load_n(p, __ATOMIC_RELAXED), wanted;                                                \
+    float old;                                                                                                   \
+    do {                                                                                                         \
+      old = name##_to_float(seen);                                                                               \
+      wanted = float_to_##name(round_##name(combined));                                                          \
+    } while (!__atomic_compare_exchange_n(p, &seen, wanted, 1, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));             \
+    return old;                                                                                                  \
+  }
+SMALL_FLOAT_ATOMIC(fadd, f16, old + operand)
+SMALL_FLOAT_ATOMIC(exch, f16, operand)
+SMALL_FLOAT_ATOMIC(fadd, bf16, old + operand)
+SMALL_FLOAT_ATOMIC(exch, bf16, operand)
 #endif

@@ -15,6 +15,8 @@ from pathlib import Path
 # -ffp-contract=off: emitter.py decides where a multiply and an add are one rounding.  -fwrapv: signed overflow wraps.
 # No -ffast-math of any kind: infinities and NaN mean something in attention masks, and sums keep their order.
 # -fno-trapping-math only lets the compiler speculate (a masked lane may divide by zero), -fno-math-errno inline sqrt.
+# -fno-tree-pre: gcc's partial redundancy elimination puts jumps into loops with selects, which then are not vectorised
+# (the sampler's draw from 49,152 logits: 1050 us with it, 260 us without).
 _FLAGS = (
     "-O3",
     "-fopenmp-simd",
@@ -23,6 +25,7 @@ _FLAGS = (
     "-ffp-contract=off",
     "-fwrapv",
     "-fno-semantic-interposition",
+    "-fno-tree-pre",
     "-w",
 )
 # Vector instruction sets by name: (lanes of a float vector, flags, features that /proc/cpuinfo must list)

@@ -115,6 +115,7 @@ def parse_type(text: str) -> Type:
     return Type(shape, "*" + parse_type(pointer.group(1)).element if pointer else text)
 
 
+SYMBOL = re.compile(r'@("[^"]*"|[\w$.\-]+)')  # quoted if it has other characters: @"sum__Pf32__(1,)cconstexpr_32_"
 _VALUE = re.compile(r"%[\w$.\-]+(?:#\d+)?")
 _RESULTS = re.compile(r"((?:%[\w$.\-]+(?::\d+)?(?:, )?)+) = ")
 _LOCATION = re.compile(r' loc\((?:[^()"]|"[^"]*"|\((?:[^()"]|"[^"]*"|\((?:[^()"]|"[^"]*")*\))*\))*\)')
@@ -165,8 +166,8 @@ class _Parser:
     def function(self) -> tuple[Function, bool]:
         header = self.lines[self.at][0]
         self.at += 1
-        name = re.search(r"@\"?([^\"(]+)\"?\(", header).group(1)  # type: ignore[union-attr]
-        start = header.index("(", header.index("@")) + 1
+        found = SYMBOL.search(header)
+        name, start = found.group(1).strip('"'), found.end() + 1  # type: ignore[union-attr]
         end, depth = start, 1
         while depth:
             depth += {"(": 1, ")": -1}.get(header[end], 0)
@@ -215,10 +216,21 @@ class _Parser:
         while not self.lines[self.at][0].startswith("}"):
             line, location = self.lines[self.at]
             self.at += 1
-            if line.startswith("^bb"):
-                self.block_arguments(block, line[line.index("(") + 1 : line.rindex(")")] if "(" in line else "")
+            arguments = line[line.index("(") + 1 : line.rindex(")")] if line.startswith("^bb") and "(" in line else ""
+            if line.startswith("^bb") and block.parent is None:
+                block.ops.append(self.label(line, arguments, block))
+            elif line.startswith("^bb"):
+                self.block_arguments(block, arguments)
             else:
                 block.ops.append(self.op(line, location, block))
+
+    def label(self, line: str, arguments: str, block: Block) -> Op:
+        """An early return cuts a function into blocks: `^bb2(%x: i32)` becomes an operation with %x as its result."""
+        op = Op("cf.label", [], re.match(r"\^\w+", line).group(), "", block)  # type: ignore[union-attr]
+        for argument in _split(arguments):
+            name, type_ = argument.split(":", 1)
+            op.results.append(self.define(name.strip(), parse_type(type_), block, op))
+        return op
 
     def region(self, op: Op, arguments: list[tuple[str, Type]] = ()) -> tuple[str, str]:  # type: ignore[assignment]
         """Reads one region of `op`; returns the closing line, which may open the next one, and its location."""

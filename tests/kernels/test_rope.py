@@ -107,6 +107,14 @@ def test_linear_scaling_stretches_positions():
     np.testing.assert_allclose(stretched[0][::4], plain[0], atol=1e-6)
 
 
+def test_divisors_divide_each_frequency():
+    divisors = np.linspace(1.0, 8.0, 32)
+    cos, sin = rope_tables(64, 50, THETA, {"rope_type": "divisors", "divisors": tuple(divisors)})
+    angles = np.outer(np.arange(50), THETA ** (-np.arange(32) / 32) / divisors)
+    np.testing.assert_allclose(cos, np.cos(angles), atol=1e-6)
+    np.testing.assert_allclose(sin, np.sin(angles), atol=1e-6)
+
+
 def test_llama3_scaling_keeps_fast_and_stretches_slow_frequencies():
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling["original_max_position_embeddings"] = 8192
@@ -119,7 +127,7 @@ def test_llama3_scaling_keeps_fast_and_stretches_slow_frequencies():
 
 
 def test_unknown_scaling_is_refused():
-    with pytest.raises(ValueError, match="'yarn' is not supported; known: default, linear, llama3"):
+    with pytest.raises(ValueError, match="'yarn' is not supported; known: default, linear, llama3, divisors"):
         rope_tables(64, 16, THETA, {"rope_type": "yarn", "factor": 2.0})
 
 

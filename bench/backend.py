@@ -1,12 +1,13 @@
-"""The Triton CPU backend against this machine's limits: `python -m bench.kernels [--save bench/results/cpu_backend.md]`.
+"""The Triton CPU backend against this machine's limits: `python -m bench.backend [--save bench/results/backend.md]`.
 
-Every round measures the peaks (a C loop that reads memory, one that multiplies and adds) and every kernel once, one after
-the other; the table shows medians over the rounds and their ratio, so that a busy moment hits all alike.
+Every round measures the peaks (a C loop that reads memory, one that multiplies and adds) and every kernel once, one
+after the other; the table shows medians over the rounds and their ratios, so that a busy moment hits all alike.
 
 * GEMV: y = W x with packed bf16 weights, rotating through so many copies that none is in a cache (512 MB).
 * linear: the same kernel at 64 rows, fp32 sums, one weight that stays in the cache.
-* launch: the time of a kernel that does nothing, started from Python with everything bound, and replayed from a plan.
-* compile: TTIR to a loaded kernel, cold cache, for the kernels of a decoder.
+* launch: the time of a kernel that does nothing: everything bound (a plan of one launch), as a compiled kernel called
+  from Python, through Triton's JIT, and inside a long plan.
+* compile: from the decision to compile to a loaded kernel, cold cache, for the kernels of a decoder.
 """
 
 from __future__ import annotations
@@ -185,6 +186,7 @@ def main() -> None:
 
 
 def table(rounds: int) -> str:
+    """The report, in Markdown."""
     peaks = Peaks()
     measured: dict[str, Callable[[], float]] = {"read": peaks.bandwidth, "fma": peaks.arithmetic}
     measured |= {f"gemv {k} {n}": gemv(k, n) for k, n in GEMV_SHAPES}
@@ -195,22 +197,31 @@ def table(rounds: int) -> str:
         for name, measure in measured.items():
             samples[name].append(measure())
     medians = {name: statistics.median(values) for name, values in samples.items()}
-    lines = [f"# The Triton CPU backend: {machine()}", "", f"`{' '.join(['python -m bench.kernels', *sys.argv[1:]])}`, "
-             f"medians of {rounds} interleaved rounds.", "", "| what | measured | of this run's peak |", "| --- | --- | --- |",
-             f"| memory read, C loop | {medians['read'] / 1e9:.1f} GB/s | 100 % |",
-             f"| fp32 multiply-add, C loop | {medians['fma'] / 1e9:.0f} GFLOP/s | 100 % |"]
-    for k, n in GEMV_SHAPES:
-        rate = medians[f"gemv {k} {n}"]
-        lines.append(f"| GEMV bf16 K={k} N={n} | {rate / 1e9:.1f} GB/s | {rate / medians['read']:.0%} |")
-    for k, n in LINEAR_SHAPES:
-        rate = medians[f"linear {k} {n}"]
-        lines.append(f"| linear M={LINEAR_ROWS} K={k} N={n} | {rate / 1e9:.0f} GFLOP/s | {rate / medians['fma']:.0%} |")
-    lines += [f"| {name} | {value * 1e6:.2f} us | |" for name, value in medians.items() if "programs" in name]
     compiled = compile_times()
-    lines.append(f"| compile, median of {len(compiled)} kernels | {statistics.median(t for _, t in compiled):.2f} s | |")
     slowest = max(compiled, key=lambda pair: pair[1])
-    lines.append(f"| compile, slowest ({slowest[0]}) | {slowest[1]:.2f} s | |")
-    return "\n".join(lines) + "\n"
+    rows = [
+        ("memory read, C loop", f"{medians['read'] / 1e9:.1f} GB/s", "100%"),
+        ("fp32 multiply-add, C loop", f"{medians['fma'] / 1e9:.0f} GFLOP/s", "100%"),
+        *[
+            throughput(f"GEMV bf16 K={k} N={n}", medians[f"gemv {k} {n}"], medians["read"], "GB/s")
+            for k, n in GEMV_SHAPES
+        ],
+        *[
+            throughput(f"linear M={LINEAR_ROWS} K={k} N={n}", medians[f"linear {k} {n}"], medians["fma"], "GFLOP/s")
+            for k, n in LINEAR_SHAPES
+        ],
+        *[(name, f"{value * 1e6:.2f} us", "") for name, value in medians.items() if "programs" in name],
+        (f"compile, median of {len(compiled)} kernels", f"{statistics.median(t for _, t in compiled):.2f} s", ""),
+        (f"compile, slowest ({slowest[0]})", f"{slowest[1]:.2f} s", ""),
+    ]
+    command = " ".join(["python -m bench.backend", *sys.argv[1:]])
+    head = f"# The Triton CPU backend\n\n{machine()}. `{command}`, medians of {rounds} interleaved rounds.\n\n"
+    lines = ["| what | measured | of this run's peak |", "| --- | ---: | ---: |"]
+    return head + "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows]) + "\n"
+
+
+def throughput(name: str, rate: float, peak: float, unit: str) -> tuple[str, str, str]:
+    return name, f"{rate / 1e9:.{1 if unit == 'GB/s' else 0}f} {unit}", f"{rate / peak:.0%}"
 
 
 def machine() -> str:
