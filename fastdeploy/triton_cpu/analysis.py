@@ -13,7 +13,7 @@ one inside another block, would evaluate it; and if it loads memory that is writ
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 
 from .ttir import Block, Function, Op, Value
 
@@ -115,7 +115,7 @@ class StoragePlan:
             if op in self._roots[value]:
                 return op.name in ("tt.store", "tt.atomic_rmw") and (
                     _shifted(value.op.operands[0], op.operands[0])  # type: ignore[union-attr]
-                    or any(rearranges(operand, lambda v: v is value, self._stored) for operand in op.operands[1:])
+                    or any(rearranges(operand, {value}, self._stored) for operand in op.operands[1:])
                 )
             if op.name.startswith(_WRITES):
                 return True
@@ -157,22 +157,22 @@ def _bases(pointer: Value, seen: set[Value]) -> set[Value | None]:
     return {None}
 
 
-def rearranges(value: Value, source: Callable[[Value], bool], stored: Container[Value]) -> bool:
-    """Is an element of `value` computed from an element of a `source` at another index, without an array between them?"""
-    return _reads(value, source, stored, False, set())
+def rearranges(value: Value, sources: Container[Value], stored: Container[Value]) -> bool:
+    """Is an element of `value` computed from an element of one of `sources` at another index, with no array between?"""
+    return _reads(value, sources, stored, False, set())
 
 
 def _reads(
-    value: Value, source: Callable[[Value], bool], stored: Container[Value], moved: bool, seen: set[tuple[Value, bool]]
+    value: Value, sources: Container[Value], stored: Container[Value], moved: bool, seen: set[tuple[Value, bool]]
 ) -> bool:
-    if source(value):
+    if value in sources:
         return moved
     op = value.op
     if op is None or value in stored or not is_lazy(op) or (value, moved) in seen:
         return False
     seen.add((value, moved))
     moved |= moves_elements(op)
-    return any(_reads(operand, source, stored, moved, seen) for operand in op.operands)
+    return any(_reads(operand, sources, stored, moved, seen) for operand in op.operands)
 
 
 def unit_reshape(op: Op) -> list[int] | None:

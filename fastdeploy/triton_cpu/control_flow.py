@@ -33,6 +33,7 @@ class _Carried:
 
 
 def emit_for(emitter: KernelEmitter, op: Op) -> None:
+    """Declares what the loop carries, then the C loop: its body, and at its end the new values."""
     lower, upper, step = (emitter.scalar(v) for v in op.operands[:3])
     body = op.regions[0]
     variable, arguments = body.arguments[0], body.arguments[1:]
@@ -146,9 +147,9 @@ def _assign_tensors(emitter: KernelEmitter, pending: list[tuple[str, Value]]) ->
     for name, new in pending:
         same_shape = {other for other, value in pending if value.type.shape == new.type.shape}
         others = {other for other, _ in pending} - same_shape
-        if _arrays_read(emitter, new) & others or rearranges(
-            new, lambda v, names=same_shape: getattr(emitter.storage.get(v), "name", None) in names, emitter.storage
-        ):
+        stored = emitter.storage.items()
+        held = {value for value, place in stored if isinstance(place, Array) and place.name in same_shape}
+        if _arrays_read(emitter, new) & others or rearranges(new, held, emitter.storage):
             copy = emitter.array(new.type, "held")
             emitter.materialise(new, into=copy)
             copies.append(f"memcpy({name}, {copy}, sizeof {copy});")
@@ -212,6 +213,7 @@ def _write(emitter: KernelEmitter, target: Value, source: Value) -> None:
 
 
 def emit_if(emitter: KernelEmitter, op: Op) -> None:
+    """Declares the results, which each branch writes before it ends."""
     for result in op.results:
         _declare(emitter, result)
     for number, region in enumerate(op.regions):
@@ -223,6 +225,7 @@ def emit_if(emitter: KernelEmitter, op: Op) -> None:
 
 
 def emit_while(emitter: KernelEmitter, op: Op) -> None:
+    """TTIR's loop with two regions: one that ends in the condition, and the body."""
     before, after = op.regions
     carried = [_carry(emitter, argument, initial, None) for argument, initial in zip(before.arguments, op.operands)]
     for result in op.results:
@@ -288,6 +291,7 @@ def _struct_name(name: str) -> str:
 
 
 def emit_call(emitter: KernelEmitter, op: Op) -> None:
+    """A C call; a callee learns the program's place in the grid from its last six arguments."""
     from .emitter import c_function_name
 
     callee = SYMBOL.search(op.text).group(1).strip('"')  # type: ignore[union-attr]

@@ -40,6 +40,7 @@ PREFETCH_BYTES = 4096
 
 
 def emit_dot(emitter: KernelEmitter, op: Op) -> None:
+    """Register tiles for 2-D products of floats at least a vector wide, plain loops for the rest."""
     a, b = op.operands[:2]
     if (
         len(op.result.type.shape) != 2

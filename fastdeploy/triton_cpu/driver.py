@@ -54,6 +54,7 @@ class CPULauncher:
         self.is_pointer = [code == "P" for code in metadata.argument_format[1:]]
 
     def pack(self, arguments: Any) -> bytes:
+        """The bytes of the C struct that the kernel reads its arguments from."""
         if self.nested:
             arguments = list(_flat(arguments))
         return self.format.pack(

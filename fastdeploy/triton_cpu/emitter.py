@@ -47,10 +47,8 @@ class KernelEmitter:
         self.plan = StoragePlan(function)
         self.storage: dict[Value, Scalar | Array | MovingPointers] = {}
         self.origins: dict[Value, Value] = {}  # loop-carried pointer tensors -> what they started as
-        self.destinations: dict[
-            Value, str
-        ] = {}  # tl.dot results that may be written straight into a loop's accumulator
-        self.copies: list[Value] = []  # arrays made because one operation needs one, declared in the C block being written
+        self.destinations: dict[Value, str] = {}  # tl.dot results that may go straight into a loop's accumulator
+        self.copies: list[Value] = []  # arrays made for one operation's sake, in the C block being written
         self.lines: list[str] = []
         self.depth = 1
         self.names: dict[str, int] = {}
@@ -189,13 +187,14 @@ class KernelEmitter:
         self.copies = outer
 
     def forget_copies(self, keep: Block | None = None) -> None:
-        """A C block ends: nobody behind it may read the arrays declared in it. What belongs to `keep` has no user there."""
+        """A C block ends: its arrays are out of reach behind it. (What belongs to `keep` has no user there.)"""
         for value in self.copies:
             if value.block is not keep:
                 del self.storage[value]
         self.copies = []
 
     def op(self, op: Op) -> None:
+        """Writes what an operation needs written where it stands; for most lazy ones, nothing."""
         if handler := _HANDLERS.get(op.name):
             try:
                 handler(self, op)
@@ -232,6 +231,7 @@ class KernelEmitter:
         self.storage[value] = Scalar(name)
 
     def store(self, op: Op) -> None:
+        """tl.store: the loop nest in which most of a kernel's lazy expressions end up."""
         pointers, value = op.operands[:2]
         mask = op.operands[2] if len(op.operands) > 2 else None
         element = pointers.type.pointee
@@ -281,6 +281,7 @@ class KernelEmitter:
             self.storage[result] = Array(old)
 
     def atomic_cas(self, op: Op) -> None:
+        """tl.atomic_cas of a scalar; its result is the old value."""
         pointer, expected, desired = op.operands
         if expected.type.is_tensor:
             raise self.unsupported(op, "on a tensor")
@@ -302,6 +303,7 @@ class KernelEmitter:
         self.storage[result] = Array(counts)
 
     def assertion(self, op: Op) -> None:
+        """tl.device_assert: a message with the kernel's source line, then abort()."""
         message = _quoted(op)
         report = (
             f'{{ fprintf(stderr, "%s\\n", "{op.location}: assertion failed in a Triton kernel: {message}"); abort(); }}'
@@ -314,6 +316,7 @@ class KernelEmitter:
         self.line(f"for (int i = 0; i < {condition.type.size}; i++) if (!{holds}[i]) {report}")
 
     def print_values(self, op: Op) -> None:
+        """tl.device_print: a line for each element, behind the program's place in the grid."""
         prefix = _quoted(op)
         head = r'printf("pid (%d, %d, %d)' + prefix.replace("%", "%%")
         for value in op.operands:
@@ -414,7 +417,8 @@ def generate_c(functions: list[Function], prelude: str, lanes: int, contract: bo
         f"  for (long i = begin; i < end; i++) {c_function_name(kernel.name)}({arguments});\n}}\n"
     )
     code = "\n".join([p for p in prototypes if p] + bodies + [entry])
-    parts += [f"#define {macro}" for macro, sign in (("USES_VECTORS", "vec "), ("USES_ATOMICS", "atomic_")) if sign in code]
+    uses = {"USES_VECTORS": "vec ", "USES_ATOMICS": "atomic_"}
+    parts += [f"#define {macro}" for macro, sign in uses.items() if sign in code]
     return "\n".join([*parts, prelude, code])
 
 

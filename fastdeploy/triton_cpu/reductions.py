@@ -37,6 +37,7 @@ _IDENTITIES = {
 
 
 def emit_reduce(emitter: KernelEmitter, op: Op) -> None:
+    """Declares the results and writes the loops that fill them."""
     axis, shape = op.attribute("axis"), op.operands[0].type.shape
     identity = _identity(op)
     if identity is None:  # a combiner we know nothing of reads its operands twice: give it arrays
@@ -49,6 +50,7 @@ def emit_reduce(emitter: KernelEmitter, op: Op) -> None:
 
 
 def _identity(op: Op) -> str | None:
+    """What a combiner of one operation leaves unchanged; None for a combiner that we know nothing of."""
     body = op.regions[0].ops
     if len(op.operands) != 1 or len(body) != 2 or set(body[0].operands) != set(op.regions[0].arguments):
         return None
@@ -106,87 +108,78 @@ def _declare_results(emitter: KernelEmitter, op: Op) -> list[str]:
 
 
 def _reduce_last_axis(emitter: KernelEmitter, op: Op, identity: str | None) -> None:
-    shape = op.operands[0].type.shape
-    length, outer = shape[-1], list(range(len(shape) - 1))
-    lanes = min(LANES_OF_A_SUM, length)
     results = _declare_results(emitter, op)
-    nest = LoopNest(emitter, shape, [*outer, len(shape) - 1])
-    partial = [emitter.name("lane") for _ in results]
-    kinds = [c.value_type(v.type.element) for v in op.operands]
-    block, lane = emitter.name("block"), emitter.name("l")
-    row = nest.index[:-1]
-
-    def elements(position: str) -> list[str]:
-        index = (*row, Term(position, nest.depth))
-        return [nest.evaluate(operand, index).text for operand in op.operands]
-
-    if identity is not None:
-        inner, start = (
-            _collected(
-                nest,
-                lambda: _lane_step(
-                    emitter, op, partial, lane, elements(f"({block} + {lane})" if length > lanes else lane)
-                ),
-            ),
-            0,
-        )
-        head = [f"{kind} {name}[{lanes}];" for kind, name in zip(kinds, partial)]
-        head += [f"for (int {lane} = 0; {lane} < {lanes}; {lane}++) {partial[0]}[{lane}] = {identity};"]
-    else:
-        arrays = [emitter.storage[v].name for v in op.operands]  # type: ignore[union-attr]
-        first = linear(shape, (*row, Term(lane, nest.depth))).text
-        inner, start = (
-            _collected(nest, lambda: _lane_step(emitter, op, partial, lane, elements(f"({block} + {lane})"))),
-            lanes,
-        )
-        head = [f"{kind} {name}[{lanes}];" for kind, name in zip(kinds, partial)]
-        head += [
-            f"for (int {lane} = 0; {lane} < {lanes}; {lane}++) {name}[{lane}] = {array}[{first}];"
-            for name, array in zip(partial, arrays)
-        ]
-    level = nest.depth - 1
-    for text in head:
-        nest.put(text, level)
-    if length > lanes or start == 0:
-        if length > lanes:
-            nest.put(f"for (int {block} = {start}; {block} < {length}; {block} += {lanes}) {{", level)
-        nest.put("#pragma omp simd", level)
-        nest.put(f"for (int {lane} = 0; {lane} < {lanes}; {lane}++) {{", level)
-        for text in inner:
-            nest.put(text, level)
-        nest.put("}", level)
-        if length > lanes:
-            nest.put("}", level)
-    for text in _tree(emitter, op, partial, lanes, lane):
-        nest.put(text, level)
-    for value, name, lanes_name in zip(op.results, results, partial):
-        target = f"{name}[{linear(value.type.shape, row).text}]" if value.type.is_tensor else name
-        nest.put(f"{target} = {lanes_name}[0];", level)
-    nest.shape = shape[:-1] + (1,)  # the last axis has its own loops, above
+    lanes = _Lanes(emitter, op)
+    nest = lanes.nest
+    lines = lanes.start(identity) + lanes.steps(0 if identity is not None else lanes.count) + lanes.tree()
+    for value, name, lane in zip(op.results, results, lanes.partial):
+        target = f"{name}[{linear(value.type.shape, lanes.row).text}]" if value.type.is_tensor else name
+        lines.append(f"{target} = {lane}[0];")
+    for text in lines:
+        nest.put(text, nest.depth - 1)
+    nest.shape = (*nest.shape[:-1], 1)  # the last axis has its own loops, among the lines
     with emitter.braces(""):
         nest.write(vectorise=False)
 
 
-def _collected(nest: LoopNest, build) -> list[str]:  # type: ignore[no-untyped-def]
-    """Runs `build`, which returns lines; puts the temporaries that it made at the innermost level before them."""
-    lines = build()
-    inner, nest.lines[nest.depth] = nest.lines[nest.depth] + lines, []
-    return inner
+class _Lanes:
+    """Code that reduces one row of a tensor: partial results side by side, then a tree over them."""
 
+    def __init__(self, emitter: KernelEmitter, op: Op):
+        shape = op.operands[0].type.shape
+        self.emitter, self.op, self.shape = emitter, op, shape
+        self.count = min(LANES_OF_A_SUM, shape[-1])
+        self.nest = LoopNest(emitter, shape, list(range(len(shape))))
+        self.row = self.nest.index[:-1]
+        self.partial = [emitter.name("lane") for _ in op.operands]
+        self.block, self.lane = emitter.name("block"), emitter.name("l")
 
-def _lane_step(emitter: KernelEmitter, op: Op, partial: list[str], lane: str, elements: list[str]) -> list[str]:
-    return _update(emitter, op, [f"{name}[{lane}]" for name in partial], elements)
+    def start(self, identity: str | None) -> list[str]:
+        """The lanes, holding the identity or, of a combiner without one, the row's first elements."""
+        lines = [
+            f"{c.value_type(operand.type.element)} {name}[{self.count}];"
+            for operand, name in zip(self.op.operands, self.partial)
+        ]
+        first = linear(self.shape, (*self.row, Term(self.lane, self.nest.depth))).text
+        for operand, name in zip(self.op.operands, self.partial):
+            initial = identity or f"{self.emitter.as_array(operand)}[{first}]"
+            lines.append(
+                f"for (int {self.lane} = 0; {self.lane} < {self.count}; {self.lane}++) {name}[{self.lane}] = {initial};"
+            )
+        return lines
 
+    def steps(self, first: int) -> list[str]:
+        """Every lane takes in its elements from `first` on, one per block."""
+        length = self.shape[-1]
+        if first == length:
+            return []
+        several = length > self.count
+        place = Term(f"({self.block} + {self.lane})" if several else self.lane, self.nest.depth)
+        elements = [self.nest.evaluate(operand, (*self.row, place)).text for operand in self.op.operands]
+        update = self._update(self.lane, elements)
+        inner, self.nest.lines[self.nest.depth] = self.nest.lines[self.nest.depth], []  # what the elements need
+        loop = self._over_lanes(self.count, inner + update)
+        if not several:
+            return loop
+        opening = f"for (int {self.block} = {first}; {self.block} < {length}; {self.block} += {self.count}) {{"
+        return [opening, *loop, "}"]
 
-def _tree(emitter: KernelEmitter, op: Op, partial: list[str], lanes: int, lane: str) -> list[str]:
-    lines, half = [], lanes // 2
-    while half:
-        step = _update(
-            emitter, op, [f"{name}[{lane}]" for name in partial], [f"{name}[{lane} + {half}]" for name in partial]
-        )
-        lines += ["#pragma omp simd", f"for (int {lane} = 0; {lane} < {half}; {lane}++) {{", *step, "}"]
-        half //= 2
-    return lines
+    def tree(self) -> list[str]:
+        """Combines lane l with lane l + half, for half the lanes, a quarter, ... until lane 0 holds all."""
+        lines: list[str] = []
+        half = self.count // 2
+        while half:
+            others = [f"{name}[{self.lane} + {half}]" for name in self.partial]
+            lines += self._over_lanes(half, self._update(self.lane, others))
+            half //= 2
+        return lines
+
+    def _update(self, lane: str, elements: list[str]) -> list[str]:
+        return _update(self.emitter, self.op, [f"{name}[{lane}]" for name in self.partial], elements)
+
+    def _over_lanes(self, count: int, body: list[str]) -> list[str]:
+        opening = f"for (int {self.lane} = 0; {self.lane} < {count}; {self.lane}++) {{"
+        return ["#pragma omp simd", opening, *body, "}"]
 
 
 def _reduce_outer_axis(emitter: KernelEmitter, op: Op, axis: int, identity: str | None) -> None:

@@ -164,6 +164,7 @@ class _Parser:
         return [function for function, _ in sorted(found, key=lambda pair: pair[1])]
 
     def function(self) -> tuple[Function, bool]:
+        """The function that begins on this line, and whether it is private, that is not the kernel."""
         header = self.lines[self.at][0]
         self.at += 1
         found = SYMBOL.search(header)
@@ -244,6 +245,7 @@ class _Parser:
         return self.lines[self.at - 1]
 
     def op(self, line: str, location: str, block: Block) -> Op:
+        """One operation with its regions. Its `read` function fills in the operands and returns the result types."""
         names: list[str] = []
         if results := _RESULTS.match(line):
             line = line[results.end() :]
@@ -262,6 +264,7 @@ class _Parser:
         return op
 
     def for_(self, op: Op, line: str, count: int) -> list[Type]:
+        """scf.for %i = %lower to %upper step %step iter_args(%carried = %initial, ...) -> (types) {"""
         found = _FOR.match(line)
         if not found:
             raise ValueError(f"cannot read the loop: {line}")
@@ -274,6 +277,7 @@ class _Parser:
         return types
 
     def if_(self, op: Op, line: str, count: int) -> list[Type]:
+        """scf.if %condition -> (types) { ... } else { ... }"""
         found = re.match(r"scf\.if (%\S+)(?: -> \((.*)\))? \{$", line)
         if not found:
             raise ValueError(f"cannot read the branch: {line}")
@@ -284,6 +288,7 @@ class _Parser:
         return [parse_type(t) for t in _split(found.group(2) or "")]
 
     def while_(self, op: Op, line: str, count: int) -> list[Type]:
+        """scf.while (%carried = %initial, ...) : (types) -> types { ... } do { ... }"""
         found = _WHILE.match(line)
         if not found:
             raise ValueError(f"cannot read the loop: {line}")
@@ -303,6 +308,7 @@ class _Parser:
         return [parse_type(t) for t in _split(results[1:-1] if results.startswith("(") else results)]
 
     def simple(self, op: Op, line: str, count: int) -> list[Type]:
+        """An operation on one line: every %name before the types is an operand."""
         if op.name in ("tt.print", "tt.assert"):
             op.operands = [self.find(name) for name in _VALUE.findall(re.sub(r'"[^"]*"', "", line))]
             return []
