@@ -9,6 +9,9 @@
       -> a shared object, in Triton's cache                                    toolchain.py
       -> its programs run on a thread pool, one launch or a plan at a time     driver.py, runtime.py, pool.c
 
+Any Triton kernel runs. Two rules: tensors that overlap, shifted against each other, must come through one argument,
+because loads and stores of different arguments are fused into one loop; and tiles should fit into a cache.
+
 Where no GPU is, installing the package is all: Triton finds the backend by its entry point. TRITON_DEFAULT_BACKEND=cpu
 asks for it by name, `activate()` from Python.
 """

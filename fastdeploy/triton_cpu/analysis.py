@@ -113,9 +113,12 @@ class StoragePlan:
         """Is memory written between a load and its only root, or does the root write the same tensor shifted?"""
         for op in value.block.ops[position + 1 :]:
             if op in self._roots[value]:
-                return op.name in ("tt.store", "tt.atomic_rmw") and (
-                    _shifted(value.op.operands[0], op.operands[0])  # type: ignore[union-attr]
-                    or any(rearranges(operand, {value}, self._stored) for operand in op.operands[1:])
+                return (
+                    op.name in ("tt.store", "tt.atomic_rmw")
+                    and (
+                        _shifted(value.op.operands[0], op.operands[0])  # type: ignore[union-attr]
+                        or any(rearranges(operand, {value}, self._stored) for operand in op.operands[1:])
+                    )
                 )
             if op.name.startswith(_WRITES):
                 return True

@@ -316,8 +316,8 @@ def _extern(op: Op, arguments: list[str], source: str, target: str) -> str:
 
 _LIBM = set(
     """acos acosh asin asinh atan atan2 atanh cbrt ceil copysign cos cosh erf erfc exp exp2 expm1 fabs fdim floor
-    fma fmax fmin fmod hypot isfinite isinf isnan lgamma log log10 log1p log2 nearbyint pow remainder rint round rsqrt sin sinh
-    sqrt tan tanh tgamma trunc""".split()
+    fma fmax fmin fmod hypot isfinite isinf isnan lgamma log log10 log1p log2 nearbyint pow remainder rint round rsqrt
+    sin sinh sqrt tan tanh tgamma trunc""".split()
 )
 _FAST = {
     "tanhf": "fast_tanh",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import os
 import tempfile
 import threading
@@ -90,7 +91,7 @@ def num_threads() -> int:
 
 class _ThreadPool:
     def __init__(self) -> None:
-        library = load_library(toolchain().compile((Path(__file__).parent / "pool.c").read_text(), "-O2"))
+        library = load_library(_compiled_pool())
         self.launch = library.fd_launch
         self.launch.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_int]
         self.launch.restype = None
@@ -99,6 +100,18 @@ class _ThreadPool:
         self.plan_replay = library.fd_plan_replay
         self.plan_replay.argtypes, self.plan_replay.restype = [ctypes.c_void_p], None
         self.threads = library.fd_start(num_threads())
+
+
+def _compiled_pool() -> bytes:
+    """pool.c as a shared object, from Triton's cache where it has been compiled before."""
+    from triton.runtime.cache import get_cache_manager
+
+    source = (Path(__file__).parent / "pool.c").read_text()
+    cache = get_cache_manager(hashlib.sha256((source + toolchain().fingerprint()).encode()).hexdigest())
+    found = cache.get_file("pool.so")
+    if found is None:
+        found = cache.put(toolchain().compile(source, "-O2"), "pool.so")
+    return Path(found).read_bytes()
 
 
 @functools.lru_cache(None)

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -42,7 +43,7 @@ class CompilerNotFound(RuntimeError):
 
 @dataclass(frozen=True)
 class Toolchain:
-    compiler: str
+    compiler: tuple[str, ...]  # the command: a program, perhaps with arguments ("ccache gcc")
     instruction_set: str
 
     @property
@@ -65,17 +66,8 @@ class Toolchain:
         with tempfile.TemporaryDirectory(prefix="fastdeploy-") as folder:
             code, library = Path(folder, "kernel.c"), Path(folder, "kernel.so")
             code.write_text(source)
-            command = [
-                self.compiler,
-                *(flags or self.flags),
-                "-shared",
-                "-fPIC",
-                "-o",
-                str(library),
-                str(code),
-                "-lm",
-                "-pthread",
-            ]
+            command = [*self.compiler, *(flags or self.flags), "-shared", "-fPIC"]
+            command += ["-o", str(library), str(code), "-lm", "-pthread"]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[:4000]}")
@@ -89,9 +81,10 @@ def toolchain() -> Toolchain:
     $FASTDEPLOY_INSTRUCTION_SET (avx512, avx2, baseline) narrows the vectors, for tests and comparisons.
     """
     wanted = os.environ.get("CC")
-    for name in [wanted] if wanted else ["gcc", "clang", "cc"]:
-        if path := shutil.which(name):
-            return Toolchain(path, _instruction_set())
+    for command in [wanted] if wanted else ["gcc", "clang", "cc"]:
+        program, *arguments = shlex.split(command)
+        if path := shutil.which(program):
+            return Toolchain((path, *arguments), _instruction_set())
     raise CompilerNotFound(
         f"Triton kernels are compiled for this CPU by a C compiler, and {wanted or 'none of gcc, clang, cc'} was "
         "found. Install one (Debian and Ubuntu: apt-get install gcc libc6-dev; Fedora: dnf install gcc) or set CC."
@@ -121,5 +114,5 @@ def _cpu_features() -> frozenset[str]:
 
 
 @functools.lru_cache(None)
-def _version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+def _version(compiler: tuple[str, ...]) -> str:
+    return subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout

@@ -1,0 +1,101 @@
+"""What a kernel may be called with, and that Triton's random numbers are Triton's."""
+
+import numpy as np
+import triton
+import triton.language as tl
+
+from .arrays import Tensor, empty, rounded
+
+
+@triton.jit
+def scalar_kernel(out_ptr, float_ptr, small, large, huge, negative, flag, one, x, absent, C: tl.constexpr):
+    tl.store(out_ptr, small)
+    tl.store(out_ptr + 1, large)
+    tl.store(out_ptr + 2, huge)
+    tl.store(out_ptr + 3, negative)
+    tl.store(out_ptr + 4, flag)
+    tl.store(out_ptr + 5, one)
+    tl.store(out_ptr + 6, C)
+    if absent is None:
+        tl.store(out_ptr + 7, 7)
+    tl.store(float_ptr, x)
+
+
+def test_numbers_bools_and_none():
+    out, x = empty(8, "uint64"), empty(1, "float64")
+    for flag in (True, False):
+        scalar_kernel[(1,)](out, x, 7, 2**40, 2**64 - 3, -5, flag, 1, 0.1, None, 11)
+        np.testing.assert_array_equal(out.stored, [7, 2**40, 2**64 - 3, 2**64 - 5, flag, 1, 11, 7])
+        assert x.stored[0] == np.float32(0.1)
+
+
+@triton.jit
+def typed_kernel(out_ptr, a: tl.float16, b: tl.bfloat16, c: tl.float64, d: tl.uint8, e: tl.int16, f: tl.uint32):
+    tl.store(out_ptr, a)
+    tl.store(out_ptr + 1, b)
+    tl.store(out_ptr + 2, c)
+    tl.store(out_ptr + 3, d)
+    tl.store(out_ptr + 4, e)
+    tl.store(out_ptr + 5, f)
+
+
+def test_arguments_with_a_declared_type():
+    out = empty(6, "float64")
+    typed_kernel[(1,)](out, 0.1, 0.1, 0.1, 200, -3, 2**32 - 1)
+    tenth = [rounded(np.array(0.1), dtype) for dtype in ("float16", "bfloat16")]
+    np.testing.assert_array_equal(out.stored, [*tenth, 0.1, 200, -3, 2**32 - 1])
+
+
+@triton.jit
+def tuple_kernel(tensors, sizes, scale, N: tl.constexpr):
+    i = tl.arange(0, N)
+    x = tl.load(tensors[0] + i, i < sizes[0], 0.0)
+    y = tl.load(tensors[1] + i, i < sizes[1][0], 0.0)
+    tl.store(tensors[2] + i, x * scale + y * sizes[1][1])
+
+
+def test_tuples(rng):
+    x, y = rng.standard_normal((2, 16), dtype=np.float32)
+    out = empty(16)
+    tuple_kernel[(1,)]((Tensor(x), Tensor(y), out), (10, (12, 3)), 0.5, 16)
+    i = np.arange(16)
+    np.testing.assert_allclose(out.stored, np.where(i < 10, x, 0) * 0.5 + np.where(i < 12, y, 0) * 3, rtol=1e-6)
+
+
+def _philox(seed, offset, rounds=10):
+    """Philox-4x32 (Salmon et al., 2011): four words for a 64-bit key and a counter."""
+    word = np.uint64(0xFFFFFFFF)
+    counter = [np.asarray(offset, np.uint64)] + [np.zeros_like(offset, np.uint64)] * 3
+    key = [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)]
+    for _ in range(rounds):
+        a, b = np.uint64(0xD2511F53) * counter[0], np.uint64(0xCD9E8D57) * counter[2]
+        counter = [
+            (b >> np.uint64(32)) ^ counter[1] ^ key[0],
+            b & word,
+            (a >> np.uint64(32)) ^ counter[3] ^ key[1],
+            a & word,
+        ]
+        key = [(key[0] + np.uint64(0x9E3779B9)) & word, (key[1] + np.uint64(0xBB67AE85)) & word]
+    return counter
+
+
+@triton.jit
+def random_kernel(out_ptr, uniform_ptr, seed, N: tl.constexpr):
+    i = tl.arange(0, N)
+    a, b, c, d = tl.randint4x(seed, i)
+    tl.store(out_ptr + i, a)
+    tl.store(out_ptr + N + i, b)
+    tl.store(out_ptr + 2 * N + i, c)
+    tl.store(out_ptr + 3 * N + i, d)
+    tl.store(uniform_ptr + i, tl.rand(seed, i))
+
+
+def test_random_numbers_are_philox():
+    for seed in (0, 1234567, 2**40 + 17):
+        out, uniform = empty((4, 64), "uint32"), empty(64)
+        random_kernel[(1,)](out, uniform, seed, 64)
+        words = _philox(seed, np.arange(64))
+        np.testing.assert_array_equal(out.stored, np.array(words))
+        signed = words[0].astype(np.uint32).view(np.int32).astype(np.int64)
+        expected = np.where(signed < 0, -signed - 1, signed).astype(np.float32) * np.float32(4.6566127342e-10)
+        np.testing.assert_array_equal(uniform.stored, expected)

@@ -1,0 +1,80 @@
+"""The thread pool: every program of every launch runs exactly once, whatever the number of threads."""
+
+import pytest
+
+from .arrays import run_python
+
+STRESS = """
+import numpy as np, os, sys
+import triton, triton.language as tl
+from fastdeploy import triton_cpu
+triton_cpu.activate()
+from fastdeploy.triton_cpu.runtime import num_threads, record
+from tests.triton_cpu.arrays import Tensor
+from tests.triton_cpu.pool_kernels import count_kernel
+
+rng = np.random.default_rng(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
+counts = Tensor(np.zeros(4096, np.int32))
+expected = np.zeros(4096, np.int64)
+plans = []
+for _ in range(6):
+    grids = [tuple(map(int, rng.integers(1, (40, 5, 4)))) for _ in range(int(rng.integers(1, 60)))]
+    with record() as plan:
+        for grid in grids:
+            count_kernel[grid](counts)
+    plans.append((plan, [int(np.prod(grid)) for grid in grids]))
+for turn in range(ROUNDS):
+    if turn % 3 == 0:
+        plan, sizes = plans[int(rng.integers(len(plans)))]
+        plan.replay()
+    else:
+        sizes = [int(rng.integers(0, 4096))] if turn % 3 == 1 else [int(rng.integers(1, 6))]
+        count_kernel[(sizes[0],)](counts) if sizes[0] else None
+    for size in sizes:
+        expected[:size] += 1
+    if turn % 100 == 0:
+        assert (counts.stored == expected).all(), turn
+assert (counts.stored == expected).all()
+print(num_threads())
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_every_program_runs_once(threads):
+    done = run_python(STRESS.replace("ROUNDS", "3000" if threads < 8 else "1000"), FASTDEPLOY_NUM_THREADS=str(threads))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(threads)]
+
+
+FORK = """
+import numpy as np, os
+from fastdeploy import triton_cpu
+triton_cpu.activate()
+from fastdeploy.triton_cpu.runtime import record
+from tests.triton_cpu.arrays import Tensor
+from tests.triton_cpu.pool_kernels import count_kernel
+
+counts = Tensor(np.zeros(1000, np.int32))
+with record() as plan:
+    count_kernel[(1000,)](counts)
+    count_kernel[(500,)](counts)
+for _ in range(10):
+    plan.replay()
+children = []
+for _ in range(4):
+    if not (child := os.fork()):
+        counts.stored[:] = 0
+        for _ in range(20):
+            count_kernel[(1000,)](counts)
+            plan.replay()
+        os._exit(0 if (counts.stored == np.where(np.arange(1000) < 500, 60, 40)).all() else 3)
+    children.append(child)
+    plan.replay()
+assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+assert (counts.stored == np.where(np.arange(1000) < 500, 28, 14)).all()
+"""
+
+
+def test_a_forked_child_computes_and_the_parent_goes_on():
+    done = run_python(FORK, FASTDEPLOY_NUM_THREADS="3")
+    assert done.returncode == 0, done.stderr
