@@ -1,4 +1,4 @@
-"""A token does not depend on its neighbours: SmolLM2's logits are the same bits alone, in a batch, and cut into chunks."""
+"""A token does not depend on its neighbours: SmolLM2's logits are the same bits alone, in a batch, and in chunks."""
 
 import numpy as np
 import pytest
