@@ -13,7 +13,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from fastdeploy.kernels.launch import FLOATS, Target, expect, launch, row_block, target, view
+from fastdeploy.kernels.launch import FLOATS, Target, cdiv, expect, launch, next_power_of_2, row_block, target, view
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def tiles(target: Target, width: int) -> dict[str, int]:
     """Tile rule: 512 columns on a CPU are 0.3 us of work, ten times a program's overhead; 1024 on a GPU."""
     if target.is_cpu:
         return {"BLOCK": row_block(target, width, limit=512)}
-    return {"BLOCK": min(1024, triton.next_power_of_2(width)), "num_warps": 4}
+    return {"BLOCK": min(1024, next_power_of_2(width)), "num_warps": 4}
 
 
 def silu_mul(out: Any, gate_up: Any) -> None:
@@ -45,7 +45,7 @@ def silu_mul(out: Any, gate_up: Any) -> None:
     expect("out", out, (count, width), *FLOATS)
     expect("gate_up", gate_up, (count, 2 * width), *FLOATS)
     rule = tiles(target(), width)
-    launch(_silu_mul_kernel, (count, triton.cdiv(width, rule["BLOCK"])), out, gate_up, I=width, **rule)
+    launch(_silu_mul_kernel, (count, cdiv(width, rule["BLOCK"])), out, gate_up, I=width, **rule)
 
 
 def silu_mul_reference(gate_up: np.ndarray) -> np.ndarray:

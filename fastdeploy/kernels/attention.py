@@ -38,7 +38,18 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from fastdeploy.kernels.launch import FLOATS, Target, TensorView, expect, launch, operand_dtype, target, view
+from fastdeploy.kernels.launch import (
+    FLOATS,
+    Target,
+    TensorView,
+    cdiv,
+    expect,
+    launch,
+    next_power_of_2,
+    operand_dtype,
+    target,
+    view,
+)
 from fastdeploy.kernels.rope import HeadLayout
 
 SPLIT = 256  # keys; a multiple of every block size. Part of the arithmetic: another value gives other last bits.
@@ -303,12 +314,12 @@ def tiles(target: Target, heads: HeadLayout, block_size: int, query_len: int) ->
     On a CPU the query tile fits the rows there are, up to 64 (see linear.py on why it may depend on them there); on a
     GPU it is 64 rows for prompts and decodes alike, so that a token has the same bits in both.
     """
-    shape: dict[str, Any] = {"DIM": triton.next_power_of_2(heads.head_dim), "TILE": min(block_size, 64)}
-    rows = triton.next_power_of_2(heads.group * query_len)
+    shape: dict[str, Any] = {"DIM": next_power_of_2(heads.head_dim), "TILE": min(block_size, 64)}
+    rows = next_power_of_2(heads.group * query_len)
     if target.is_cpu:
         # one size for decodes, two for prompts: every size is a compilation of 0.3 s
         return {**shape, "BLOCK_M": rows if query_len == 1 else 16 if rows <= 16 else 64}
-    shape["BLOCK_M"] = max(64, triton.next_power_of_2(heads.group))
+    shape["BLOCK_M"] = max(64, next_power_of_2(heads.group))
     if target.arch == 80 and shape["DIM"] > 64:  # without wgmma, 4 warps or a second stage spill registers
         return {**shape, "num_warps": 8, "num_stages": 1}
     return {**shape, "num_warps": 4, "num_stages": 2 if target.kind == "cuda" else 1}
@@ -321,7 +332,7 @@ def splits_in_parallel(target: Target, num_decodes: int, heads: HeadLayout, num_
 
 def workspace_shape(max_decodes: int, heads: HeadLayout, max_context: int) -> tuple[int, int, int, int]:
     """The shape of the float32 workspace for steps of up to `max_decodes` decodes of up to `max_context` tokens."""
-    return (max_decodes, heads.num_heads, triton.cdiv(max_context, SPLIT), heads.head_dim + 2)
+    return (max_decodes, heads.num_heads, cdiv(max_context, SPLIT), heads.head_dim + 2)
 
 
 def paged_attention(
@@ -397,7 +408,7 @@ def attention_reference(
     k_cache, v_cache = caches
     tokens, num_heads, width = q.shape
     kv_heads, block_size = v_cache.shape[1:3]
-    blocks = block_table[: triton.cdiv(context, block_size)]
+    blocks = block_table[: cdiv(context, block_size)]
     keys = k_cache[blocks].astype(np.float64).transpose(1, 0, 3, 2).reshape(kv_heads, -1, width)[:, :context]
     values = v_cache[blocks].astype(np.float64).transpose(1, 0, 2, 3).reshape(kv_heads, -1, width)[:, :context]
     keys, values = (np.repeat(x, num_heads // kv_heads, axis=0) for x in (keys, values))  # [H, context, D]

@@ -15,7 +15,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from fastdeploy.kernels.launch import FLOATS, Target, TensorView, expect, launch, row_block, target, view
+from fastdeploy.kernels.launch import FLOATS, Target, TensorView, cdiv, expect, launch, row_block, target, view
 from fastdeploy.kernels.linear import LinearWeight
 
 
@@ -63,7 +63,7 @@ def _gather(out: TensorView, rows: TensorView, table: TensorView, width: int, pa
     expect("out", out, (count, width), *FLOATS)
     expect("ids or rows", rows, (count,), "int32")
     rule = tiles(target(), width)
-    launch(_gather_kernel, (count, triton.cdiv(width, rule["BLOCK"])), out, table, rows, K=width, PANEL=panel, **rule)
+    launch(_gather_kernel, (count, cdiv(width, rule["BLOCK"])), out, table, rows, K=width, PANEL=panel, **rule)
 
 
 def embedding_reference(ids: np.ndarray, table: np.ndarray) -> np.ndarray:

@@ -20,7 +20,6 @@ from typing import Any
 # Triton 3.10 stops contracting a * b + c by default: slower on GPUs, and other bits than before.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-import triton
 import triton.language as tl
 from triton.runtime import driver
 
@@ -194,6 +193,16 @@ def _describe(active: Any) -> Target:
     return Target(found.backend, found.arch, properties["multiprocessor_count"])
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. (Triton's own `cdiv` is for kernels: called from Python it takes 8 us.)"""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is no less than n."""
+    return 1 << (n - 1).bit_length() if n > 0 else 0
+
+
 def operand_dtype(target: Target, activations: TensorView) -> tl.dtype:
     """What `tl.dot` multiplies: fp32 on a CPU, which has no faster type; on a GPU the activations'. Sums are fp32."""
     return tl.float32 if target.is_cpu else getattr(tl, activations.dtype)
@@ -206,9 +215,9 @@ def row_block(target: Target, width: int, limit: int) -> int:
     from 16 on divides is padded. On a GPU padding is free: the whole row, up to 8192.
     """
     if not target.is_cpu:
-        return min(triton.next_power_of_2(width), 8192)
+        return min(next_power_of_2(width), 8192)
     divisor = min(width & -width, limit)
-    return divisor if divisor >= 16 else min(triton.next_power_of_2(width), limit)
+    return divisor if divisor >= 16 else min(next_power_of_2(width), limit)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constexprs: Any) -> None:
@@ -219,4 +228,28 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constexprs: An
     if 0 in grid:
         return
     ready = [view(argument) if hasattr(argument, "__dlpack__") else argument for argument in arguments]
-    kernel[grid](*ready, **constexprs)
+    if not target().is_cpu:
+        kernel[grid](*ready, **constexprs)
+        return
+    key = (kernel, *map(_variant, ready), *constexprs.items())
+    compiled = _compiled.get(key)
+    if compiled is None:
+        compiled = kernel[grid](*ready, **constexprs)
+        if compiled is not None:  # Triton's interpreter compiles nothing
+            _compiled[key] = compiled
+        return
+    # Past the JIT, which would look at every argument again for 8 us. No stream, no hooks on a CPU.
+    compiled.run(*grid, *_ONES[len(grid) :], 0, compiled.function, compiled.packed_metadata, None, None, None, *ready)
+
+
+_compiled: dict[tuple, Any] = {}  # CPU kernels by source, argument variants and constexprs
+_ONES = (1, 1, 1)
+
+
+def _variant(argument: Any) -> Any:
+    """What Triton's JIT distinguishes arguments by: element types, the integer 1, widths of other integers, None."""
+    if isinstance(argument, TensorView):
+        return argument.dtype
+    if type(argument) is int and argument != 1:
+        return -(2**31) <= argument < 2**31, argument < 2**63
+    return argument if type(argument) is int else type(argument)

@@ -26,7 +26,18 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from fastdeploy.kernels.launch import FLOATS, Target, TensorView, expect, launch, operand_dtype, target, view
+from fastdeploy.kernels.launch import (
+    FLOATS,
+    Target,
+    TensorView,
+    cdiv,
+    expect,
+    launch,
+    next_power_of_2,
+    operand_dtype,
+    target,
+    view,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,7 @@ def default_panel(target: Target) -> int:
 
 def packed_shape(out_features: int, in_features: int, panel: int) -> tuple[int, int, int]:
     """The shape of a packed weight's data."""
-    return (triton.cdiv(out_features, panel), in_features, panel)
+    return (cdiv(out_features, panel), in_features, panel)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -120,7 +131,7 @@ def tiles(target: Target, rows: int, weight: LinearWeight) -> dict[str, Any]:
     """
     even = min(weight.in_features & -weight.in_features, 64)  # the largest power of two that divides K
     if target.is_cpu:
-        block_m = min(triton.next_power_of_2(rows), 64)
+        block_m = min(next_power_of_2(rows), 64)
         return {"BLOCK_M": block_m, "BLOCK_N": max(weight.panel, 16), "BLOCK_K": even, "GROUP_M": 1, "EVEN_K": True}
     block_n = 128 if weight.out_features >= 8192 else 64  # enough programs for small layers, fewer x reads for large
     block_k = even if even >= 16 else 64
@@ -144,7 +155,7 @@ def linear(out: Any, x: Any, weight: LinearWeight) -> None:
         return
     here = target()
     rule = tiles(here, rows, weight)
-    blocks = triton.cdiv(rows, rule["BLOCK_M"]) * triton.cdiv(weight.out_features, rule["BLOCK_N"])
+    blocks = cdiv(rows, rule["BLOCK_M"]) * cdiv(weight.out_features, rule["BLOCK_N"])
     arguments = (out, x, weight.data, weight.bias, rows, weight.out_features, weight.in_features)
     launch(_linear_kernel, (blocks,), *arguments, PANEL=weight.panel, OPERAND=operand_dtype(here, x), **rule)
 
@@ -182,8 +193,8 @@ def pack(out: Any, weight: Any, row_offset: int = 0) -> None:
     if not 0 <= row_offset <= panels * panel - count:
         raise ValueError(f"rows {row_offset} to {row_offset + count} do not fit in {panels} panels of {panel} rows")
     block_n, block_k = max(panel, 32), 64
-    tiles_n = triton.cdiv(row_offset % block_n + count, block_n)
-    grid = (tiles_n if count else 0, triton.cdiv(width, block_k))
+    tiles_n = cdiv(row_offset % block_n + count, block_n)
+    grid = (tiles_n if count else 0, cdiv(width, block_k))
     arguments = (out, weight, count, row_offset, weight.strides[0], width)
     launch(_pack_kernel, grid, *arguments, PANEL=panel, BLOCK_N=block_n, BLOCK_K=block_k)
 
@@ -191,7 +202,7 @@ def pack(out: Any, weight: Any, row_offset: int = 0) -> None:
 def pack_reference(weight: np.ndarray, panel: int) -> np.ndarray:
     """The layout's specification: [N, K] -> [ceil(N / panel), K, panel], zeros in the last panel's empty rows."""
     rows, width = weight.shape
-    padded = np.zeros((triton.cdiv(rows, panel) * panel, width), weight.dtype)
+    padded = np.zeros((cdiv(rows, panel) * panel, width), weight.dtype)
     padded[:rows] = weight
     return padded.reshape(-1, panel, width).transpose(0, 2, 1)
 

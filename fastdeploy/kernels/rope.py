@@ -23,7 +23,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from fastdeploy.kernels.launch import FLOATS, TensorView, expect, launch, target, view
+from fastdeploy.kernels.launch import FLOATS, TensorView, expect, launch, next_power_of_2, target, view
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def rope_and_cache(
     expect("slots", slots, (count,), "int64")
     expect("cos", cos, (cos.shape[0], heads.head_dim // 2), "float32")
     expect("sin", sin, cos.shape, "float32")
-    rule = {"PAIRS": triton.next_power_of_2(heads.head_dim // 2)}
+    rule = {"PAIRS": next_power_of_2(heads.head_dim // 2)}
     if not target().is_cpu:
         rule["num_warps"] = 1  # one warp holds a head
     launch(

@@ -141,6 +141,30 @@ def test_an_empty_grid_launches_nothing():
     launch(_double_kernel, (0,), out, out, 0, BLOCK=64)
 
 
+@triton.jit
+def _number_kernel(out, number, addend):
+    if addend is None:
+        tl.store(out, number)
+    else:
+        tl.store(out, number + tl.load(addend))
+
+
+@pytest.mark.parametrize("dtype", ["int64", "float64"])
+def test_each_variant_of_the_arguments_gets_its_own_kernel(dtype):
+    """Launched twice each, so that the second time is the one that goes past Triton's JIT."""
+    numbers = [1, 5, 0, -7, 2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**40]
+    for number in [*numbers, *numbers]:
+        out = np.zeros(1, dtype)
+        launch(_number_kernel, (1,), out, number, None)
+        assert out[0] == number
+        launch(_number_kernel, (1, 1), out, number, np.full(1, 3, np.int32))
+        assert out[0] == number + 3 or number == 2**31 - 1  # an i32 there, and i32 + i32 wraps
+        launch(_number_kernel, (1, 1, 1), out, number, np.full(1, 0.5, np.float64))
+        assert out[0] == np.array(number + 0.5).astype(dtype)
+    launch(_number_kernel, (1,), out, 2.5, None)
+    assert out[0] == np.array(2.5).astype(dtype)
+
+
 def test_target_is_this_cpu():
     assert target().kind == "cpu"
     assert target().parallelism >= 1
