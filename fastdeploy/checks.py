@@ -39,7 +39,10 @@ def check_number(owner: str, field: str, value: object, low: float, high: float 
     must = "must be a finite number " + (f"of at least {low}" if high == math.inf else f"from {low} to {high}")
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(complaint(owner, field, value, f"{must}, not {type(value).__name__}"))
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int of more than 308 digits
+        number = math.inf
     if not (math.isfinite(number) and low <= number <= high):
         raise ValueError(complaint(owner, field, value, must))
     return number

@@ -140,6 +140,8 @@ class CPUDevice(Device):
         from fastdeploy import triton_cpu
 
         triton_cpu.activate()
+        if not paddle.in_dynamic_mode():  # Paddle 3.3 is in it only on the thread that imported Paddle first
+            paddle.disable_static()
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> paddle.Tensor:
         return paddle.empty(shape, dtype=getattr(paddle, dtype))

@@ -49,9 +49,10 @@ class EngineConfig:
         self._check_path("model", self.model)
         if self.tokenizer is not None:
             self._check_path("tokenizer", self.tokenizer)
-        for field in ("max_model_len", "max_num_batched_tokens", "num_gpu_blocks_override"):
+        lows = {"max_model_len": 2, "max_num_batched_tokens": 1, "num_gpu_blocks_override": 1}  # 2: prompt and output
+        for field, low in lows.items():
             if getattr(self, field) is not None:
-                self._check_int(field, low=1)
+                self._check_int(field, low)
         self._check_int("max_num_seqs", low=1)
         self._check_int("tensor_parallel_size", low=1)
         self._check_int("seed", low=0, high=MAX_SEED)

@@ -78,7 +78,7 @@ def load(config: EngineConfig) -> Loaded:
 
 
 class LLM:
-    """A model, ready to generate.
+    """A model, ready to generate; calls may overlap and come from several threads.
 
     `LLM(model, **keywords)` takes the fields of `EngineConfig`, which documents them. Raises TypeError or ValueError
     for bad keywords, FileNotFoundError or ValueError for a checkpoint that is missing, broken or of a kind we don't
@@ -88,8 +88,9 @@ class LLM:
     facts: what was logged at start, by name: device, dtype, max_model_len, total_block_num, block_size.
     """
 
-    def __init__(self, model: str, **keywords: Any) -> None:
-        loaded = load(EngineConfig(model, **keywords))
+    def __init__(self, model: str | None = None, **keywords: Any) -> None:
+        # EngineConfig refuses None, but first tells of LLM(modle=...) what it should have been.
+        loaded = load(EngineConfig(model, **keywords))  # type: ignore[arg-type]
         config, model_config, tokenizer = loaded.config, loaded.model_config, loaded.tokenizer
         assert config.max_model_len is not None and config.max_num_batched_tokens is not None  # resolved
         num_blocks = loaded.runner.num_blocks
@@ -183,14 +184,15 @@ class LLM:
         chat_template_kwargs: further variables of the template.
         Everything else as in `generate`; `prompt` of an output is the text that the template made.
         """
-        if chat_template_kwargs is not None and not isinstance(chat_template_kwargs, Mapping):
-            raise TypeError(f"chat_template_kwargs must be a dict, not {type(chat_template_kwargs).__name__}")
-        prompts = self._reader.read_chat(messages, chat_template, chat_template_kwargs or {})
+        prompts = self._reader.read_chat(messages, chat_template, chat_template_kwargs)
         return self._answer(prompts, sampling_params, use_tqdm, stream)
 
     def _answer(
         self, prompts: list[Prompt], sampling_params: Params, use_tqdm: bool, stream: bool
     ) -> list[RequestOutput] | Iterator[RequestOutput]:
+        for name, flag in {"use_tqdm": use_tqdm, "stream": stream}.items():
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be True or False, not {type(flag).__name__}: {flag!r}")
         all_params = spread_params(sampling_params, len(prompts), self._vocab_size)
         requests = [
             self._new_request(index, prompt, params)

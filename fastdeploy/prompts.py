@@ -51,13 +51,14 @@ class PromptReader:
             return [self._prompt("prompts", prompts)]
         return [self._prompt(f"prompts[{index}]", prompt) for index, prompt in enumerate(prompts)]
 
-    def read_chat(self, messages: object, chat_template: str | None, variables: Mapping[str, Any]) -> list[Prompt]:
-        """What `LLM.chat` takes; `variables` go to the chat template."""
+    def read_chat(self, messages: object, chat_template: str | None, template_kwargs: object) -> list[Prompt]:
+        """What `LLM.chat` takes; `template_kwargs`, a dict or None, are further variables of the chat template."""
         if not isinstance(messages, (list, tuple)):
             must = "must be a conversation, a list of {'role': ..., 'content': ...}, or a list of conversations"
             raise TypeError(f"messages {must}, not {type(messages).__name__}: {reprlib.repr(messages)}")
         if not messages:
             raise ValueError("messages is an empty list: pass at least one message")
+        variables = _template_variables(template_kwargs)
         if not isinstance(messages[0], (list, tuple)):
             return [self._conversation("messages", messages, chat_template, variables)]
         return [
@@ -72,6 +73,9 @@ class PromptReader:
                 found = reprlib.repr(list(prompt))
                 raise ValueError(f"{name} must have either the key 'prompt' or 'prompt_token_ids', it has {found}")
             name, prompt = f"{name}[{keys[0]!r}]", prompt[keys[0]]
+            if keys == ["prompt_token_ids"] and not isinstance(prompt, (list, tuple)):
+                must = "must be a list of token ids"
+                raise TypeError(f"{name} {must}, not {type(prompt).__name__}: {reprlib.repr(prompt)}")
         if isinstance(prompt, str):
             return Prompt(prompt, self._checked(name, self._tokenizer.encode(prompt)))
         if isinstance(prompt, (list, tuple)):
@@ -81,8 +85,11 @@ class PromptReader:
         raise TypeError(f"{name} {must}, not {type(prompt).__name__}: {reprlib.repr(prompt)}")
 
     def _conversation(
-        self, name: str, messages: Sequence[Any], chat_template: str | None, variables: Mapping[str, Any]
+        self, name: str, messages: object, chat_template: str | None, variables: Mapping[str, Any]
     ) -> Prompt:
+        if not isinstance(messages, (list, tuple)):
+            must = "must be a conversation, a list of {'role': ..., 'content': ...}, as messages[0] is"
+            raise TypeError(f"{name} {must}, not {type(messages).__name__}: {reprlib.repr(messages)}")
         try:
             text = self._tokenizer.apply_chat_template(list(messages), chat_template=chat_template, **variables)
         except (TypeError, ValueError) as error:
@@ -108,3 +115,17 @@ class PromptReader:
                 f"leaves it {self._max_model_len - 1} at most: shorten it or raise max_model_len"
             )
         return [int(token_id) for token_id in ids]
+
+
+def _template_variables(given: object) -> Mapping[str, Any]:
+    """`chat_template_kwargs` with its keys checked; {} for None."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise TypeError(f"chat_template_kwargs must be a dict, not {type(given).__name__}")
+    for name in given:
+        if not isinstance(name, str):
+            raise TypeError(f"chat_template_kwargs has the key {name!r}: a template's variables have names of type str")
+        if name in ("self", "messages", "chat_template"):
+            raise ValueError(f"chat_template_kwargs has the key {name!r}, which is not a variable to set there")
+    return given

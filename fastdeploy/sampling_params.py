@@ -14,6 +14,7 @@ logger = logging.getLogger("fastdeploy")
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_TOP_P = 0.7  # FastDeploy's default where the checkpoint names none; most engines take 1.0
 MAX_SEED = 2**63 - 1
+MAX_TEMPERATURE = 3.4e38  # it goes to the sampler as a float32
 
 
 @suggesting_keywords("SamplingParams")
@@ -44,7 +45,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         owner = type(self).__name__
         if self.temperature is not None:
-            self.temperature = check_number(owner, "temperature", self.temperature, low=0)
+            self.temperature = check_number(owner, "temperature", self.temperature, low=0, high=MAX_TEMPERATURE)
         if self.top_p is not None:
             self.top_p = check_number(owner, "top_p", self.top_p, low=0, high=1)
         if self.max_tokens is not None:

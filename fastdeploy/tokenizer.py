@@ -190,7 +190,7 @@ def load_tokenizer(source: str | os.PathLike | Checkpoint) -> Tokenizer:
         path, metadata = source.path, source.metadata
     else:
         has_own = isinstance(source, (str, os.PathLike)) and os.path.exists(Path(source) / "tokenizer.json")
-        path, metadata = (Path(source) if has_own else locate(source)), None
+        path, metadata = (Path(source) if has_own else _locate_tokenizer(source)), None
     if path.is_dir():
         return _from_directory(path)
     if metadata is None:
@@ -198,6 +198,16 @@ def load_tokenizer(source: str | os.PathLike | Checkpoint) -> Tokenizer:
 
         metadata = GGUFFile(path).metadata
     return _from_gguf(metadata, str(path))
+
+
+def _locate_tokenizer(source: str | os.PathLike) -> Path:
+    try:
+        return locate(source)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"tokenizer {os.fspath(source)!r} was not found: give a directory with tokenizer.json, a .gguf file, or the"
+            " name of an installed package that carries a .gguf"
+        ) from None
 
 
 # --- tokenizer.json and the files around it -----------------------------------------------------------------------

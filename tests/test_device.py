@@ -6,6 +6,7 @@ import pytest
 from fastdeploy.device import CACHE_LINE, Field, available_memory, open_device
 from fastdeploy.kernels.activation import silu_mul, silu_mul_reference
 from fastdeploy.kernels.launch import view
+from tests.triton_cpu.arrays import run_python
 
 GIB = 1 << 30
 
@@ -139,3 +140,17 @@ def test_this_machine_has_free_memory_and_the_cache_gets_a_part_of_it(device):
 
 def test_the_description_names_processor_threads_and_memory(device):
     assert f"{device.num_threads()} threads" in device.describe() and "GiB free" in device.describe()
+
+
+def test_a_device_works_on_another_thread_than_the_first():
+    done = run_python("""
+from concurrent.futures import ThreadPoolExecutor
+
+def empty_on_a_device():
+    from fastdeploy.device import open_device
+    return open_device().empty((2, 3), "float32").shape
+
+with ThreadPoolExecutor(1) as thread:
+    print(list(thread.submit(empty_on_a_device).result()), list(empty_on_a_device()))
+""")
+    assert done.stdout.split("\n")[0] == "[2, 3] [2, 3]", done.stderr

@@ -12,7 +12,7 @@ from fastdeploy.engine_config import EngineConfig
         ("model", "", ValueError),
         ("model", None, TypeError),
         ("tokenizer", ["x"], TypeError),
-        ("max_model_len", 0, ValueError),
+        ("max_model_len", 1, ValueError),
         ("max_model_len", 100.0, TypeError),
         ("max_num_seqs", 0, ValueError),
         ("max_num_seqs", True, TypeError),

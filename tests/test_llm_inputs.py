@@ -129,6 +129,7 @@ def test_generate_takes_text_ids_dicts_and_lists_of_them(llm: LLM, prompts: obje
         ({"text": "hi"}, ValueError, r"prompts must have either the key 'prompt' or .* it has \['text'\]"),
         ([{"prompt": "hi", "prompt_token_ids": HI}], ValueError, r"prompts\[0\] must have either"),
         ([{"prompt": 5}], TypeError, r"prompts\[0\]\['prompt'\] must be text"),
+        ({"prompt_token_ids": "hi"}, TypeError, r"prompts\['prompt_token_ids'\] must be a list of token ids, not str"),
     ],
 )
 def test_bad_prompts_are_refused_before_anything_is_queued(
@@ -164,7 +165,8 @@ def test_chat_hands_template_and_variables_on(llm: LLM) -> None:
         ([{"content": "Hi"}], ValueError, r"^messages\[0\] has no 'role'"),
         ([CHAT, [{"content": "Hi"}]], ValueError, r"in messages\[1\]: messages\[0\] has no 'role'"),
         ([CHAT, []], ValueError, r"in messages\[1\]"),
-        ([CHAT, None], TypeError, r"in messages\[1\]|not NoneType"),
+        ([CHAT, None], TypeError, r"^messages\[1\] must be a conversation.*not NoneType"),
+        ([CHAT, CHAT[0]], TypeError, r"^messages\[1\] must be a conversation.*not dict"),
         ([CHAT, [{"role": "user", "content": "x" * 100}]], ValueError, r"messages\[1\] has 106 tokens"),
     ],
 )
@@ -177,9 +179,29 @@ def test_bad_messages_are_refused_before_anything_is_queued(
     assert llm.engine.runner.batches == []
 
 
-def test_chat_template_kwargs_must_be_a_dict(llm: LLM) -> None:
-    with pytest.raises(TypeError, match="chat_template_kwargs must be a dict, not list"):
-        llm.chat(CHAT, chat_template_kwargs=["enable_thinking"])
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (["enable_thinking"], TypeError, "chat_template_kwargs must be a dict, not list"),
+        ({1: 2}, TypeError, "chat_template_kwargs has the key 1"),
+        ({"messages": []}, ValueError, "chat_template_kwargs has the key 'messages'"),
+        ({"chat_template": "T:"}, ValueError, "chat_template_kwargs has the key 'chat_template'"),
+    ],
+)
+def test_bad_variables_of_the_chat_template_are_named(
+    llm: LLM, given: object, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        llm.chat(CHAT, chat_template_kwargs=given)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("stream", "no"), ("use_tqdm", 0), ("stream", None)])
+def test_a_flag_that_is_no_bool_is_refused_by_name(llm: LLM, flag: str, value: object) -> None:
+    with pytest.raises(TypeError, match=f"{flag} must be True or False, not .*: {value!r}"):
+        llm.generate("hi", **{flag: value})
+    with pytest.raises(TypeError, match=f"{flag} must be True or False"):
+        llm.chat(CHAT, **{flag: value})
+    assert_idle(llm)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +331,11 @@ def test_one_line_of_facts_is_logged_at_start(llm: LLM, caplog: pytest.LogCaptur
     with caplog.at_level(logging.INFO, logger="fastdeploy"):
         facts = LLM("some-model", block_size=16, max_model_len=50).facts
     assert facts == {
-        "device": "pocket", "dtype": "bfloat16", "max_model_len": 50, "total_block_num": 20, "block_size": 16
+        "device": "pocket",
+        "dtype": "bfloat16",
+        "max_model_len": 50,
+        "total_block_num": 20,
+        "block_size": 16,
     }
     line = next(record.getMessage() for record in caplog.records if "total_block_num" in record.getMessage())
     assert all(f"{name} {value}" in line for name, value in facts.items())
@@ -318,5 +344,9 @@ def test_one_line_of_facts_is_logged_at_start(llm: LLM, caplog: pytest.LogCaptur
 def test_a_bad_keyword_and_a_missing_model_are_named() -> None:
     with pytest.raises(TypeError, match="did you mean 'max_model_len'"):
         LLM("some-model", max_modl_len=5)
-    with pytest.raises(FileNotFoundError, match="no-such-model"):
+    with pytest.raises(TypeError, match="did you mean 'model'"):
+        LLM(modle="some-model")
+    with pytest.raises(TypeError, match=r"LLM\(model=None\): must be a path or a package name"):
+        LLM()
+    with pytest.raises(FileNotFoundError, match="model 'no-such-model'"):
         LLM("no-such-model")

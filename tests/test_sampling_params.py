@@ -17,6 +17,7 @@ DEFAULTS = SamplingParams(temperature=0.6, top_p=0.9)
         ("temperature", -0.1, ValueError),
         ("temperature", float("nan"), ValueError),
         ("temperature", float("inf"), ValueError),
+        ("temperature", 1e39, ValueError),
         ("temperature", "1", TypeError),
         ("temperature", True, TypeError),
         ("top_p", 1.01, ValueError),
@@ -40,6 +41,11 @@ def test_a_bad_value_is_refused_by_name(field: str, value: object, error: type[E
         SamplingParams(**{field: value})
     shown = value[1] if isinstance(value, list) and len(value) > 1 else value
     assert repr(shown) in str(raised.value)
+
+
+def test_an_integer_too_large_for_a_float_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"SamplingParams\(temperature=1000.*must be a finite number"):
+        SamplingParams(temperature=10**400)
 
 
 @pytest.mark.parametrize(

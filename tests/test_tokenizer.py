@@ -286,7 +286,7 @@ def test_missing_tokenizer_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"sentencepiece")
     with pytest.raises(FileNotFoundError, match="only tokenizer.model"):
         load_tokenizer(tmp_path)
-    with pytest.raises(FileNotFoundError, match="was not found"):
+    with pytest.raises(FileNotFoundError, match="tokenizer 'no-such-model' was not found"):
         load_tokenizer("no-such-model")
     with pytest.raises(TypeError, match="path or a name"):
         load_tokenizer(None)

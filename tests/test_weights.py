@@ -493,6 +493,9 @@ def test_directory_without_a_checkpoint_says_what_it_lacks(tmp_path):
         open_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="give the directory"):
         open_checkpoint(tmp_path / "a.safetensors")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="expected config.json beside its .safetensors"):
+        open_checkpoint(tmp_path)
 
 
 # --- Checkpoint ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -88,7 +90,8 @@ class Engine:
     """Runs requests to their end. What one call queued goes when the call is left, however it is left.
 
     Several calls may be under way at once (a stream that is not read to its end, and another call): each step serves
-    the requests of all of them, and each call gets to see its own.
+    the requests of all of them, and each call gets to see its own. They may come from several threads: one at a time
+    computes steps, the others wait and find what it has computed for them.
     """
 
     def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
@@ -96,6 +99,11 @@ class Engine:
         self.runner = runner
         # Unfinished requests in order of arrival, and where to note their changes: one dict (an ordered set) a call.
         self._news: dict[Request, dict[Request, None]] = {}
+        self._lock = threading.RLock()  # held by whoever computes a step or changes what is below or in the scheduler
+        # Requests of calls that are over, to be freed: at once, but not in the middle of a step, where the garbage
+        # collector may close an iterator.
+        self._left: deque[Request] = deque()
+        self._stepping = False
 
     def run(self, requests: Sequence[Request]) -> Generator[list[Request], None, None]:
         """Queue the requests; yield those that have new tokens or are finished, step by step, until all are finished.
@@ -105,25 +113,27 @@ class Engine:
         news: dict[Request, None] = {}
         num_unfinished = len(requests)
         try:
-            for request in requests:
-                request.metrics.arrival_time = now()
-                self._news[request] = news
-                self.scheduler.add(request)
+            with self._lock:
+                for request in requests:
+                    request.metrics.arrival_time = now()
+                    self._news[request] = news
+                    self.scheduler.add(request)
             while num_unfinished:
-                while not news:
-                    self.step()
-                changed = list(news)
-                news.clear()
+                with self._lock:
+                    while not news:
+                        self._step()
+                    changed = list(news)
+                    news.clear()
                 num_unfinished -= sum(request.finished for request in changed)
                 yield changed
         finally:
-            for request in requests:
-                if self._news.pop(request, None) is not None:
-                    self.scheduler.abort(request)
+            self._leave(requests)
 
-    def step(self) -> None:
+    def _step(self) -> None:
         """Compute one batch, of all calls' requests, and note who changed."""
         try:
+            self._stepping = True
+            self._forget_left()
             batch = self.scheduler.schedule()
             started = now()
             sampled = self.runner.run(batch) if batch.items else []
@@ -135,9 +145,29 @@ class Engine:
                     self._note(item.request)
             for request in batch.rejected:
                 self._note(request)
+            self._stepping = False
         except BaseException:
             self._recover()
             raise
+
+    def _leave(self, requests: Sequence[Request]) -> None:
+        """Free what is left of a call's requests."""
+        self._left.extend(requests)  # first of all: should Ctrl-C strike below, the next step forgets them
+        with self._lock:
+            if not self._stepping:
+                try:
+                    self._forget_left()
+                except BaseException:
+                    self._recover()
+                    raise
+
+    def _forget_left(self) -> None:
+        while self._left:
+            request = self._left[0]  # taken out last, see above
+            if request in self._news:
+                self.scheduler.abort(request)
+                del self._news[request]
+            self._left.popleft()
 
     def _note(self, request: Request) -> None:
         self._news[request][request] = None
@@ -152,3 +182,4 @@ class Engine:
             if request.finished:
                 self._note(request)
         self.scheduler.restart(self._news)
+        self._stepping = False

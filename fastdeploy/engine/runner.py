@@ -42,7 +42,8 @@ class Runner:
     Attributes:
         num_blocks: blocks in the KV cache, numbered from 0; the scheduler hands them out.
 
-    Raises ValueError if the KV cache can't be as large as `config` needs it.
+    Raises ValueError if the KV cache can't be as large as `config` needs it, MemoryError if the largest step does not
+    fit into memory.
     """
 
     def __init__(self, model: Decoder, config: EngineConfig) -> None:
@@ -57,8 +58,14 @@ class Runner:
         self.max_splits = -(-config.max_model_len // SPLIT)
         self.num_blocks = choose_num_blocks(model, config)
         self._cache = model.allocate_cache(self.num_blocks, self.block_size)
-        self._activations = model.allocate_activations(self.max_tokens, self.max_seqs, config.max_model_len)
-        self._logits = self.device.empty((self.max_seqs, model.config.vocab_size), "float32")
+        try:
+            self._activations = model.allocate_activations(self.max_tokens, self.max_seqs, config.max_model_len)
+            self._logits = self.device.empty((self.max_seqs, model.config.vocab_size), "float32")
+        except MemoryError:
+            raise MemoryError(
+                f"no memory for a step of {self.max_tokens} tokens and {self.max_seqs} sequences: lower "
+                "max_num_batched_tokens or max_num_seqs"
+            ) from None
         self._sampled = self.device.empty((self.max_seqs,), "int32")
         self._staging = self.device.staging(self._fields())
         self._inputs = {name: view(tensor) for name, tensor in self._staging.device.items()}

@@ -186,8 +186,8 @@ class Scheduler:
         capacity = self.blocks.num_blocks * self.blocks.block_size
         request.fail(
             UNSERVABLE,
-            f"the sequence has grown to {len(request.token_ids)} tokens; all {self.blocks.num_blocks} KV blocks of "
-            f"{self.blocks.block_size} hold {capacity}: raise num_gpu_blocks_override or lower max_tokens",
+            f"the sequence has {len(request.token_ids)} tokens; all {self.blocks.num_blocks} KV blocks of "
+            f"{self.blocks.block_size} hold {capacity}: raise num_gpu_blocks_override, or shorten prompt or max_tokens",
         )
 
     def update(self, batch: ScheduledBatch, sampled: Sequence[int | None]) -> None:
@@ -236,8 +236,10 @@ class Scheduler:
         self.blocks.check_integrity(request.block_table for request in self.running)
         for request in self.running:
             if len(request.block_table) != self.blocks.blocks_for(request.num_computed):
-                raise RuntimeError(f"request {request.request_id}: {len(request.block_table)} blocks hold its "
-                                   f"{request.num_computed} computed tokens")
+                raise RuntimeError(
+                    f"request {request.request_id}: {len(request.block_table)} blocks hold its "
+                    f"{request.num_computed} computed tokens"
+                )
             if not 0 < request.num_computed < len(request.token_ids) or request.finished:
                 raise RuntimeError(f"request {request.request_id} should not be running")
         for request in self.waiting:

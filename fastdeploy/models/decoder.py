@@ -53,7 +53,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of all tokens, in blocks of `block_size`, per layer.
+    """Keys and values of all tokens, in blocks of block_size, per layer.
 
     keys[layer]    [num_blocks, kv heads, head_dim, block_size]   transposed: q.k reads along tokens
     values[layer]  [num_blocks, kv heads, block_size, head_dim]
@@ -61,8 +61,6 @@ class KVCache:
 
     keys: list[TensorView]
     values: list[TensorView]
-    num_blocks: int
-    block_size: int
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class Activations:
     activated: TensorView  # [T, intermediate]
     kept_attended: TensorView  # the rows of `attended` that need logits, [R, heads * head_dim]
     kept_residual: TensorView  # the rows of `residual` that need logits, [R, hidden]
-    partials: TensorView  # attention's float32 scratch for contexts split over programs
+    workspace: TensorView  # attention's float32 scratch for contexts split over programs
 
     def rows(self, count: int) -> Activations:
         """The same memory, the parts with a row per token cut to `count` rows."""
@@ -163,7 +161,7 @@ class Decoder:
         value_shape = (num_blocks, kv_heads, block_size, head_dim)
         keys = [view(self.device.empty(key_shape, self.dtype)) for _ in layers]
         values = [view(self.device.empty(value_shape, self.dtype)) for _ in layers]
-        return KVCache(keys, values, num_blocks, block_size)
+        return KVCache(keys, values)
 
     def allocate_activations(self, max_tokens: int, max_seqs: int, max_context: int) -> Activations:
         """Memory for steps of up to `max_tokens` tokens and `max_seqs` sequences of up to `max_context` tokens."""
@@ -174,7 +172,6 @@ class Decoder:
             return view(device.empty((rows, width), dtype))
 
         q_width = heads.num_heads * heads.head_dim
-        partials = workspace_shape(max_seqs, heads, max_context)
         return Activations(
             hidden=matrix(max_tokens, config.hidden_size),
             residual=matrix(max_tokens, config.hidden_size),
@@ -185,7 +182,7 @@ class Decoder:
             activated=matrix(max_tokens, config.intermediate_size),
             kept_attended=matrix(max_seqs, q_width),
             kept_residual=matrix(max_seqs, config.hidden_size),
-            partials=view(device.empty((prod(partials),), "float32")),
+            workspace=view(device.empty((prod(workspace_shape(max_seqs, heads, max_context)),), "float32")),
         )
 
     # The forward pass
@@ -215,7 +212,7 @@ class Decoder:
         linear(memory.qkv, memory.hidden, layer.qkv)
         rope_and_cache(memory.qkv, step.positions, step.slots, self.cos, self.sin, keys, values, self.heads)
         paged_attention(
-            memory.attended, memory.qkv, keys, values, step.attention, self.heads, self.scale, memory.partials
+            memory.attended, memory.qkv, keys, values, step.attention, self.heads, self.scale, memory.workspace
         )
 
     def _feed_forward(self, layer: Layer, memory: Activations) -> None:

@@ -114,12 +114,22 @@ def locate(name_or_path: str | os.PathLike) -> Path:
     if not os.fspath(name_or_path) or not os.path.exists(path):
         return _installed_gguf(str(name_or_path))
     if path.is_dir():
-        ggufs = sorted(path.glob("*.gguf"))
-        has_safetensors = any(path.glob("*.safetensors*"))  # the index file counts
-        return path if (path / "config.json").exists() and (has_safetensors or not ggufs) else _only_gguf(ggufs, path)
+        return _directory_or_gguf(path)
     if path.suffix == ".safetensors":
         raise ValueError(f"{path}: give the directory that holds it and its config.json: {str(path.parent)!r}")
     return path
+
+
+def _directory_or_gguf(path: Path) -> Path:
+    """The directory if it is a checkpoint, else the one .gguf file in it."""
+    ggufs = sorted(path.glob("*.gguf"))
+    has_config = (path / "config.json").exists()
+    has_safetensors = any(path.glob("*.safetensors*"))  # the index file counts
+    if has_config and (has_safetensors or not ggufs):
+        return path
+    if has_safetensors and not ggufs:
+        raise FileNotFoundError(f"{path}: expected config.json beside its .safetensors, found none; download it too")
+    return _only_gguf(ggufs, path)
 
 
 def _installed_gguf(name: str) -> Path:

@@ -13,6 +13,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -80,13 +81,22 @@ def launch(function: int, arguments: bytes, grid: tuple[int, int, int], keep: An
 
 
 def num_threads() -> int:
-    """$FASTDEPLOY_NUM_THREADS, or as many as this process may use cores."""
+    """$FASTDEPLOY_NUM_THREADS, or as many as this process may use cores, by its affinity and its container's quota."""
     text = os.environ.get("FASTDEPLOY_NUM_THREADS")
-    if text is None:
-        return len(os.sched_getaffinity(0))
-    if not text.isdigit() or not 1 <= int(text) <= 1024:
+    if not text:
+        return min(len(os.sched_getaffinity(0)), _quota(Path("/sys/fs/cgroup/cpu.max")))
+    if not text.isdecimal() or not 1 <= int(text) <= 1024:
         raise ValueError(f"FASTDEPLOY_NUM_THREADS={text!r} is not a number from 1 to 1024")
     return int(text)
+
+
+def _quota(cpu_max: Path) -> int:
+    """Cores that a control group's limit amounts to ("200000 100000": two), rounded up; very many where it has none."""
+    try:
+        quota, period = cpu_max.read_text().split()
+        return max(1, -(-int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max 100000"
+        return sys.maxsize
 
 
 class _ThreadPool:
@@ -114,9 +124,17 @@ def _compiled_pool() -> bytes:
     return Path(found).read_bytes()
 
 
-@functools.lru_cache(None)
+_making_the_pool = threading.Lock()
+
+
 def thread_pool() -> _ThreadPool:
     """The process's one pool, made when the first kernel runs."""
+    with _making_the_pool:
+        return _the_pool()
+
+
+@functools.lru_cache(None)
+def _the_pool() -> _ThreadPool:
     return _ThreadPool()
 
 

@@ -2,7 +2,9 @@
 
 import random
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
 import pytest
@@ -202,7 +204,7 @@ def test_an_exception_in_one_call_leaves_the_requests_of_another_whole() -> None
 
 
 def interrupt_at_line(number: int) -> Callable:
-    """A trace function: Ctrl-C before the number-th line that is run in `Engine.step` and what it calls."""
+    """A trace function: Ctrl-C before the number-th line that is run in `Engine._step` and what it calls."""
     countdown = iter(range(number, -1, -1))
 
     def trace(frame: FrameType, event: str, argument: object) -> Callable | None:
@@ -239,6 +241,36 @@ def test_an_interrupt_between_any_two_lines_of_a_step_loses_nothing_of_another_c
         assert_empty(engine)
         number += 1
     assert number > 300, "the interrupts came where they should"
+
+
+def test_calls_of_several_threads_get_their_own_tokens() -> None:
+    def say(request: Request, count: int) -> int:
+        time.sleep(1e-4)  # lets the other threads run, as a native call does
+        return 1000 * int(request.request_id) + count
+
+    engine = make_engine(FakeRunner(say))
+    calls = [[make_request(str(10 * call + index), max_tokens=9) for index in range(3)] for call in range(4)]
+    with ThreadPoolExecutor(len(calls)) as threads:
+        list(threads.map(lambda requests: list(engine.run(requests)), calls))
+    for request in [request for requests in calls for request in requests]:
+        assert request.token_ids[3:] == [1000 * int(request.request_id) + count for count in range(9)]
+    assert_empty(engine)
+
+
+def test_an_iterator_closed_in_the_middle_of_a_step_is_freed_after_it() -> None:
+    runner = FakeRunner()
+    engine = make_engine(runner)
+    abandoned = engine.run([make_request("abandoned", max_tokens=50)])
+    next(abandoned)
+
+    def say(request: Request, count: int) -> int:
+        abandoned.close()  # as the garbage collector does, when it likes
+        return 10 + count
+
+    runner.say = say
+    request = make_request("a", max_tokens=3)
+    run(engine, [request])
+    assert request.token_ids[3:] == [10, 11, 12]
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -187,6 +187,16 @@ def test_an_override_that_does_not_fit_is_an_error_that_names_how_many_do(monkey
     assert new_runner(model, num_gpu_blocks_override=50).num_blocks == 50
 
 
+def test_a_step_that_does_not_fit_is_an_error_that_names_the_keywords(monkeypatch):
+    def refuse(*sizes):
+        raise MemoryError("ResourceExhausted")
+
+    model = load()
+    monkeypatch.setattr(model, "allocate_activations", refuse)
+    with pytest.raises(MemoryError, match="a step of 2048 tokens and 8 sequences: lower max_num_batched_tokens or"):
+        new_runner(model)
+
+
 def test_an_override_below_one_full_sequence_is_the_users_choice():
     assert new_runner(load(), num_gpu_blocks_override=1).num_blocks == 1
 
