@@ -27,8 +27,11 @@ _FLAGS = (
     "-w",
 )
 # gcc's partial redundancy elimination puts jumps into loops with selects, which then are not vectorised (the sampler's
-# draw from 49,152 logits: 1050 us with it, 260 us without). clang does not know the flag and stops at it.
+# draw from 49,152 logits: 1050 us with it, 260 us without). clang stops at the flag.
 _GCC_FLAGS = ("-fno-tree-pre",)
+# clang 14 keeps zeros in zmm16-31 across __tls_get_addr, which may overwrite them at a thread's first use of a tile
+# (NaN in attention's padded lanes, now and then). An emulated thread-local variable is had by an ordinary call.
+_CLANG_FLAGS = ("-femulated-tls",)
 # Vector instruction sets by name: (lanes of a float vector, flags, features that /proc/cpuinfo must list)
 _INSTRUCTION_SETS = {
     "avx512": (16, ("-march=native", "-mprefer-vector-width=512"), {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
@@ -54,8 +57,9 @@ class Toolchain:
     @property
     def flags(self) -> tuple[str, ...]:
         is_gcc = "Free Software Foundation" in _version(self.compiler)  # cc and ccache can be either
+        own = _GCC_FLAGS if is_gcc else _CLANG_FLAGS
         extra = os.environ.get("FASTDEPLOY_CFLAGS", "").split()
-        return _FLAGS + (_GCC_FLAGS if is_gcc else ()) + _INSTRUCTION_SETS[self.instruction_set][1] + tuple(extra)
+        return _FLAGS + own + _INSTRUCTION_SETS[self.instruction_set][1] + tuple(extra)
 
     def fingerprint(self) -> str:
         """Changes whenever the machine code for the same C might: part of every cache key."""

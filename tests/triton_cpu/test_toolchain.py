@@ -17,11 +17,12 @@ CLANG = "Debian clang version 14.0.6\nTarget: x86_64-pc-linux-gnu"
 
 
 @pytest.mark.parametrize("version, is_gcc", [(GCC, True), (CLANG, False)], ids=["gcc", "clang"])
-def test_only_gcc_is_given_flags_that_only_gcc_knows(version, is_gcc, tmp_path):
+def test_each_compiler_is_given_the_flags_that_it_knows_and_needs(version, is_gcc, tmp_path):
     compiler = tmp_path / "cc"
     compiler.write_text(f"#!/bin/sh\necho '{version}'\n")
     compiler.chmod(0o755)
-    assert ("-fno-tree-pre" in Toolchain((str(compiler),), "baseline").flags) == is_gcc
+    flags = Toolchain((str(compiler),), "baseline").flags
+    assert ("-fno-tree-pre" in flags, "-femulated-tls" in flags) == (is_gcc, not is_gcc)
 
 
 def test_programs_compiled_by_clang(tmp_path):
