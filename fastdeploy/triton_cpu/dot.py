@@ -108,18 +108,18 @@ class _LocalRows:
 
 
 class _RowPointers:
-    """`a`, read where it is: rows with stride 1 (or any constant) along k, behind one pointer each."""
+    """`a`, read where it is: rows contiguous along k, behind one pointer each."""
 
-    def __init__(self, emitter: KernelEmitter, load: Op, step: int):
-        self.pointers, self.element_type, self.step = load.operands[0], load.result.type.element, step
+    def __init__(self, load: Op):
+        self.pointers, self.element_type = load.operands[0], load.result.type.element
 
     @classmethod
     def of(cls, emitter: KernelEmitter, value: Value) -> _RowPointers | None:
         load = _plain_load(emitter, value)
         if load is None or load.result.type.element not in ("f32", "bf16"):
             return None
-        step = stride(load.operands[0], 1, emitter.origins) if value.type.shape[1] > 1 else 1
-        return cls(emitter, load, step) if step == 1 else None
+        contiguous = value.type.shape[1] == 1 or stride(load.operands[0], 1, emitter.origins) == 1
+        return cls(load) if contiguous else None
 
     def prepare(self, emitter: KernelEmitter, rows: list[str]) -> None:
         self.rows = [_address(emitter, self.pointers, (Term(row, 0), Term("0", 0))) for row in rows]
@@ -191,8 +191,7 @@ def _emit_blocks(emitter: KernelEmitter, op: Op, left, right, target: str, block
         row_names = [f"({row} + {r})" for r in range(rows)] if m > rows else [str(r) for r in range(rows)]
         columns = [f"{column} + {v * emitter.lanes}" for v in range(vectors)]
         left.prepare(emitter, row_names)
-        if right is not left:
-            right.prepare(emitter, [])
+        right.prepare(emitter, [])
         sums = [[f"sum{r}x{v}" for v in range(vectors)] for r in range(rows)]
         places = [[f"{target} + ({name}) * {n} + {col}" for col in columns] for name in row_names]
         for r in range(rows):

@@ -278,9 +278,7 @@ def linear(shape: tuple[int, ...], index: Index) -> Term:
     return Term(" + ".join(reversed(parts)) or "0", max([term.level for term in index], default=0))
 
 
-def best_order(
-    emitter: KernelEmitter, values: list[Value], shape: tuple[int, ...], first: int | None = None
-) -> list[int]:
+def best_order(emitter: KernelEmitter, values: list[Value], shape: tuple[int, ...]) -> list[int]:
     """Loop order for evaluating `values`: innermost the dimension along which most loads and stores are contiguous."""
     votes = [0.0] * len(shape)
     if shape:
