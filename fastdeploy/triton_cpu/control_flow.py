@@ -37,7 +37,7 @@ def emit_for(emitter: KernelEmitter, op: Op) -> None:
     lower, upper, step = (emitter.scalar(v) for v in op.operands[:3])
     body = op.regions[0]
     variable, arguments = body.arguments[0], body.arguments[1:]
-    yielded = body.terminator.operands if body.terminator and body.terminator.name == "scf.yield" else []
+    yielded = body.terminator.operands if _ends_in_yield(body) else []  # type: ignore[union-attr]
     carried = [
         _carry(emitter, argument, initial, new) for argument, initial, new in zip(arguments, op.operands[3:], yielded)
     ]
@@ -51,7 +51,7 @@ def emit_for(emitter: KernelEmitter, op: Op) -> None:
     with emitter.braces(
         f"for ({unsigned}{kind} {name} = {lower}; {name} < ({unsigned}{kind}){upper}; {name} += {step})"
     ):
-        emitter.block(body, skip_terminator=bool(yielded) or _ends_in_yield(body))
+        emitter.block(body, skip_terminator=_ends_in_yield(body))
         _assign(emitter, carried, yielded)
     _publish(emitter, op.results, carried)
 

@@ -69,12 +69,10 @@ def _round(emitter: KernelEmitter, type_: Type, target: str) -> None:
 
 
 def _block_size(emitter: KernelEmitter, type_: Type) -> tuple[int, int]:
-    """(rows, vectors) of a register block for an accumulator of this type."""
+    """(rows, vectors) of a register block for an accumulator of this type: powers of two, as all extents are."""
     m, n = type_.shape
     registers = 16 if emitter.lanes == 16 else 8  # AVX-512 has 32 vector registers, its elders 16
     vectors = min(n // emitter.lanes, 2 if m >= 8 else 4 if m >= 4 else 8, registers)
-    while vectors > 1 and n // emitter.lanes % vectors:
-        vectors -= 1
     return min(m, max(1, registers // max(vectors, 1))), vectors
 
 

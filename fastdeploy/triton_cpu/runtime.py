@@ -2,7 +2,7 @@
 
     with record() as plan:          # launches inside are written down, not run
         model(batch)
-    plan.replay()                   # the whole list in one native call: about 0.3 us a launch instead of 15
+    plan.replay()                   # the whole list in one native call: about 0.2 us a launch instead of 12
 
 A plan keeps the addresses and numbers that it saw: change the contents of tensors between replays, not their places.
 """

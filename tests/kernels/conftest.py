@@ -14,12 +14,6 @@ def cpu_backend() -> None:
     triton_cpu.activate()
 
 
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> np.random.Generator:
-    """Random numbers that differ between tests and not between runs."""
-    return np.random.default_rng(list(request.node.name.encode()))
-
-
 class Stored:
     """An array in the memory and element type that a kernel sees; bfloat16 lies in uint16."""
 
