@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastdeploy.engine.request import CompletionOutput, RequestMetrics, RequestOutput
+    from fastdeploy.engine.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from fastdeploy.llm import LLM
     from fastdeploy.sampling_params import SamplingParams
 
@@ -22,9 +22,10 @@ _HOME = {
     "SamplingParams": "fastdeploy.sampling_params",
     "RequestOutput": "fastdeploy.engine.request",
     "CompletionOutput": "fastdeploy.engine.request",
+    "Logprob": "fastdeploy.engine.request",
     "RequestMetrics": "fastdeploy.engine.request",
 }
-__all__ = ["LLM", "CompletionOutput", "RequestMetrics", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

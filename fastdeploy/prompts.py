@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the caller will see as `RequestOutput.prompt`, and the ids that the model sees."""
+    """What the caller will see as `RequestOutput.prompt`, the ids that the model sees, and the name for errors."""
 
+    name: str
     given: str | list[int]
     token_ids: list[int]
 
@@ -51,14 +52,13 @@ class PromptReader:
             return [self._prompt("prompts", prompts)]
         return [self._prompt(f"prompts[{index}]", prompt) for index, prompt in enumerate(prompts)]
 
-    def read_chat(self, messages: object, chat_template: str | None, template_kwargs: object) -> list[Prompt]:
-        """What `LLM.chat` takes; `template_kwargs`, a dict or None, are further variables of the chat template."""
+    def read_chat(self, messages: object, chat_template: str | None, variables: Mapping[str, Any]) -> list[Prompt]:
+        """Conversations, one or several; `variables` are what the chat template gets to see besides."""
         if not isinstance(messages, (list, tuple)):
             must = "must be a conversation, a list of {'role': ..., 'content': ...}, or a list of conversations"
             raise TypeError(f"messages {must}, not {type(messages).__name__}: {reprlib.repr(messages)}")
         if not messages:
             raise ValueError("messages is an empty list: pass at least one message")
-        variables = _template_variables(template_kwargs)
         if not isinstance(messages[0], (list, tuple)):
             return [self._conversation("messages", messages, chat_template, variables)]
         return [
@@ -77,10 +77,10 @@ class PromptReader:
                 must = "must be a list of token ids"
                 raise TypeError(f"{name} {must}, not {type(prompt).__name__}: {reprlib.repr(prompt)}")
         if isinstance(prompt, str):
-            return Prompt(prompt, self._checked(name, self._tokenizer.encode(prompt)))
+            return Prompt(name, prompt, self._checked(name, self._tokenizer.encode(prompt)))
         if isinstance(prompt, (list, tuple)):
             token_ids = self._checked(name, prompt)
-            return Prompt(token_ids, token_ids)
+            return Prompt(name, token_ids, token_ids)
         must = "must be text, a list of token ids, or a dict with one of them"
         raise TypeError(f"{name} {must}, not {type(prompt).__name__}: {reprlib.repr(prompt)}")
 
@@ -97,7 +97,7 @@ class PromptReader:
                 raise
             # Its text says "messages[0]" of a message in this conversation.
             raise (TypeError if isinstance(error, TypeError) else ValueError)(f"in {name}: {error}") from error
-        return Prompt(text, self._checked(name, self._tokenizer.encode(text)))
+        return Prompt(name, text, self._checked(name, self._tokenizer.encode(text)))
 
     def _checked(self, name: str, ids: Sequence[Any]) -> list[int]:
         """A copy of a prompt's ids, which the model can take and answer."""
@@ -117,15 +117,53 @@ class PromptReader:
         return [int(token_id) for token_id in ids]
 
 
-def _template_variables(given: object) -> Mapping[str, Any]:
-    """`chat_template_kwargs` with its keys checked; {} for None."""
-    if given is None:
-        return {}
+def template_variables(kwargs: object, tools: object, add_generation_prompt: object) -> dict[str, Any]:
+    """The variables of a chat template, from `chat_template_kwargs`, `tools` and add_generation_prompt of `LLM.chat`.
+
+    Raises TypeError or ValueError if anything in them is wrong.
+    """
+    given = {} if kwargs is None else kwargs
     if not isinstance(given, Mapping):
         raise TypeError(f"chat_template_kwargs must be a dict, not {type(given).__name__}")
     for name in given:
         if not isinstance(name, str):
             raise TypeError(f"chat_template_kwargs has the key {name!r}: a template's variables have names of type str")
+        if name in ("tools", "add_generation_prompt"):
+            raise ValueError(f"chat_template_kwargs has the key {name!r}: pass it as chat({name}=...)")
         if name in ("self", "messages", "chat_template"):
             raise ValueError(f"chat_template_kwargs has the key {name!r}, which is not a variable to set there")
-    return given
+    if not isinstance(add_generation_prompt, bool):
+        kind = type(add_generation_prompt).__name__
+        raise TypeError(f"add_generation_prompt must be True or False, not {kind}: {add_generation_prompt!r}")
+    return {**given, "tools": _tools(tools), "add_generation_prompt": add_generation_prompt}
+
+
+def _tools(given: object) -> list[Mapping[str, Any]] | None:
+    """The functions that a model may call, each as {"type": "function", "function": {"name": ..., ...}}."""
+    if given is None:
+        return None
+    if isinstance(given, Mapping):
+        return [_tool("tools", given)]
+    if not isinstance(given, (list, tuple)):
+        must = "must be a dict {'type': 'function', 'function': {...}}, or a list of such dicts"
+        raise TypeError(f"tools {must}, not {type(given).__name__}: {reprlib.repr(given)}")
+    return [_tool(f"tools[{index}]", tool) for index, tool in enumerate(given)] or None
+
+
+def _tool(name: str, tool: object) -> Mapping[str, Any]:
+    if not isinstance(tool, Mapping):
+        must = "must be a dict {'type': 'function', 'function': {...}}"
+        raise TypeError(f"{name} {must}, not {type(tool).__name__}: {reprlib.repr(tool)}")
+    if tool.get("type", "function") != "function":
+        raise ValueError(f"{name}['type'] is {reprlib.repr(tool['type'])}: it must be 'function'")
+    function = tool.get("function")
+    if not isinstance(function, Mapping):
+        must = "must have the key 'function', a dict with 'name', 'description' and 'parameters'"
+        raise ValueError(f"{name} {must}, it has {reprlib.repr(dict(tool))}")
+    if not isinstance(function.get("name"), str) or not function["name"]:
+        raise ValueError(f"{name}['function'] must have a 'name', a str; it has {reprlib.repr(dict(function))}")
+    for key, kind in {"description": str, "parameters": Mapping}.items():
+        if function.get(key) is not None and not isinstance(function[key], kind):
+            must = f"must be a {'str' if kind is str else 'dict, a JSON schema'}"
+            raise TypeError(f"{name}['function'][{key!r}] {must}, not {type(function[key]).__name__}")
+    return {"type": "function", **tool}

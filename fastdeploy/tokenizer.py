@@ -48,6 +48,7 @@ class Tokenizer:
         )
         self.is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
         self._token_bytes: dict[int, bytes] = {}
+        self._token_texts: dict[int, str] = {}
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text`. Special tokens written out in the text count as such; none are added unless asked.
@@ -90,6 +91,20 @@ class Tokenizer:
             self._token_bytes[token_id] = known
         return known
 
+    def token_text(self, token_id: int) -> str:
+        """The text a token adds to those before it; U+FFFD for a part of a character, "" for an id without a token."""
+        known = self._token_texts.get(token_id)
+        if known is None:
+            known = self._token_texts[token_id] = self._make_token_text(token_id)
+        return known
+
+    def _make_token_text(self, token_id: int) -> str:
+        if self.is_byte_level:
+            return self.token_bytes(token_id).decode("utf-8", "replace")
+        # Twice, because decoders treat the first token apart: "▁the" loses its space there.
+        once, twice = (self.decode([token_id] * count, skip_special_tokens=False) for count in (1, 2))
+        return twice[len(once) :]
+
     def apply_chat_template(
         self,
         messages: list[dict[str, Any]],
@@ -117,12 +132,16 @@ class Tokenizer:
 class StreamingDetokenizer:
     """Text of a growing sequence of tokens, piece by piece, each piece complete characters.
 
-    The pieces of `add` followed by `finish` are together exactly `tokenizer.decode(ids, skip_special_tokens)`. The cost
-    of a token doesn't grow with the sequence.
+    The pieces of `add` followed by `finish` are together exactly `tokenizer.decode(ids, skip_special_tokens)`, except
+    that special tokens whose text is among `shown` are never skipped. The cost of a token doesn't grow with the
+    sequence.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, shown: Sequence[str] = ()):
+        self._origin = (tokenizer, skip_special_tokens, shown)
         self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        if shown:
+            self._skipped -= {token_id for token_id in self._skipped if tokenizer.token_text(token_id) in shown}
         self._pieces = _ByteLevelPieces(tokenizer) if tokenizer.is_byte_level else _DecodedPieces(tokenizer)
 
     def add(self, token_id: int) -> str:
@@ -132,6 +151,10 @@ class StreamingDetokenizer:
     def finish(self) -> str:
         """What is still held back: U+FFFD for a character that never got its last bytes, usually ""."""
         return self._pieces.finish()
+
+    def fresh(self) -> "StreamingDetokenizer":
+        """Another one of the same kind, which has seen nothing."""
+        return StreamingDetokenizer(*self._origin)
 
 
 class _ByteLevelPieces:

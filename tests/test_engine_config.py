@@ -27,6 +27,12 @@ from fastdeploy.engine_config import EngineConfig
         ("dtype", "float64", ValueError),
         ("dtype", 16, TypeError),
         ("seed", -1, ValueError),
+        ("enable_prefix_caching", 1, TypeError),
+        ("reasoning_parser", "qwen4", ValueError),
+        ("reasoning_parser", True, TypeError),
+        ("chat_template", 5, TypeError),
+        ("chat_template", "no-such-file.jinja", FileNotFoundError),
+        ("chat_template", "{% if %}", ValueError),
         ("tensor_parallel_size", 2, ValueError),
         ("tensor_parallel_size", "1", TypeError),
     ],
@@ -43,6 +49,19 @@ def test_a_bad_value_is_refused_by_name(field: str, value: object, error: type[E
 def test_an_unknown_keyword_is_a_type_error_that_suggests_a_name(name: str, nearest: str) -> None:
     with pytest.raises(TypeError, match=f"LLM has no keyword '{name}': did you mean '{nearest}'"):
         EngineConfig("some-model", **{name: 1})
+
+
+def test_the_known_reasoning_parsers_are_listed() -> None:
+    with pytest.raises(ValueError, match="must be one of") as raised:
+        EngineConfig("some-model", reasoning_parser="other")
+    assert all(repr(name) in str(raised.value) for name in ("qwen3", "ernie-x1", "deepseek_r1"))
+
+
+def test_a_chat_template_may_be_source_or_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "template.jinja"
+    path.write_text("{{ messages[0].content }}")
+    for template in (str(path), "{{ messages[0].content }}"):
+        assert EngineConfig("some-model", chat_template=template).chat_template == template
 
 
 def test_paths_are_taken() -> None:

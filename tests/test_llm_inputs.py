@@ -1,6 +1,8 @@
 """What LLM takes and gives, with a tokenizer that spells bytes and a model that says what it is told."""
 
 import logging
+import weakref
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +10,8 @@ import pytest
 
 import fastdeploy.llm
 from fastdeploy import LLM, CompletionOutput, RequestOutput, SamplingParams
-from fastdeploy.engine.scheduler import ScheduledBatch
+from fastdeploy.engine.request import Request
+from fastdeploy.engine.scheduler import ScheduledBatch, StepOutput
 
 EOS = 256
 VOCAB_SIZE = 257
@@ -29,46 +32,74 @@ class ByteTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id])
 
-    def apply_chat_template(self, messages: list[dict], chat_template: str | None = None, **variables: object) -> str:
+    def token_text(self, token_id: int) -> str:
+        return self.decode([token_id])
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return bytes(token_id for token_id in ids if token_id != EOS).decode(errors="replace")
+
+    def apply_chat_template(
+        self,
+        messages: list[dict],
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        **variables: object,
+    ) -> str:
         if not messages or not all("role" in message for message in messages):
             raise ValueError("messages[0] has no 'role'")
         turns = "".join(f"[{message['role']}]{message['content']}" for message in messages)
-        return f"{chat_template or ''}{turns}{variables or ''}"
+        given = {name: value for name, value in variables.items() if value is not None}
+        return f"{chat_template or ''}{turns}{'>' * add_generation_prompt}{given or ''}"
 
 
 class AnsweringRunner:
-    """Answers ANSWER, then ends; a prompt that begins with "long" gets "x" for ever, one with "bad" fails."""
+    """Answers ANSWER, then ends; a prompt that begins with "long" gets "x" for ever, one with "bad" fails, and one
+    that begins with "say " gets the rest of the prompt."""
 
     num_blocks = 20
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
-        self.seeds: list[int | None] = []
+        self.requests: list[Request] = []  # in the order of their first tokens
 
-    def run(self, batch: ScheduledBatch) -> list[int | None]:
+    @property
+    def seeds(self) -> list[int | None]:
+        return [request.sampling_params.seed for request in self.requests]
+
+    def run(self, batch: ScheduledBatch) -> StepOutput:
         self.batches.append([item.num_tokens for item in batch.items])
-        return [self.answer(item.request) if item.samples else None for item in batch.items]
+        return StepOutput([self.answer(item.request) if item.samples else None for item in batch.items])
 
-    def answer(self, request: object) -> int:
+    def answer(self, request: Request) -> int:
         count, prompt = request.num_output_tokens, bytes(request.prompt_token_ids)
         if count == 0:
-            self.seeds.append(request.sampling_params.seed)
+            self.requests.append(request)
+        forced = request.forced_token()
+        if forced is not None:
+            return forced
         if prompt.startswith(b"bad"):
             return -1
         if prompt.startswith(b"long"):
             return ord("x")
-        return ANSWER[count] if count < len(ANSWER) else EOS
+        answer = prompt.removeprefix(b"say ") if prompt.startswith(b"say ") else ANSWER
+        return answer[count] if count < len(answer) else EOS
 
 
 @pytest.fixture
-def llm(monkeypatch: pytest.MonkeyPatch) -> LLM:
+def make_llm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LLM]:
     def load(config: fastdeploy.llm.EngineConfig) -> fastdeploy.llm.Loaded:
         model_config = SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
-        config = config.resolved(model_limit=100)
+        config = config.resolved(model_limit=1000)
         return fastdeploy.llm.Loaded(config, model_config, {}, ByteTokenizer(), AnsweringRunner(), "pocket", "bfloat16")
 
     monkeypatch.setattr(fastdeploy.llm, "load", load)
-    return LLM("some-model", block_size=16, max_num_seqs=4, max_num_batched_tokens=32)
+    small = {"max_model_len": 100, "block_size": 16, "max_num_seqs": 4, "max_num_batched_tokens": 32}
+    return lambda **keywords: LLM("some-model", **{**small, **keywords})
+
+
+@pytest.fixture
+def llm(make_llm: Callable[..., LLM]) -> LLM:
+    return make_llm()
 
 
 def assert_idle(llm: LLM) -> None:
@@ -147,14 +178,60 @@ CHAT = [{"role": "user", "content": "Hi"}]
 
 
 def test_chat_takes_one_conversation_or_several(llm: LLM) -> None:
-    assert [output.prompt for output in llm.chat(CHAT, use_tqdm=False)] == ["[user]Hi"]
-    assert [output.prompt for output in llm.chat([CHAT, CHAT * 2], use_tqdm=False)] == ["[user]Hi", "[user]Hi[user]Hi"]
+    assert [output.prompt for output in llm.chat(CHAT, use_tqdm=False)] == ["[user]Hi>"]
+    prompts = [output.prompt for output in llm.chat([CHAT, CHAT * 2], use_tqdm=False)]
+    assert prompts == ["[user]Hi>", "[user]Hi[user]Hi>"]
     assert llm.chat(CHAT, use_tqdm=False)[0].outputs.text == ANSWER.decode()
 
 
 def test_chat_hands_template_and_variables_on(llm: LLM) -> None:
     output = llm.chat(CHAT, use_tqdm=False, chat_template="T:", chat_template_kwargs={"deep": 1})[0]
-    assert output.prompt == "T:[user]Hi{'deep': 1}"
+    assert output.prompt == "T:[user]Hi>{'deep': 1}"
+    output = llm.chat(CHAT, use_tqdm=False, add_generation_prompt=False)[0]
+    assert output.prompt == "[user]Hi"
+
+
+def test_a_template_given_to_the_llm_is_what_chat_uses_unless_told_otherwise(make_llm: Callable[..., LLM]) -> None:
+    llm = make_llm(chat_template="{{ own }}")
+    assert llm.chat(CHAT, use_tqdm=False)[0].prompt == "{{ own }}[user]Hi>"
+    assert llm.chat(CHAT, use_tqdm=False, chat_template="T:")[0].prompt == "T:[user]Hi>"
+
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("tools", "seen"),
+    [
+        (WEATHER, [WEATHER]),
+        ([WEATHER, WEATHER], [WEATHER, WEATHER]),
+        ({"function": {"name": "f"}}, [{"type": "function", "function": {"name": "f"}}]),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_chat_hands_tools_on(make_llm: Callable[..., LLM], tools: object, seen: list | None) -> None:
+    output = make_llm(max_model_len=300).chat(CHAT, SamplingParams(max_tokens=1), use_tqdm=False, tools=tools)[0]
+    assert output.prompt == "[user]Hi>" + (str({"tools": seen}) if seen else "")
+
+
+@pytest.mark.parametrize(
+    ("tools", "error", "message"),
+    [
+        ("weather", TypeError, "tools must be a dict .* or a list of such dicts, not str: 'weather'"),
+        (["weather"], TypeError, r"tools\[0\] must be a dict .*, not str: 'weather'"),
+        ([WEATHER, {}], ValueError, r"tools\[1\] must have the key 'function'"),
+        ({"name": "weather"}, ValueError, "tools must have the key 'function'.* it has {'name': 'weather'}"),
+        ({"type": "tool", "function": {"name": "f"}}, ValueError, r"tools\['type'\] is 'tool': it must be 'function'"),
+        ([{"function": {"name": 5}}], ValueError, r"tools\[0\]\['function'\] must have a 'name', a str"),
+        ({"function": {"name": "f", "parameters": "x"}}, TypeError, r"\['parameters'\] must be a dict, a JSON schema"),
+        ({"function": {"name": "f", "description": 5}}, TypeError, r"\['description'\] must be a str, not int"),
+    ],
+)
+def test_bad_tools_are_named(llm: LLM, tools: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        llm.chat(CHAT, tools=tools)
+    assert_idle(llm)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +244,7 @@ def test_chat_hands_template_and_variables_on(llm: LLM) -> None:
         ([CHAT, []], ValueError, r"in messages\[1\]"),
         ([CHAT, None], TypeError, r"^messages\[1\] must be a conversation.*not NoneType"),
         ([CHAT, CHAT[0]], TypeError, r"^messages\[1\] must be a conversation.*not dict"),
-        ([CHAT, [{"role": "user", "content": "x" * 100}]], ValueError, r"messages\[1\] has 106 tokens"),
+        ([CHAT, [{"role": "user", "content": "x" * 100}]], ValueError, r"messages\[1\] has 107 tokens"),
     ],
 )
 def test_bad_messages_are_refused_before_anything_is_queued(
@@ -186,6 +263,7 @@ def test_bad_messages_are_refused_before_anything_is_queued(
         ({1: 2}, TypeError, "chat_template_kwargs has the key 1"),
         ({"messages": []}, ValueError, "chat_template_kwargs has the key 'messages'"),
         ({"chat_template": "T:"}, ValueError, "chat_template_kwargs has the key 'chat_template'"),
+        ({"tools": []}, ValueError, r"chat_template_kwargs has the key 'tools': pass it as chat\(tools=...\)"),
     ],
 )
 def test_bad_variables_of_the_chat_template_are_named(
@@ -201,6 +279,8 @@ def test_a_flag_that_is_no_bool_is_refused_by_name(llm: LLM, flag: str, value: o
         llm.generate("hi", **{flag: value})
     with pytest.raises(TypeError, match=f"{flag} must be True or False"):
         llm.chat(CHAT, **{flag: value})
+    with pytest.raises(TypeError, match=f"add_generation_prompt must be True or False, not .*: {value!r}"):
+        llm.chat(CHAT, add_generation_prompt=value)
     assert_idle(llm)
 
 
@@ -213,6 +293,11 @@ def test_a_flag_that_is_no_bool_is_refused_by_name(llm: LLM, flag: str, value: o
         ({"temperature": 0}, TypeError, "sampling_params must be a SamplingParams .*not dict"),
         (False, TypeError, "sampling_params must be a SamplingParams .*not bool"),
         (SamplingParams(stop_token_ids=[5, 257]), ValueError, "257 never occurs, token ids run from 0 to 256"),
+        (SamplingParams(bad_words_token_ids=[257]), ValueError, "bad_words_token_ids=.*257 never occurs"),
+        (SamplingParams(logit_bias={300: 1.0}), ValueError, "logit_bias=.*300 never occurs"),
+        (SamplingParams(logprobs=258), ValueError, r"logprobs=258\): must be at most 257, .*; -1 stands for all of it"),
+        (SamplingParams(prompt_logprobs=258), ValueError, r"prompt_logprobs=258\): must be at most 257"),
+        (SamplingParams(reasoning_max_tokens=5), ValueError, r"reasoning_max_tokens=5\): needs LLM\(reasoning_parser="),
     ],
 )
 def test_bad_sampling_params_are_refused_before_anything_is_queued(
@@ -220,7 +305,83 @@ def test_bad_sampling_params_are_refused_before_anything_is_queued(
 ) -> None:
     with pytest.raises(error, match=message):
         llm.generate(["hi", "you"], given)
+    with pytest.raises(error, match=message):
+        llm.chat([CHAT, CHAT], given, stream=True)
     assert_idle(llm)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"logit_bias": dict.fromkeys(range(1000, 2024), 1.0)}, "logit_bias=.* change 1025 token ids, at most 1024"),
+        ({"bad_words_token_ids": list(range(1000, 2024))}, "bad_words_token_ids=.* change 1025 token ids"),
+        ({"stop_token_ids": list(range(1000, 2012)), "bad_words": list("abcdefghijkl")}, "stop_token_ids=.* 1025 "),
+    ],
+)
+def test_more_edits_of_logits_than_the_sampler_has_room_for_are_refused(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, fields: dict, message: str
+) -> None:
+    """With the end-of-sequence token, which min_tokens holds back, that is one too many."""
+    monkeypatch.setattr(llm._intake, "_vocab_size", 10000)
+    with pytest.raises(ValueError, match=f"{message}.* logits_processors"):
+        llm.generate("hi", SamplingParams(**fields))
+    assert_idle(llm)
+    assert llm.generate("hi", SamplingParams(**fields, min_tokens=0), use_tqdm=False)[0].finished
+
+
+def test_min_tokens_that_a_prompt_leaves_no_room_for_are_refused_before_anything_is_queued(llm: LLM) -> None:
+    with pytest.raises(ValueError, match=r"^prompts\[1\]: SamplingParams\(min_tokens=90\): .*room for 80"):
+        llm.generate(["hi", "x" * 20], SamplingParams(min_tokens=90))
+    assert_idle(llm)
+    assert llm.engine.runner.batches == []
+
+
+def test_bans_reach_the_request_as_token_sequences(llm: LLM) -> None:
+    llm.generate("hi", SamplingParams(bad_words=["a", "bc"], bad_words_token_ids=[7]), use_tqdm=False)
+    (request,) = llm.engine.runner.requests
+    assert set(request.banned) == {(97,), (32, 97), (98, 99), (32, 98, 99), (7,)}
+
+
+def test_n_outputs_of_each_prompt_follow_each_other_with_seeds_of_their_own(llm: LLM) -> None:
+    params = [SamplingParams(n=2, seed=7), SamplingParams(), SamplingParams(n=3)]
+    outputs = llm.generate(["a", "b", "c"], params, use_tqdm=False)
+    assert [output.prompt for output in outputs] == ["a", "a", "b", "c", "c", "c"]
+    assert [output.outputs.index for output in outputs] == list(range(6))
+    assert len({output.request_id for output in outputs}) == 6
+    seeds = {request.index: request.sampling_params.seed for request in llm.engine.runner.requests}
+    assert seeds[0] == 7 and len(set(seeds.values())) == 6
+    assert params[0] == SamplingParams(n=2, seed=7)
+
+
+def test_a_stream_of_n_outputs_tells_them_apart_by_index(llm: LLM) -> None:
+    texts: dict[int, str] = {}
+    for output in llm.generate(["say no", "hi"], SamplingParams(n=2), stream=True):
+        texts[output.outputs.index] = texts.get(output.outputs.index, "") + output.outputs.delta
+    assert texts == {0: "no", 1: "no", 2: ANSWER.decode(), 3: ANSWER.decode()}
+
+
+def test_stop_texts_end_a_request_and_are_cut_off(llm: LLM) -> None:
+    output = llm.generate("say one. two.", SamplingParams(stop=[". t"]), use_tqdm=False)[0]
+    assert output.outputs.text == "one" and output.outputs.stop_reason == ". t"
+    assert bytes(output.outputs.token_ids) == b"one. t"
+    assert_idle(llm)
+
+
+def test_reasoning_is_split_from_the_answer(make_llm: Callable[..., LLM]) -> None:
+    llm = make_llm(reasoning_parser="qwen3")
+    output = llm.generate("say <think>hm</think>yes", use_tqdm=False)[0]
+    assert (output.outputs.reasoning_content, output.outputs.text) == ("hm", "yes")
+
+
+def test_reasoning_max_tokens_ends_the_thinking(make_llm: Callable[..., LLM]) -> None:
+    llm = make_llm(reasoning_parser="qwen3")
+    params = SamplingParams(reasoning_max_tokens=3, max_tokens=16)
+    for prompt in ("long <think>", list(b"long <think>")):
+        output = llm.generate(prompt, params, use_tqdm=False)[0]
+        assert output.outputs.reasoning_content == "xxx" and output.outputs.text == "xxxxx"
+    thinking = [{"role": "assistant", "content": "<think>"}]
+    output = llm.chat(thinking, params, use_tqdm=False, chat_template="long", add_generation_prompt=False)[0]
+    assert output.outputs.reasoning_content == "xxx", "the template's text decides, too"
 
 
 def test_sampling_params_one_for_all_or_one_for_each(llm: LLM) -> None:
@@ -241,11 +402,13 @@ def test_max_tokens_is_clipped_to_max_model_len_and_the_callers_object_unchanged
     assert len(llm.generate("long", use_tqdm=False)[0].outputs.token_ids) == 96, "None: all there is room for"
 
 
-def test_requests_without_a_seed_get_different_ones_which_follow_from_the_engines(llm: LLM) -> None:
+def test_requests_without_a_seed_get_different_ones_which_follow_from_the_engines(
+    llm: LLM, make_llm: Callable[..., LLM]
+) -> None:
     llm.generate(["a", "b"], use_tqdm=False)
-    again = LLM("some-model", seed=0)
+    again = make_llm(seed=0)
     again.generate(["a", "b"], use_tqdm=False)
-    other = LLM("some-model", seed=1)
+    other = make_llm(seed=1)
     other.generate(["a", "b"], use_tqdm=False)
     first, second, third = (each.engine.runner.seeds for each in (llm, again, other))
     assert first == second and len({*first, *third}) == 4
@@ -304,7 +467,7 @@ def test_a_generate_within_a_stream(llm: LLM) -> None:
 def test_an_interrupt_frees_what_was_queued_and_the_object_still_works(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(batch: ScheduledBatch) -> list:
+    def interrupted(batch: ScheduledBatch) -> StepOutput:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -313,6 +476,34 @@ def test_an_interrupt_frees_what_was_queued_and_the_object_still_works(
             llm.generate(["hi"] * 10, use_tqdm=False)
     assert_idle(llm)
     assert llm.generate("hi", use_tqdm=False)[0].outputs.text == ANSWER.decode()
+
+
+def test_a_closed_llm_says_so_and_lets_go_of_the_model(llm: LLM) -> None:
+    runner = weakref.ref(llm.engine.runner)
+    stream = llm.generate("long", stream=True)
+    next(stream)
+    llm.close()
+    llm.close()
+    assert runner() is None
+    for call in (lambda: next(stream), lambda: llm.generate("hi"), lambda: llm.chat(CHAT, stream=True)):
+        with pytest.raises(RuntimeError, match="this LLM is closed"):
+            call()
+
+
+def test_a_with_block_closes_the_llm_even_after_an_exception(make_llm: Callable[..., LLM]) -> None:
+    with pytest.raises(ZeroDivisionError), make_llm() as llm:
+        assert llm.generate("hi", use_tqdm=False)[0].finished
+        raise ZeroDivisionError
+    with pytest.raises(RuntimeError, match="this LLM is closed"):
+        llm.generate("hi")
+
+
+def test_a_run_ends_with_one_line_of_statistics(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="fastdeploy"):
+        llm.generate(["hi", "you"], use_tqdm=False)
+        list(llm.chat(CHAT, stream=True))
+        assert [record.getMessage() for record in caplog.records].count(llm.statistics.describe()) == 1
+        assert len(caplog.records) == 2
 
 
 def test_the_progress_bar_shows_tokens_per_second_and_can_be_switched_off(

@@ -237,6 +237,18 @@ def test_text_streams_as_early_as_it_is_complete():
     assert stream(tokenizer, ids)[-3:] == ["中", "!", ""]
 
 
+def test_special_tokens_are_skipped_unless_their_text_is_to_be_shown():
+    backend = byte_level()
+    backend.add_special_tokens(["<think>"])
+    tokenizer = Tokenizer(backend)
+    ids = tokenizer.encode("<think>hi<|end|>")
+    detokenizer = StreamingDetokenizer(tokenizer, shown=["<think>", "<no token>"])
+    for _ in range(2):
+        assert "".join(map(detokenizer.add, ids)) == "<think>hi"
+        detokenizer = detokenizer.fresh()
+    assert "".join(stream(tokenizer, ids)) == "hi"
+
+
 def test_a_character_cut_off_at_the_end_comes_out_as_replacement():
     tokenizer = Tokenizer(byte_level())
     assert stream(tokenizer, tokenizer.encode("a中")[:-1]) == ["a", *[""] * (len(tokenizer.encode("中")) - 1), "\ufffd"]

@@ -13,6 +13,9 @@ area. A step of A (one token at position 70), B (one at 5) and C (a chunk of 3 f
 
 A step in which every sequence decodes is recorded the first time its shape (number of sequences, bucket of context
 lengths) comes up and replayed ever after: its Python costs no more than filling the arrays.
+
+Logprobs of prompt tokens need the logits of (nearly) all rows. They are computed in slabs of a few rows, each reduced
+to logprobs before the next: never more than a slab of logits exists.
 """
 
 from __future__ import annotations
@@ -23,13 +26,16 @@ from itertools import chain
 import numpy as np
 
 from fastdeploy.device import GIB, Field, Plan
-from fastdeploy.engine.request import Request
-from fastdeploy.engine.scheduler import ScheduledBatch, ScheduledRequest
+from fastdeploy.engine.logprobs import LogprobReader
+from fastdeploy.engine.request import TokenLogprobs
+from fastdeploy.engine.sampler import Sampler
+from fastdeploy.engine.scheduler import ScheduledBatch, ScheduledRequest, StepOutput
 from fastdeploy.engine_config import EngineConfig
 from fastdeploy.kernels.attention import SPLIT, AttentionBatch
 from fastdeploy.kernels.launch import view
-from fastdeploy.kernels.sampling import sample
 from fastdeploy.models.decoder import Decoder, StepInputs
+
+SLAB = 64  # rows of prompt logprobs at a time: enough for a linear layer's full speed
 
 
 class Runner:
@@ -57,50 +63,55 @@ class Runner:
         self.max_blocks = -(-config.max_model_len // self.block_size)  # of one sequence
         self.max_splits = -(-config.max_model_len // SPLIT)
         self.num_blocks = choose_num_blocks(model, config)
+        max_rows = max(self.max_seqs, min(SLAB, self.max_tokens))
         self._cache = model.allocate_cache(self.num_blocks, self.block_size)
         try:
-            self._activations = model.allocate_activations(self.max_tokens, self.max_seqs, config.max_model_len)
-            self._logits = self.device.empty((self.max_seqs, model.config.vocab_size), "float32")
+            self._activations = model.allocate_activations(
+                self.max_tokens, self.max_seqs, config.max_model_len, max_rows
+            )
+            self._logits = self.device.empty((max_rows, model.config.vocab_size), "float32")
+            self._sampler = Sampler(self.device, self._logits, self.max_seqs, config.max_model_len)
+            self._logprobs = LogprobReader(self.device, self._logits)
         except MemoryError:
             raise MemoryError(
                 f"no memory for a step of {self.max_tokens} tokens and {self.max_seqs} sequences: lower "
                 "max_num_batched_tokens or max_num_seqs"
             ) from None
-        self._sampled = self.device.empty((self.max_seqs,), "int32")
+        self._logits_view = view(self._logits)
         self._staging = self.device.staging(self._fields())
         self._inputs = {name: view(tensor) for name, tensor in self._staging.device.items()}
-        self._outputs = {"logits": view(self._logits), "sampled": view(self._sampled)}
         self._tables: list[list[int]] = [[] for _ in range(self.max_seqs)]  # what each row of block_tables holds
-        self._sampling: list[Request] = []  # whose sampling parameters the rows of temperature, top_p and seed hold
         self._count = np.arange(self.max_tokens)  # 0, 1, 2, ..., to cut ranges from
         self._plans: dict[tuple[int, int], Plan] = {}
         self._num_logits = 0
 
-    def run(self, batch: ScheduledBatch) -> list[int | None]:
-        """Compute one step.
-
-        Returns for each item of the batch the token sampled after it; None in mid-prefill; -1 where the logits were no
-        numbers.
-        """
+    def run(self, batch: ScheduledBatch) -> StepOutput:
+        """Compute one step: for each item of the batch the token sampled after it, and the logprobs asked for."""
         items = batch.items
         sampled_items = [item for item in items if item.samples]
         num_tokens = self._fill_tokens(items)
         self._fill_block_tables(items)
         self._fill_slots(num_tokens, len(items))
-        self._fill_sampling(items, sampled_items)
+        self._fill_logits_rows(items, len(sampled_items))
+        prompt_rows = self._fill_prompt_rows(items)
         self._staging.upload()
-        self._num_logits = len(sampled_items)
         num_splits = self._num_splits([item.start + 1 for item in items[: batch.num_decodes]])
+        output = StepOutput([None] * len(items))
         if num_tokens == len(sampled_items):
             self._replay_decode(num_tokens, num_splits)
         else:
             longest = max(item.num_tokens for item in items)
-            self._launch(num_tokens, len(items), batch.num_decodes, longest, num_splits)
-        return self._tokens(items, sampled_items)
+            self._attend(num_tokens, len(items), batch.num_decodes, longest, num_splits)
+            output.prompt_logprobs = self._prompt_logprobs(items, prompt_rows)
+            self._project(len(sampled_items), "logits_rows")
+        self._num_logits = len(sampled_items)
+        if sampled_items:
+            self._sample(items, output)
+        return output
 
     def last_logits(self) -> np.ndarray:
         """A copy of the last step's logits, [R, vocabulary] float32: a row for each item that was sampled, in order."""
-        return self.device.to_numpy(self._logits)[: self._num_logits]
+        return self.device.to_numpy(self._logits[: self._num_logits])
 
     # The step's inputs
 
@@ -114,10 +125,7 @@ class Runner:
             "context_lens": Field(seqs, "int32"),
             "block_tables": Field((self.max_seqs, self.max_blocks), "int32"),
             "logits_rows": Field(seqs, "int32"),
-            "temperature": Field(seqs, "float32"),
-            "top_p": Field(seqs, "float32"),
-            "seed": Field(seqs, "int64"),
-            "sample_positions": Field(seqs, "int32"),
+            "prompt_rows": Field(tokens, "int32"),
         }
 
     def _fill_tokens(self, items: Sequence[ScheduledRequest]) -> int:
@@ -153,34 +161,45 @@ class Runner:
         block_ids = host["block_tables"][np.repeat(self._count[:num_seqs], lengths), blocks].astype(np.int64)
         host["slots"][:num_tokens] = block_ids * self.block_size + offsets
 
-    def _fill_sampling(self, items: Sequence[ScheduledRequest], sampled: Sequence[ScheduledRequest]) -> None:
-        """Write what the sampler reads, and logits_rows."""
-        host, count = self._staging.host, len(sampled)
+    def _fill_logits_rows(self, items: Sequence[ScheduledRequest], count: int) -> None:
+        host = self._staging.host
         last_rows = host["cu_seqlens"][1 : len(items) + 1] - 1
         host["logits_rows"][:count] = last_rows if count == len(items) else last_rows[[item.samples for item in items]]
-        host["sample_positions"][:count] = [item.start + item.num_tokens for item in sampled]
-        requests = [item.request for item in sampled]
-        if requests != self._sampling:
-            self._sampling = []  # forgotten first, as above
-            parameters = [request.sampling_params for request in requests]
-            for name in ("temperature", "top_p", "seed"):
-                host[name][:count] = [getattr(each, name) for each in parameters]
-            self._sampling = requests
+
+    def _fill_prompt_rows(self, items: Sequence[ScheduledRequest]) -> list[tuple[int, int]]:
+        """Write the rows that predict prompt tokens whose logprobs are wanted; (item, position) of each."""
+        places: list[tuple[int, int]] = []
+        rows: list[int] = []
+        for index, item in enumerate(items):
+            request = item.request
+            if request.wants_prompt_logprobs:
+                known = len(request.prompt_logprobs)  # before a preemption: not again
+                end = min(item.start + item.num_tokens, len(request.prompt_token_ids) - 1)
+                positions = range(max(item.start, known), end)
+                first_row = int(self._staging.host["cu_seqlens"][index]) - item.start
+                rows += [first_row + position for position in positions]
+                places += [(index, position) for position in positions]
+        self._staging.host["prompt_rows"][: len(rows)] = rows
+        return places
 
     # The step
 
     def _replay_decode(self, num_seqs: int, num_splits: int) -> None:
-        """A step of one token and one sample for each sequence."""
+        """A step of one token and one sample for each sequence, up to the logits."""
         plan = self._plans.get((num_seqs, num_splits))
         if plan is None:
             with self.device.capture() as plan:
-                self._launch(num_seqs, num_seqs, num_decodes=num_seqs, longest=1, num_splits=num_splits)
+                self._decode(num_seqs, num_splits)
             self._plans[num_seqs, num_splits] = plan
         plan.replay()
 
-    def _launch(self, num_tokens: int, num_seqs: int, num_decodes: int, longest: int, num_splits: int) -> None:
-        """Launch the kernels of a step whose inputs have been filled in."""
-        inputs, count = self._inputs, self._num_logits
+    def _decode(self, num_seqs: int, num_splits: int) -> None:
+        self._attend(num_seqs, num_seqs, num_decodes=num_seqs, longest=1, num_splits=num_splits)
+        self.model.project(self._logits_view.rows(num_seqs), None, self._activations)
+
+    def _attend(self, num_tokens: int, num_seqs: int, num_decodes: int, longest: int, num_splits: int) -> None:
+        """Launch the kernels of a step whose inputs have been filled in, up to the last layer's attention."""
+        inputs = self._inputs
         attention = AttentionBatch(
             num_decodes=num_decodes,
             num_seqs=num_seqs,
@@ -194,23 +213,46 @@ class Runner:
             ids=inputs["ids"].rows(num_tokens),
             positions=inputs["positions"].rows(num_tokens),
             slots=inputs["slots"].rows(num_tokens),
-            logits_rows=None if count == num_tokens else inputs["logits_rows"].rows(count),
             attention=attention,
             num_tokens=num_tokens,
-            num_logits=count,
         )
-        logits, sampled = self._outputs["logits"].rows(count), self._outputs["sampled"].rows(count)
-        self.model.forward(logits, step, self._cache, self._activations)
-        if count:
-            parameters = (inputs[name].rows(count) for name in ("temperature", "top_p", "seed", "sample_positions"))
-            sample(sampled, logits, *parameters)
+        self.model.attend(step, self._cache, self._activations)
 
-    def _tokens(self, items: Sequence[ScheduledRequest], sampled_items: Sequence[ScheduledRequest]) -> list[int | None]:
-        """What was sampled, an entry for each item."""
-        if not sampled_items:
-            return [None] * len(items)
-        tokens = iter(self.device.to_numpy(self._sampled).tolist())
-        return [next(tokens) if item.samples else None for item in items]
+    def _project(self, count: int, rows: str, start: int = 0) -> None:
+        """The logits of `count` rows of the step, listed in the input `rows` from `start` on."""
+        if count:
+            listed = self._inputs[rows].rows(count, start)
+            self.model.project(self._logits_view.rows(count), listed, self._activations)
+
+    def _sample(self, items: Sequence[ScheduledRequest], output: StepOutput) -> None:
+        """Sample a token for each item that is due, and read its logprobs if anybody wants some."""
+        due = [index for index, item in enumerate(items) if item.samples]
+        requests = [items[index].request for index in due]
+        tokens, errors = self._sampler.sample(requests)
+        for index, token in zip(due, tokens, strict=True):
+            output.tokens[index] = token
+        output.errors = {due[row]: error for row, error in errors.items()}
+        numbers = [request.sampling_params.logprobs for request in requests]
+        if any(number is not None for number in numbers):
+            found = self._logprobs.read([max(token, 0) for token in tokens], [number or 0 for number in numbers])
+            for index, token, number, logprobs in zip(due, tokens, numbers, found, strict=True):
+                if number is not None and token >= 0:
+                    output.logprobs[index] = logprobs
+
+    def _prompt_logprobs(
+        self, items: Sequence[ScheduledRequest], places: Sequence[tuple[int, int]]
+    ) -> dict[int, list[TokenLogprobs]]:
+        """The logprobs of the tokens that follow `places`, slab by slab; by item."""
+        found: dict[int, list[TokenLogprobs]] = {}
+        for start in range(0, len(places), SLAB):
+            slab = places[start : start + SLAB]
+            self._project(len(slab), "prompt_rows", start)
+            requests = [items[index].request for index, _ in slab]
+            tokens = [request.token_ids[position + 1] for request, (_, position) in zip(requests, slab, strict=True)]
+            numbers = [request.sampling_params.prompt_logprobs or 0 for request in requests]
+            for (index, _), each in zip(slab, self._logprobs.read(tokens, numbers), strict=True):
+                found.setdefault(index, []).append(each)
+        return found
 
     def _num_splits(self, contexts: Sequence[int]) -> int:
         """Into how many parts of SPLIT keys attention cuts the contexts of the decodes, rounded up to a power of two.

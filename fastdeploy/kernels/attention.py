@@ -19,7 +19,8 @@ block. Tiles of keys that no row may see are never visited; only those that some
 Splits. The softmax is computed over splits of SPLIT keys at fixed positions and the splits' states are merged in
 ascending order, always: a row's sum is done in one order only, whether one program walks over the splits or, for the
 few decodes of a small batch, every split is a program of its own (`_split_kernel`) and a second launch merges
-(`_merge_kernel`).
+(`_merge_kernel`). What that fixed order costs: a merge every 256 keys. A decode of 512 keys takes 23 us on one core
+of a CPU (9 query heads of 64, 3 KV heads), without merges 22; of 4096 keys 178, without 169.
 
 The state of a softmax over some keys, in the manner of FlashAttention-2 (Dao, 2023), in base 2:
     peak = max of scores,   total = sum of 2^(score - peak),   sums = sum of 2^(score - peak) v

@@ -10,7 +10,10 @@
 T is the number of tokens of the step, of all sequences one after the other, R the number of rows that need logits. The
 sums x + ... are done by the norm that follows them (`add_rms_norm`), so a layer is nine launches.
 
-`forward` does nothing but launch kernels on memory that was allocated before: a step can be recorded and replayed.
+T is cut to R after the last layer's attention, where the other rows have done their work: the keys and values are in
+the cache. So a step is `attend`, and then `project` for the rows whose logits are wanted, all at once or slab by slab.
+
+Both do nothing but launch kernels on memory that was allocated before: a step can be recorded and replayed.
 """
 
 from __future__ import annotations
@@ -68,16 +71,13 @@ class StepInputs:
     """What the kernels read of one step. All tensors are on the device.
 
     ids, positions  [T] int32; slots [T] int64: where in the cache a token's key and value go (-1: nowhere)
-    logits_rows     [R] int32: the rows, ascending, that need logits; None if all T rows do
     """
 
     ids: TensorView
     positions: TensorView
     slots: TensorView
-    logits_rows: TensorView | None
     attention: AttentionBatch
     num_tokens: int
-    num_logits: int
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class Activations:
     attended: TensorView  # [T, heads * head_dim]
     gate_up: TensorView  # [T, 2 * intermediate]
     activated: TensorView  # [T, intermediate]
-    kept_attended: TensorView  # the rows of `attended` that need logits, [R, heads * head_dim]
-    kept_residual: TensorView  # the rows of `residual` that need logits, [R, hidden]
+    kept_attended: TensorView  # the rows of `attended` that `project` was asked for, [R, heads * head_dim]
+    kept_residual: TensorView  # the rows of `residual` that it was asked for, [R, hidden]
     workspace: TensorView  # attention's float32 scratch for contexts split over programs
 
     def rows(self, count: int) -> Activations:
@@ -163,8 +163,9 @@ class Decoder:
         values = [view(self.device.empty(value_shape, self.dtype)) for _ in layers]
         return KVCache(keys, values)
 
-    def allocate_activations(self, max_tokens: int, max_seqs: int, max_context: int) -> Activations:
-        """Memory for steps of up to `max_tokens` tokens and `max_seqs` sequences of up to `max_context` tokens."""
+    def allocate_activations(self, max_tokens: int, max_seqs: int, max_context: int, max_rows: int) -> Activations:
+        """Memory for steps of up to `max_tokens` tokens and `max_seqs` sequences of up to `max_context` tokens, and for
+        the logits of up to `max_rows` rows at a time."""
         config, heads, device = self.config, self.heads, self.device
         dtype = device.activation_dtype(self.dtype)
 
@@ -180,29 +181,38 @@ class Decoder:
             attended=matrix(max_tokens, q_width),
             gate_up=matrix(max_tokens, 2 * config.intermediate_size),
             activated=matrix(max_tokens, config.intermediate_size),
-            kept_attended=matrix(max_seqs, q_width),
-            kept_residual=matrix(max_seqs, config.hidden_size),
+            kept_attended=matrix(max_rows, q_width),
+            kept_residual=matrix(max_rows, config.hidden_size),
             workspace=view(device.empty((prod(workspace_shape(max_seqs, heads, max_context)),), "float32")),
         )
 
     # The forward pass
 
-    def forward(self, logits: TensorView, step: StepInputs, cache: KVCache, memory: Activations) -> None:
-        """Launch the kernels of one step, which write the cache and `logits`, [R, vocabulary] float32."""
+    def attend(self, step: StepInputs, cache: KVCache, memory: Activations) -> None:
+        """Launch the kernels of one step up to the last layer's attention. They write the cache, and leave what
+        `project` goes on from in `memory`."""
         memory = memory.rows(step.num_tokens)
-        following_norms = [layer.attention_norm for layer in self.layers[1:]] + [self.final_norm]
         embedding(memory.residual, step.ids, self.embedding)
         rms_norm(memory.hidden, memory.residual, self.layers[0].attention_norm, self.config.rms_norm_eps)
-        for index, (layer, following_norm) in enumerate(zip(self.layers, following_norms, strict=True)):
+        for index, layer in enumerate(self.layers):
             self._attend(layer, step, cache.keys[index], cache.values[index], memory)
-            if layer is self.layers[-1]:
-                if step.num_logits == 0:  # all chunks end in mid-prompt: keys and values are all that was wanted
-                    return
-                memory = self._keep_logits_rows(step, memory)
-            linear(memory.delta, memory.attended, layer.attention_output)
-            self._add_and_norm(memory, layer.mlp_norm)
-            self._feed_forward(layer, memory)
-            self._add_and_norm(memory, following_norm)
+            if layer is not self.layers[-1]:
+                self._finish_layer(layer, self.layers[index + 1].attention_norm, memory)
+
+    def project(self, logits: TensorView, rows: TensorView | None, memory: Activations) -> None:
+        """Launch the kernels from the last layer's attention to `logits`, [R, vocabulary] float32.
+
+        rows: [R] int32, ascending, whose logits these are; None for the step's first R tokens, all there are. With
+            None it can be called but once, as it works on the rows where they lie.
+        """
+        count = logits.shape[0]
+        attended, residual = memory.attended.rows(count), memory.residual.rows(count)
+        if rows is not None:
+            attended, residual = memory.kept_attended.rows(count), memory.kept_residual.rows(count)
+            gather_rows(attended, memory.attended, rows)
+            gather_rows(residual, memory.residual, rows)
+        memory = replace(memory.rows(count), attended=attended, residual=residual)
+        self._finish_layer(self.layers[-1], self.final_norm, memory)
         linear(logits, memory.hidden, self.lm_head)
 
     def _attend(
@@ -215,6 +225,13 @@ class Decoder:
             memory.attended, memory.qkv, keys, values, step.attention, self.heads, self.scale, memory.workspace
         )
 
+    def _finish_layer(self, layer: Layer, following_norm: TensorView, memory: Activations) -> None:
+        """What follows a layer's attention: attended -> residual, and hidden for the next layer."""
+        linear(memory.delta, memory.attended, layer.attention_output)
+        self._add_and_norm(memory, layer.mlp_norm)
+        self._feed_forward(layer, memory)
+        self._add_and_norm(memory, following_norm)
+
     def _feed_forward(self, layer: Layer, memory: Activations) -> None:
         """hidden -> delta."""
         linear(memory.gate_up, memory.hidden, layer.gate_up)
@@ -224,13 +241,3 @@ class Decoder:
     def _add_and_norm(self, memory: Activations, weight: TensorView) -> None:
         """residual += delta; residual -> hidden."""
         add_rms_norm(memory.hidden, memory.residual, memory.delta, weight, self.config.rms_norm_eps)
-
-    def _keep_logits_rows(self, step: StepInputs, memory: Activations) -> Activations:
-        """What is left to compute once the last layer's keys and values are in the cache: the rows that need logits."""
-        if step.logits_rows is None:
-            return memory
-        count = step.num_logits
-        attended, residual = memory.kept_attended.rows(count), memory.kept_residual.rows(count)
-        gather_rows(attended, memory.attended, step.logits_rows)
-        gather_rows(residual, memory.residual, step.logits_rows)
-        return replace(memory.rows(count), attended=attended, residual=residual)

@@ -1,4 +1,4 @@
-"""The loop with a fake model: finish reasons, text, metrics, and what is left after an exception."""
+"""The loop with a fake model: finish reasons, metrics, threads, and what is left after an exception."""
 
 import random
 import sys
@@ -9,17 +9,22 @@ from types import FrameType
 
 import pytest
 
-from fastdeploy.engine.engine import Engine, Transcript
-from fastdeploy.engine.request import Request
-from fastdeploy.engine.scheduler import ScheduledBatch, Scheduler
-from fastdeploy.sampling_params import SamplingParams
+from fastdeploy.engine.engine import Engine
+from fastdeploy.engine.request import Request, RequestOutput
+from fastdeploy.engine.scheduler import ScheduledBatch, Scheduler, StepOutput
+from fastdeploy.engine.transcript import Transcript
+from fastdeploy.sampling_params import SamplingParams, sampling_defaults
 
 EOS = 99
+DEFAULTS = sampling_defaults({})
 
 
 def make_request(name: str, num_prompt: int = 3, max_tokens: int = 4, **params: object) -> Request:
     prompt = list(range(num_prompt))
-    return Request(name, prompt, prompt, SamplingParams(0.0, 1.0, max_tokens, 0, **params), frozenset([EOS]))
+    resolved = SamplingParams(temperature=0.0, max_tokens=max_tokens, **params).resolved(DEFAULTS, room=1000, seed=0)
+    request = Request(name, prompt, prompt, resolved, frozenset([EOS]))
+    Transcript(request, SpellingDetokenizer(), str)
+    return request
 
 
 class FakeRunner:
@@ -30,41 +35,44 @@ class FakeRunner:
         self.raise_in: dict[int, BaseException] = {}
         self.num_steps = 0
 
-    def run(self, batch: ScheduledBatch) -> list[int | None]:
+    def run(self, batch: ScheduledBatch) -> StepOutput:
         self.num_steps += 1
         if self.num_steps in self.raise_in:
             raise self.raise_in[self.num_steps]
-        return [self.speak(item.request) if item.samples else None for item in batch.items]
+        return StepOutput([self.speak(item.request) if item.samples else None for item in batch.items])
 
     def speak(self, request: Request) -> int:
         return self.say(request, request.num_output_tokens)
 
 
 class SpellingDetokenizer:
-    """Token 7 is the first half of a character: it is held back."""
-
-    def __init__(self) -> None:
-        self.held = ""
+    """Spells token 10 as <10>."""
 
     def add(self, token_id: int) -> str:
-        if token_id == 7:
-            self.held = "?"
-            return ""
-        text, self.held = f"<{token_id}>", ""
-        return text
+        return f"<{token_id}>"
 
     def finish(self) -> str:
-        return self.held
+        return ""
+
+    def fresh(self) -> "SpellingDetokenizer":
+        return SpellingDetokenizer()
 
 
 def make_engine(runner: FakeRunner, num_blocks: int = 20, max_num_seqs: int = 4, budget: int = 16) -> Engine:
     return Engine(Scheduler(num_blocks, 2, max_num_seqs, budget), runner)
 
 
-def run(engine: Engine, requests: list[Request]) -> None:
-    for _ in engine.run(requests):
+def run(engine: Engine, requests: list[Request]) -> list[list[RequestOutput]]:
+    steps = []
+    for outputs in engine.run(requests):
         engine.scheduler.check_integrity()
+        steps.append(outputs)
     assert_empty(engine)
+    return steps
+
+
+def finished(steps: list[list[RequestOutput]]) -> list[RequestOutput]:
+    return [output for outputs in steps for output in outputs if output.finished]
 
 
 def assert_empty(engine: Engine) -> None:
@@ -81,38 +89,33 @@ def assert_empty(engine: Engine) -> None:
         ({"max_tokens": 3}, "stop", None, 3, "<10><11>"),
         ({"stop_token_ids": [5, 11]}, "stop", 11, 2, "<10>"),
         ({"stop_token_ids": [EOS], "ignore_eos": True}, "stop", EOS, 3, "<10><11>"),
+        ({"stop": ["0><11"]}, "stop", "0><11", 2, "<1"),
+        ({"stop": "1>", "include_stop_str_in_output": True}, "stop", "1>", 2, "<10><11>"),
     ],
 )
-def test_finish_reasons(params: dict, reason: str, stop_reason: int | None, num_tokens: int, text: str) -> None:
+def test_finish_reasons(params: dict, reason: str, stop_reason: int | str | None, num_tokens: int, text: str) -> None:
     engine = make_engine(FakeRunner(lambda request, count: EOS if count == 2 else 10 + count))
-    request = make_request("a", **{"max_tokens": 5, **params})
-    run(engine, [request])
-    output = Transcript(request, SpellingDetokenizer()).output()
+    (output,) = finished(run(engine, [make_request("a", **{"max_tokens": 5, **params})]))
     assert (output.outputs.finish_reason, output.outputs.stop_reason) == (reason, stop_reason)
     assert len(output.outputs.token_ids) == num_tokens
-    assert output.outputs.text == output.outputs.delta == text
-    assert output.finished and output.error_code == 200 and output.error_msg is None
+    assert output.outputs.text == text
+    assert output.error_code == 200 and output.error_msg is None
 
 
-def test_a_growing_transcript_holds_back_incomplete_text() -> None:
-    said = [1, 7, 2, 3, 7]
-    engine = make_engine(FakeRunner(lambda request, count: said[count]))
-    request = make_request("a", max_tokens=5)
-    transcript = Transcript(request, SpellingDetokenizer())
-    outputs = [transcript.output() for _ in engine.run([request])]
-    assert [output.outputs.delta for output in outputs] == ["<1>", "", "<2>", "<3>", "?"]
-    assert [output.outputs.token_ids for output in outputs] == [said[:count] for count in range(1, 6)]
-    assert [output.outputs.send_idx for output in outputs] == [0, 1, 2, 3, 4]
-    assert [output.finished for output in outputs] == [False] * 4 + [True]
-    assert outputs[1].outputs.text == "<1>" and outputs[4].outputs.text == "<1><2><3>?"
-    assert outputs[0].metrics.model_execute_time < outputs[4].metrics.model_execute_time
-
-
-def test_requests_are_yielded_when_and_only_when_they_change() -> None:
+def test_requests_are_shown_when_and_only_when_they_change() -> None:
     engine = make_engine(FakeRunner(), budget=8)
-    requests = [make_request("short", 2, 3), make_request("long", 20, 2)]
-    changes = [[request.request_id for request in changed] for changed in engine.run(requests)]
-    assert changes == [["short"], ["short"], ["short", "long"], ["long"]]  # long's prompt: 6 + 7 + 7 tokens
+    steps = run(engine, [make_request("short", 2, 3), make_request("long", 20, 2)])
+    names = [[output.request_id for output in outputs] for outputs in steps]
+    assert names == [["short"], ["short"], ["short", "long"], ["long"]]  # long's prompt: 6 + 7 + 7 tokens
+    assert [outputs[0].outputs.token_ids for outputs in steps] == [[10], [10, 11], [10, 11, 12], [10, 11]]
+    assert [len(finished([outputs])) for outputs in steps] == [0, 0, 1, 1]
+
+
+def test_a_call_that_wants_no_partial_outputs_gets_one_of_each_request() -> None:
+    engine = make_engine(FakeRunner(), budget=8)
+    steps = list(engine.run([make_request("short", 2, 3), make_request("long", 20, 2)], partial=False))
+    assert [[output.request_id for output in outputs] for outputs in steps] == [[], [], ["short"], ["long"]]
+    assert steps[2][0].outputs.send_idx == 0 and steps[2][0].outputs.delta == "<10><11><12>"
 
 
 def test_invalid_logits_fail_one_request_and_spare_the_others() -> None:
@@ -127,16 +130,15 @@ def test_invalid_logits_fail_one_request_and_spare_the_others() -> None:
 def test_a_request_that_outgrows_the_blocks_fails_alone_and_keeps_its_tokens() -> None:
     engine = make_engine(FakeRunner(), num_blocks=4)
     endless, good, too_long = make_request("endless", 2, 50), make_request("good"), make_request("too long", 9, 1)
-    run(engine, [endless, good, too_long])
+    outputs = {output.request_id: output for output in finished(run(engine, [endless, good, too_long]))}
     assert (endless.finish_reason, endless.error_code, len(endless.token_ids)) == ("error", 400, 9)
     assert (too_long.finish_reason, too_long.num_output_tokens) == ("error", 0)
     assert good.finish_reason == "length"
-    output = Transcript(endless, SpellingDetokenizer()).output()
-    assert output.finished and output.error_msg and len(output.outputs.token_ids) == 7
+    assert outputs["endless"].error_msg and len(outputs["endless"].outputs.token_ids) == 7
 
 
 def test_metrics_add_up() -> None:
-    engine = make_engine(FakeRunner(), num_blocks=5, max_num_seqs=2)
+    engine = make_engine(FakeRunner(), num_blocks=4, max_num_seqs=2)
     first, second, third = make_request("first", 3, 6), make_request("second", 3, 5), make_request("third", 2, 1)
     run(engine, [first, second, third])
     for request in (first, second, third):
@@ -162,6 +164,45 @@ def test_an_exception_frees_what_the_call_queued_and_the_engine_goes_on(exceptio
     assert after.finish_reason == "length"
 
 
+def test_a_closed_engine_says_so_to_calls_under_way_and_to_later_ones() -> None:
+    engine = make_engine(FakeRunner())
+    steps = engine.run([make_request("under way", max_tokens=50)])
+    next(steps)
+    engine.close()
+    engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        next(steps)
+    with pytest.raises(RuntimeError, match="closed"):
+        next(engine.run([make_request("later")]))
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.check_open()
+    assert engine.runner is None
+    assert_empty(engine)
+
+
+def test_a_call_from_within_a_step_is_refused_and_the_step_goes_on() -> None:
+    """As a logits processor might."""
+    engine = make_engine(runner := FakeRunner())
+    stream = engine.run([make_request("stream", max_tokens=3)])
+    next(stream)
+
+    errors = []
+
+    def say(request: Request, count: int) -> int:
+        for inner in (engine.run([make_request("inner")]), stream):
+            try:
+                next(inner, None)
+            except RuntimeError as error:
+                errors.append(str(error))
+        return 10 + count
+
+    runner.say = say
+    request = make_request("a", max_tokens=1)
+    run(engine, [request])
+    assert request.token_ids[3:] == [10]
+    assert len(errors) >= 2 and all("within its own step" in error for error in errors)
+
+
 def test_leaving_the_iterator_early_frees_its_requests() -> None:
     engine = make_engine(FakeRunner())
     steps = engine.run([make_request(str(index), max_tokens=50) for index in range(10)])
@@ -181,9 +222,10 @@ def test_a_call_within_an_unfinished_call_disturbs_neither() -> None:
     outer, inner = make_request("outer", max_tokens=9), make_request("inner", max_tokens=5)
     steps = engine.run([outer])
     next(steps)
-    run_inner = [[request.request_id for request in changed] for changed in engine.run([inner])]
+    run_inner = [[output.request_id for output in outputs] for outputs in engine.run([inner])]
     assert run_inner == [["inner"]] * 5
-    assert next(steps) == [outer] and outer.num_output_tokens == 6, "its tokens of the meantime come at once"
+    (output,) = next(steps)
+    assert output.outputs.delta == "<11><12><13><14><15>", "its tokens of the meantime come at once"
     assert len(list(steps)) == 3 and outer.num_output_tokens == 9
     assert_empty(engine)
 
@@ -203,18 +245,28 @@ def test_an_exception_in_one_call_leaves_the_requests_of_another_whole() -> None
     assert_empty(engine)
 
 
-def interrupt_at_line(number: int) -> Callable:
-    """A trace function: Ctrl-C before the number-th line that is run in `Engine._step` and what it calls."""
+STEPPING = ("engine.py", "scheduler.py", "request.py", "transcript.py")
+
+
+def interrupt_at_line(number: int, within: tuple[str, ...] = (), but_not_within: tuple[str, ...] = ()) -> Callable:
+    """A trace function: Ctrl-C before the number-th line of the engine's modules that is run.
+
+    Counted are lines in functions of these names and what they call; `but_not_within`: not in these nor below them.
+    """
     countdown = iter(range(number, -1, -1))
 
     def trace(frame: FrameType, event: str, argument: object) -> Callable | None:
-        if frame.f_code.co_name in ("_recover", "restart", "run", "abort"):
+        name = frame.f_code.co_name
+        if name in but_not_within or not frame.f_code.co_filename.endswith(STEPPING):
             return None
         if event == "line" and next(countdown) == 0:
             raise KeyboardInterrupt
-        return trace if frame.f_code.co_filename.endswith(("engine.py", "scheduler.py", "request.py")) else None
+        return trace
 
-    return trace
+    def wait(frame: FrameType, event: str, argument: object) -> Callable | None:
+        return trace(frame, event, argument) if frame.f_code.co_name in within else None
+
+    return wait if within else trace
 
 
 def test_an_interrupt_between_any_two_lines_of_a_step_loses_nothing_of_another_call() -> None:
@@ -222,11 +274,11 @@ def test_an_interrupt_between_any_two_lines_of_a_step_loses_nothing_of_another_c
     interrupted = True
     while interrupted:
         engine = make_engine(FakeRunner(), num_blocks=6)
-        outer = [make_request("a", 2, 5), make_request("b", 2, 3), make_request("c", 9, 20)]
+        outer = [make_request("a", 2, 5), make_request("b", 2, 8, stop="2><13"), make_request("c", 9, 20)]
         steps = engine.run(outer)
-        next(steps)
+        text = {output.request_id: output.outputs.delta for output in next(steps)}
         tracer = sys.gettrace()
-        sys.settrace(interrupt_at_line(number))
+        sys.settrace(interrupt_at_line(number, but_not_within=("_recover", "restart", "run", "abort")))
         try:
             list(engine.run([make_request("inner", 2, 2), make_request("too long", 13, 1)]))
             interrupted = False
@@ -235,12 +287,42 @@ def test_an_interrupt_between_any_two_lines_of_a_step_loses_nothing_of_another_c
         finally:
             sys.settrace(tracer)
         engine.scheduler.check_integrity()
-        list(steps)
-        assert [request.finish_reason for request in outer] == ["length", "length", "error"]
-        assert outer[0].token_ids[2:] == [10, 11, 12, 13, 14] and outer[1].token_ids[2:] == [10, 11, 12]
+        for outputs in steps:
+            for output in outputs:
+                text[output.request_id] = text.get(output.request_id, "") + output.outputs.delta
+        assert [request.finish_reason for request in outer] == ["length", "stop", "error"]
+        assert outer[0].token_ids[2:] == [10, 11, 12, 13, 14] and outer[1].token_ids[2:] == [10, 11, 12, 13]
+        assert text["a"] == "<10><11><12><13><14>" and text["b"] == "<10><11><1"
         assert_empty(engine)
         number += 1
     assert number > 300, "the interrupts came where they should"
+
+
+def test_a_second_interrupt_between_any_two_lines_of_the_recovery_loses_nothing_either() -> None:
+    number = 0
+    interrupted = True
+    while interrupted:
+        engine = make_engine(runner := FakeRunner(), num_blocks=6)
+        outer = [make_request("a", 2, 5), make_request("b", 2, 8, stop="2><13")]
+        steps = engine.run(outer)
+        next(steps)
+        runner.raise_in = {3: ZeroDivisionError()}
+        tracer = sys.gettrace()
+        sys.settrace(interrupt_at_line(number, within=("_recover", "restart", "rewind")))
+        try:
+            list(engine.run([make_request("inner", 2, 9)]))
+        except KeyboardInterrupt:
+            pass
+        except ZeroDivisionError:
+            interrupted = False
+        finally:
+            sys.settrace(tracer)
+        engine.scheduler.check_integrity()
+        list(steps)
+        assert outer[0].token_ids[2:] == [10, 11, 12, 13, 14] and outer[1].token_ids[2:] == [10, 11, 12, 13]
+        assert_empty(engine)
+        number += 1
+    assert number > 10, "the interrupts came where they should"
 
 
 def test_calls_of_several_threads_get_their_own_tokens() -> None:
@@ -249,11 +331,17 @@ def test_calls_of_several_threads_get_their_own_tokens() -> None:
         return 1000 * int(request.request_id) + count
 
     engine = make_engine(FakeRunner(say))
-    calls = [[make_request(str(10 * call + index), max_tokens=9) for index in range(3)] for call in range(4)]
+    calls = [
+        [make_request(str(10 * call + index), max_tokens=9, stop="8><never") for index in range(3)] for call in range(4)
+    ]
     with ThreadPoolExecutor(len(calls)) as threads:
-        list(threads.map(lambda requests: list(engine.run(requests)), calls))
-    for request in [request for requests in calls for request in requests]:
-        assert request.token_ids[3:] == [1000 * int(request.request_id) + count for count in range(9)]
+        shown = list(threads.map(lambda requests: list(engine.run(requests)), calls))
+    for requests, steps in zip(calls, shown):
+        for request in requests:
+            ids = [1000 * int(request.request_id) + count for count in range(9)]
+            mine = [output.outputs for step in steps for output in step if output.request_id == request.request_id]
+            assert mine[-1].token_ids == ids
+            assert "".join(output.delta for output in mine) == "".join(f"<{token_id}>" for token_id in ids)
     assert_empty(engine)
 
 

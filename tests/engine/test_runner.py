@@ -12,7 +12,7 @@ from fastdeploy.engine.scheduler import Scheduler
 from fastdeploy.engine_config import EngineConfig
 from fastdeploy.models import load_model
 from fastdeploy.models.decoder import Decoder
-from fastdeploy.sampling_params import SamplingParams
+from fastdeploy.sampling_params import SamplingParams, sampling_defaults
 from tests.models import reference
 from tests.models.tiny import BIASED, TIED, UNTIED, checkpoint, random_tensors
 
@@ -28,10 +28,10 @@ def new_runner(model: Decoder, **keywords) -> Runner:
     return Runner(model, EngineConfig(model="tiny", **keywords).resolved(TIED.max_position_embeddings))
 
 
-def new_request(length: int, seed: int = 0, max_tokens: int = 8, temperature: float = 0.0) -> Request:
+def new_request(length: int, seed: int = 0, max_tokens: int = 8, temperature: float = 0.0, **params) -> Request:
     prompt = np.random.default_rng(seed).integers(0, TIED.vocab_size, length).tolist()
-    parameters = SamplingParams(temperature, top_p=0.9, max_tokens=max_tokens, seed=seed, stop_token_ids=[])
-    return Request(f"request {seed}", prompt, prompt, parameters)
+    given = SamplingParams(temperature=temperature, top_p=0.9, max_tokens=max_tokens, seed=seed, **params)
+    return Request(f"request {seed}", prompt, prompt, given.resolved(sampling_defaults({}), max_tokens, seed))
 
 
 def serve(runner: Runner, requests: list[Request], max_num_batched_tokens: int = 2048) -> list[np.ndarray]:
@@ -44,13 +44,13 @@ def serve(runner: Runner, requests: list[Request], max_num_batched_tokens: int =
         batch = scheduler.schedule()
         if not batch.items:
             continue
-        sampled = runner.run(batch)
+        output = runner.run(batch)
         rows = iter(runner.last_logits())
-        for item, token in zip(batch.items, sampled, strict=True):
+        for item, token in zip(batch.items, output.tokens, strict=True):
             assert (token is not None) == item.samples
             if token is not None:
                 logits[item.request].append(next(rows))
-        scheduler.update(batch, sampled)
+        scheduler.update(batch, output)
     assert all(request.error_code == 200 for request in requests), [request.error_msg for request in requests]
     return [np.array(rows) for rows in logits.values()]
 
@@ -115,7 +115,7 @@ class Unrecorded(Runner):
     """Launches decode steps one kernel at a time."""
 
     def _replay_decode(self, num_seqs: int, num_splits: int) -> None:
-        self._launch(num_seqs, num_seqs, num_seqs, longest=1, num_splits=num_splits)
+        self._decode(num_seqs, num_splits)
 
 
 def test_recorded_steps_have_the_bits_of_direct_launches():
@@ -152,10 +152,69 @@ def test_a_row_without_numbers_fails_alone():
     runner = new_runner(model)
     scheduler = Scheduler(runner.num_blocks, runner.block_size, runner.max_seqs, 2048)
     for prompt in ([1, 2, 3], [4, 7, 5], [6]):
-        scheduler.add(Request("", prompt, prompt, SamplingParams(0.0, 1.0, 4, seed=0)))
+        params = SamplingParams(temperature=0.0, max_tokens=4, seed=0).resolved(sampling_defaults({}), 4, seed=0)
+        scheduler.add(Request("", prompt, prompt, params))
     batch = scheduler.schedule()
-    failed = [token == -1 for token in runner.run(batch)]
+    failed = [token == -1 for token in runner.run(batch).tokens]
     assert failed == [7 in item.request.token_ids for item in batch.items]
+
+
+# Logprobs
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+@pytest.mark.parametrize("number", [0, 3, 130, -1])
+def test_logprobs_are_those_of_the_logits_that_the_token_came_from(biased_runner, number):
+    """Of the model's own logits, whatever bias and penalties made of them: -1 is the whole vocabulary of 131."""
+    requests = several(temperature=1.0, logprobs=number, logit_bias={5: 3.0}, frequency_penalty=1.0)
+    for request, logits in zip(requests, serve(biased_runner, requests), strict=True):
+        output = request.token_ids[len(request.prompt_token_ids) :]
+        assert [each.token_id for each in request.logprobs] == output
+        for each, expected, row in zip(request.logprobs, log_softmax(logits), logits, strict=True):
+            order = np.argsort(-row, kind="stable")
+            assert each.rank == list(order).index(each.token_id) + 1
+            assert list(each.top_ids) == order[: number if number >= 0 else None].tolist()
+            np.testing.assert_allclose(each.logprob, expected[each.token_id], atol=1e-5)
+            np.testing.assert_allclose(each.top_logprobs, expected[each.top_ids], atol=1e-5)
+
+
+def test_requests_without_logprobs_get_none_beside_one_that_wants_them(biased_runner):
+    requests = [*several(), new_request(9, 9, logprobs=2)]
+    serve(biased_runner, requests)
+    assert [len(request.logprobs) for request in requests] == [0] * 8 + [8]
+
+
+def test_prompt_logprobs_are_those_of_the_reference_decoder():
+    """150 tokens: more than two slabs."""
+    request = new_request(150, prompt_logprobs=2)
+    serve(new_runner(load(UNTIED)), [request])
+    expected = log_softmax(reference.logits(UNTIED, random_tensors(UNTIED), "float32", request.prompt_token_ids))
+    assert [each.token_id for each in request.prompt_logprobs] == request.prompt_token_ids[1:]
+    for each, row in zip(request.prompt_logprobs, expected[:-1], strict=True):
+        np.testing.assert_allclose(each.logprob, row[each.token_id], atol=1e-3)
+        np.testing.assert_allclose(each.top_logprobs, np.sort(row)[::-1][:2], atol=1e-3)
+
+
+@pytest.mark.parametrize(("budget", "blocks"), [(8, 200), (50, 200), (77, 12), (2048, 12)])
+def test_prompt_logprobs_have_the_same_bits_whole_in_chunks_and_after_preemptions(biased_runner, budget, blocks):
+    def some():
+        return [new_request(length, seed, 40, prompt_logprobs=seed) for seed, length in enumerate((70, 1, 2, 66))]
+
+    whole, requests = some(), some()
+    serve(biased_runner, whole)
+    serve(new_runner(biased_runner.model, num_gpu_blocks_override=blocks), requests, budget)
+    assert blocks == 200 or sum(request.metrics.preempted_count for request in requests) > 0
+    for request, expected in zip(requests, whole, strict=True):
+        assert len(request.prompt_logprobs) == len(request.prompt_token_ids) - 1
+        for found, wanted in zip(request.prompt_logprobs, expected.prompt_logprobs, strict=True):
+            assert found[:3] == wanted[:3]
+            np.testing.assert_array_equal(found.top_ids, wanted.top_ids)
+            np.testing.assert_array_equal(found.top_logprobs, wanted.top_logprobs)
 
 
 # The size of the KV cache

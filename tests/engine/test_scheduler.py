@@ -1,82 +1,12 @@
-"""The scheduler without a model: thousands of steps, blocks checked by a memory that knows who wrote them."""
+"""The scheduler without a model: thousands of steps, blocks checked by a memory that knows what was written there."""
 
 import random
-from collections.abc import Iterator
 
 import pytest
 
-from fastdeploy.engine.request import INTERNAL_ERROR, UNSERVABLE, Request
-from fastdeploy.engine.scheduler import BlockManager, ScheduledBatch, Scheduler
-from fastdeploy.sampling_params import SamplingParams
-
-
-def make_request(name: str, num_prompt: int, max_tokens: int) -> Request:
-    rng = random.Random(name)
-    prompt = [rng.randrange(1000) for _ in range(num_prompt)]
-    return Request(name, prompt, prompt, SamplingParams(0.0, 1.0, max_tokens, seed=0))
-
-
-def next_token(token_ids: list[int]) -> int:
-    """What the fake model says after these tokens: it depends on all of them."""
-    return hash(tuple(token_ids)) % 1000
-
-
-def expected_tokens(request: Request) -> list[int]:
-    tokens = list(request.prompt_token_ids)
-    for _ in range(request.sampling_params.max_tokens or 0):
-        tokens.append(next_token(tokens))
-    return tokens
-
-
-class FakeRunner:
-    """Writes the tokens it computes to its blocks and reads all the tokens of the sequence back from there."""
-
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
-        self.memory: dict[int, tuple[str, int, int]] = {}  # slot -> request, position, token
-        self.num_computed = 0
-
-    def run(self, batch: ScheduledBatch) -> list[int | None]:
-        return [self.compute(item.request, item.start, item.num_tokens) for item in batch.items]
-
-    def compute(self, request: Request, start: int, num_tokens: int) -> int | None:
-        end = start + num_tokens
-        for position in range(start, end):
-            self.memory[self.slot(request, position)] = (request.request_id, position, request.token_ids[position])
-        read = [self.memory.get(self.slot(request, position)) for position in range(end)]
-        assert read == [(request.request_id, position, request.token_ids[position]) for position in range(end)]
-        self.num_computed += num_tokens
-        return next_token(request.token_ids) if end == len(request.token_ids) else None
-
-    def slot(self, request: Request, position: int) -> int:
-        return request.block_table[position // self.block_size] * self.block_size + position % self.block_size
-
-
-def check_batch(scheduler: Scheduler, batch: ScheduledBatch) -> None:
-    lengths = [item.num_tokens for item in batch.items]
-    assert sum(lengths) <= scheduler.max_num_batched_tokens
-    assert len({id(item.request) for item in batch.items}) == len(lengths) <= scheduler.max_num_seqs
-    assert all(length == 1 for length in lengths[: batch.num_decodes])
-    assert all(length > 1 for length in lengths[batch.num_decodes :][:1])
-    for item in batch.items:
-        assert item.start == item.request.num_computed
-        assert item.samples == (item.start + item.num_tokens == len(item.request.token_ids))
-
-
-def step(scheduler: Scheduler, runner: FakeRunner) -> ScheduledBatch:
-    batch = scheduler.schedule()
-    check_batch(scheduler, batch)
-    scheduler.update(batch, runner.run(batch))
-    scheduler.check_integrity()
-    return batch
-
-
-def run_all(scheduler: Scheduler, runner: FakeRunner, max_steps: int = 100_000) -> Iterator[ScheduledBatch]:
-    for _ in range(max_steps):
-        if not scheduler.has_requests:
-            return
-        yield step(scheduler, runner)
-    raise AssertionError("the scheduler does not come to an end")
+from fastdeploy.engine.request import INTERNAL_ERROR, UNSERVABLE, Request, TokenLogprobs
+from fastdeploy.engine.scheduler import BlockManager, Scheduler, StepOutput
+from tests.engine.fake_model import FakeRunner, expected_tokens, make_request, run_all, step
 
 
 @pytest.mark.parametrize("seed", range(150))
@@ -193,10 +123,30 @@ def test_a_failed_row_fails_its_request_alone() -> None:
     bad, good = make_request("bad", 3, 5), make_request("good", 3, 1)
     scheduler.add(bad)
     scheduler.add(good)
-    scheduler.update(scheduler.schedule(), [-1, 7])
+    scheduler.update(scheduler.schedule(), StepOutput([-1, 7]))
     assert (bad.finish_reason, bad.error_code, bad.token_ids) == ("error", INTERNAL_ERROR, bad.prompt_token_ids)
     assert (good.finish_reason, good.token_ids) == ("length", [*good.prompt_token_ids, 7])
     assert not scheduler.has_requests and scheduler.blocks.num_free == 10
+
+
+def test_a_request_whose_every_token_is_banned_is_told_so() -> None:
+    scheduler = Scheduler(10, 4, max_num_seqs=4, max_num_batched_tokens=100)
+    request = make_request("a", 3, 5)
+    scheduler.add(request)
+    scheduler.update(scheduler.schedule(), StepOutput([-2]))
+    assert (request.finish_reason, request.error_code) == ("error", UNSERVABLE)
+    assert "every token is banned" in str(request.error_msg) and "logit_bias" in str(request.error_msg)
+
+
+def test_logprobs_go_to_the_requests_they_belong_to() -> None:
+    scheduler = Scheduler(10, 4, max_num_seqs=4, max_num_batched_tokens=100)
+    plain, asking = make_request("plain", 3, 5), make_request("asking", 3, 5, logprobs=1, prompt_logprobs=1)
+    scheduler.add(plain)
+    scheduler.add(asking)
+    of_token, of_prompt = (TokenLogprobs(token, -1.0, 1, [token], [-1.0]) for token in (7, 8))
+    scheduler.update(scheduler.schedule(), StepOutput([5, 7], {1: of_token}, {1: [of_prompt, of_prompt]}))
+    assert (plain.logprobs, plain.prompt_logprobs) == ([], [])
+    assert (asking.logprobs, asking.prompt_logprobs) == ([of_token], [of_prompt, of_prompt])
 
 
 def test_abort_frees_running_and_waiting_requests_and_ignores_strangers() -> None:
@@ -237,10 +187,10 @@ def test_restart_loses_no_token_whatever_state_it_finds() -> None:
 def test_check_integrity_finds_shared_lost_and_freed_blocks(corrupt) -> None:
     blocks, table = BlockManager(4, 2), []
     assert blocks.grow(table, 4)
-    blocks.check_integrity([table])
+    blocks.check_integrity([(table, [1, 2, 3, 4], 4)])
     corrupt(blocks, table)
     with pytest.raises(RuntimeError, match="KV blocks"):
-        blocks.check_integrity([table])
+        blocks.check_integrity([(table, [1, 2, 3, 4], 4)])
 
 
 def test_grow_takes_all_blocks_or_none() -> None:

@@ -15,14 +15,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from fastdeploy.kernels import logprobs, sampling
 from fastdeploy.kernels.activation import silu_mul
 from fastdeploy.kernels.attention import AttentionBatch, paged_attention
 from fastdeploy.kernels.embedding import embedding, gather_rows
 from fastdeploy.kernels.launch import TensorView, target
 from fastdeploy.kernels.linear import LinearWeight, default_panel, linear, pack, packed_shape
+from fastdeploy.kernels.logprobs import LogprobOutputs, LogprobWorkspace, token_logprobs
 from fastdeploy.kernels.norm import add_rms_norm, rms_norm
 from fastdeploy.kernels.rope import HeadLayout, rope_and_cache
-from fastdeploy.kernels.sampling import sample
+from fastdeploy.kernels.sampling import SamplingState, SamplingWorkspace, sample
 
 # target, bytes of shared memory that one program may use
 TARGETS = {
@@ -127,8 +129,33 @@ def run_attention(heads, block_size, num_splits):
 
 
 def run_sample(vocabulary):
-    numbers = [tensor(8, dtype=dtype) for dtype in ("float32", "float32", "int64", "int32")]
-    sample(tensor(8, dtype="int32"), tensor(8, vocabulary, dtype="float32"), *numbers)
+    rows, edits = 8, 300
+    floats = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    state = SamplingState(
+        **{name: tensor(rows, dtype="float32") for name in floats},
+        **{name: tensor(rows, dtype="int32") for name in ("top_k", "hold_until", "num_edits")},
+        seed=tensor(rows, dtype="int64"),
+        edit_ids=tensor(rows, edits, dtype="int32"),
+        edit_bias=tensor(rows, edits, dtype="float32"),
+        edit_seen=tensor(rows, edits, dtype="int32"),
+    )
+    workspace = SamplingWorkspace(**fields(sampling.workspace_fields(rows, vocabulary, edits)))
+    sample(*integers(1), tensor(rows, vocabulary, dtype="float32"), *integers(3), state, workspace)
+
+
+def run_logprobs(vocabulary):
+    rows, top = 8, 20
+    out = LogprobOutputs(**fields(logprobs.output_fields(rows, top)))
+    workspace = LogprobWorkspace(**fields(logprobs.workspace_fields(rows, vocabulary)))
+    token_logprobs(out, tensor(rows, vocabulary, dtype="float32"), *integers(1), top, workspace)
+
+
+def fields(shapes):
+    return {name: tensor(*shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def integers(count):
+    return [tensor(8, dtype="int32") for _ in range(count)]
 
 
 SMOLLM2 = HeadLayout(9, 3, 64)
@@ -151,6 +178,7 @@ LAUNCHES = {
     "silu_mul": lambda: silu_mul(tensor(TOKENS, 1536), tensor(TOKENS, 3072)),
     "sample": lambda: run_sample(49152),
     "sample, odd vocabulary": lambda: run_sample(128_003),
+    "logprobs": lambda: run_logprobs(128_003),
 }
 
 

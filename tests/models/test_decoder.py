@@ -28,7 +28,7 @@ class Steps:
     def __init__(self, model: Decoder) -> None:
         self.model = model
         self.cache = model.allocate_cache(4 * MAX_BLOCKS, BLOCK_SIZE)
-        self.memory = model.allocate_activations(MAX_TOKENS, MAX_TOKENS, MAX_TOKENS)
+        self.memory = model.allocate_activations(MAX_TOKENS, MAX_TOKENS, MAX_TOKENS, MAX_TOKENS)
 
     def run(self, *chunks: tuple[int, int, list[int]], rows: list[int] | None = None) -> np.ndarray:
         """Compute chunks (sequence, start, ids), those of one token first; the logits of all rows, or of `rows`."""
@@ -37,7 +37,6 @@ class Steps:
         tables = [[sequence + 4 * block for block in range(MAX_BLOCKS)] for sequence, _, _ in chunks]
         lengths = [len(ids) for _, _, ids in chunks]
         contexts = [start + len(ids) for _, start, ids in chunks]
-        num_logits = len(ids) if rows is None else len(rows)
         attention = AttentionBatch(
             num_decodes=lengths.count(1),
             num_seqs=len(chunks),
@@ -51,13 +50,17 @@ class Steps:
             ids=view(ids.astype(np.int32)),
             positions=view(positions.astype(np.int32)),
             slots=view((sequences + 4 * (positions // BLOCK_SIZE)) * BLOCK_SIZE + positions % BLOCK_SIZE),
-            logits_rows=None if rows is None else view(np.array(rows, np.int32)),
             attention=attention,
             num_tokens=len(ids),
-            num_logits=num_logits,
         )
-        logits = np.empty((num_logits, self.model.config.vocab_size), np.float32)
-        self.model.forward(view(logits), step, self.cache, self.memory)
+        self.model.attend(step, self.cache, self.memory)
+        return self.project(len(ids) if rows is None else len(rows), rows)
+
+    def project(self, count: int, rows: list[int] | None) -> np.ndarray:
+        """The logits of `count` rows of the latest step: of all, or of `rows`."""
+        logits = np.empty((count, self.model.config.vocab_size), np.float32)
+        if count:
+            self.model.project(view(logits), None if rows is None else view(np.array(rows, np.int32)), self.memory)
         return logits
 
 
@@ -120,6 +123,14 @@ def test_rows_asked_for_have_the_bits_they_have_among_all_rows():
     ids, rows = random_ids(30), [3, 17, 29]
     steps = load()
     np.testing.assert_array_equal(steps.run((0, 0, ids), rows=rows), steps.run((1, 0, ids))[rows])
+
+
+def test_rows_asked_for_slab_by_slab_have_the_bits_they_have_together():
+    ids, rows = random_ids(30), [3, 17, 18, 29]
+    steps = load()
+    together = steps.run((0, 0, ids), rows=rows)
+    slabs = [steps.project(len(slab), slab) for slab in (rows[2:], rows[:2], rows[:1])]
+    np.testing.assert_array_equal(np.concatenate(slabs), together[[2, 3, 0, 1, 0]])
 
 
 def test_a_step_without_logits_still_writes_the_cache():
