@@ -1,9 +1,10 @@
-"""Our own engine, for `bench/engine.py`. Runs in the environment of the driver itself."""
+"""Our own engine: all prompts in one `generate`, batched continuously. Runs in the environment of the driver itself.
+
+The KV cache holds `--sequences` sequences of `--length` tokens: enough for all that run at a time, no more than a peer
+sets aside.
+"""
 
 from bench.peers.worker import arguments, claim_stdout, serve
-
-MAX_MODEL_LEN = 1024  # the longest case has 513 tokens; a KV cache for 8192 would be memory that no peer sets aside
-MAX_NUM_SEQS = 8
 
 
 def main():
@@ -12,14 +13,15 @@ def main():
     import fastdeploy
     from fastdeploy import LLM, SamplingParams
 
-    llm = LLM(options.model, dtype=options.dtype, max_model_len=MAX_MODEL_LEN, max_num_seqs=MAX_NUM_SEQS)
+    llm = LLM(options.model, dtype=options.dtype, max_model_len=options.length, max_num_seqs=options.sequences)
 
-    def generate(prompts, new_tokens):
-        params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+    def generate(prompts, lengths):
+        params = [SamplingParams(temperature=0, max_tokens=length, ignore_eos=True) for length in lengths]
         outputs = llm.generate(prompts, params, use_tqdm=False)
-        lengths = [len(output.outputs.token_ids) for output in outputs]
-        if lengths != [new_tokens] * len(prompts):
-            raise RuntimeError(f"asked for {new_tokens} tokens of each prompt, got {lengths}: {outputs[0].error_msg}")
+        found = [len(output.outputs.token_ids) for output in outputs]
+        if found != lengths:
+            errors = [output.error_msg for output in outputs if output.error_msg]
+            raise RuntimeError(f"asked for {lengths} tokens after the prompts, got {found}: {errors}")
 
     serve(protocol, generate, {"engine": f"fastdeploy {fastdeploy.__version__}", **llm.facts})
 

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Make the environment that bench/engine.py measures transformers in, and that remakes tests/references/*.json.
+# Make the environment that bench/engine.py and bench/load.py measure transformers in, and that remakes
+# tests/references/*.json.
 #
 #     sh bench/peers/setup_transformers.sh [FOLDER]        default: .peers/transformers (about 1.4 GB)
 #

