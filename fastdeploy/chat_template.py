@@ -23,10 +23,13 @@ def render(template: str, messages: list[dict[str, Any]], variables: Mapping[str
 
     `template`: Jinja source, or the path of a file with it. `variables`: what else the template may use.
     Raises TypeError or ValueError for messages that aren't dicts with "role" and "content", FileNotFoundError for a
-    missing file, and ValueError with the template's own message if it is broken or refuses the conversation.
+    missing file, and ValueError with the template's own message if it is broken or refuses the conversation, or if it
+    knows of no tools and there are some.
     """
     check_messages(messages)
     jinja_template = compiled(template)
+    if variables.get("tools") and "tools" not in _source(template):
+        raise ValueError("the chat template has no place for tools: pass a chat_template that has, or no tools")
     try:
         return jinja_template.render({**variables, "messages": messages})
     except jinja2.TemplateError as error:

@@ -26,7 +26,8 @@ class EngineConfig:
     max_model_len: most tokens of a request, prompt and output together. None: the model's limit, at most 8192.
     max_num_seqs: most requests computed in one step; the others wait.
     max_num_batched_tokens: most tokens computed in one step; longer prompts are cut into chunks. None: 2048.
-    block_size: tokens in a KV block, a power of two from 16 to 256.
+    block_size: tokens in a KV block, a power of two from 16 to 256. Below 64 attention's tiles are smaller, too, and
+        last bits differ.
     num_gpu_blocks_override: number of KV blocks, on a CPU too. None: as many as are useful and fit.
     gpu_memory_utilization: share of a GPU's memory that may be used, weights included. Without effect on a CPU.
     dtype: what weights and KV cache are stored in; "auto" is the checkpoint's own. On a CPU all sums are float32.

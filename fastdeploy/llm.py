@@ -165,9 +165,10 @@ class LLM:
             whole so far and the delta in each; outputs.index, the place that it has in the list of a call that doesn't
             stream, tells whose it is. Leaving the iterator early frees the requests.
 
-        Returns the outputs in the order of the prompts. A request that fails alone has finish_reason "error" and says
-        why in error_code and error_msg. Raises TypeError or ValueError for bad arguments, before anything is queued,
-        and RuntimeError once the LLM is closed.
+        Returns the outputs in the order of the prompts; with n > 1 the n outputs of a prompt follow each other (and
+        share the prompt's full KV blocks, if prefix caching is on). A request that fails alone has finish_reason
+        "error" and says why in error_code and error_msg. Raises TypeError or ValueError for bad arguments, before
+        anything is queued, and RuntimeError once the LLM is closed.
         """
         return self._answer(self._reader.read(prompts), sampling_params, use_tqdm, stream)
 

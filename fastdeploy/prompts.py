@@ -72,6 +72,9 @@ class PromptReader:
             if len(keys) != 1:
                 found = reprlib.repr(list(prompt))
                 raise ValueError(f"{name} must have either the key 'prompt' or 'prompt_token_ids', it has {found}")
+            if len(prompt) > 1:
+                unknown = next(key for key in prompt if key not in keys)
+                raise ValueError(f"{name} has the key {unknown!r}: a dict prompt has {keys[0]!r} and nothing else")
             name, prompt = f"{name}[{keys[0]!r}]", prompt[keys[0]]
             if keys == ["prompt_token_ids"] and not isinstance(prompt, (list, tuple)):
                 must = "must be a list of token ids"

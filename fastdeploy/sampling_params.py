@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import logging
@@ -193,6 +194,8 @@ class SamplingParams:
         owner = type(self).__name__
         checked = {}
         for token_id, bias in given.items():
+            if isinstance(token_id, str) and token_id.isdecimal():  # what JSON makes of integer keys
+                token_id = int(token_id)
             key = check_int(owner, "logit_bias key", token_id, low=0)
             if isinstance(bias, numbers.Real) and bias == -math.inf:
                 checked[key] = -math.inf
@@ -232,7 +235,7 @@ class SamplingParams:
                     raise self._value_error(field, ids, must)
 
     def resolved(self, defaults: SamplingParams, room: int, seed: int) -> SamplingParams:
-        """A copy in which nothing is left open, checked anew: the caller may have assigned to fields since.
+        """A copy in which nothing is left open. It shares its containers with this one.
 
         None remains where it says that something is not wanted: logprobs, prompt_logprobs, reasoning_max_tokens.
         Containers are empty instead.
@@ -240,28 +243,23 @@ class SamplingParams:
         defaults: what `sampling_defaults` made of the checkpoint. room: most output tokens that max_model_len leaves.
         seed: for a request that names none. Raises ValueError if min_tokens is more than room.
         """
-        checked = dataclasses.replace(self)
-        if checked.min_tokens > room:
+        if self.min_tokens > room:
             must = (
                 f"the prompt leaves room for {room} output tokens within max_model_len: shorten it or lower min_tokens"
             )
-            raise self._value_error("min_tokens", checked.min_tokens, must)
-        open_fields = {name: getattr(defaults, name) for name in NEUTRAL if getattr(checked, name) is None}
-        max_tokens = room if checked.max_tokens is None else min(checked.max_tokens, room)
-        thinking = checked.reasoning_max_tokens
-        return dataclasses.replace(
-            checked,
-            **open_fields,
-            max_tokens=max_tokens,
-            seed=seed if checked.seed is None else checked.seed,
-            stop=checked.stop or [],
-            stop_token_ids=checked.stop_token_ids or [],
-            bad_words=checked.bad_words or [],
-            bad_words_token_ids=checked.bad_words_token_ids or [],
-            logit_bias=checked.logit_bias or {},
-            logits_processors=checked.logits_processors or [],
-            reasoning_max_tokens=None if thinking is None else min(thinking, max_tokens),
-        )
+            raise self._value_error("min_tokens", self.min_tokens, must)
+        made = copy.copy(self)  # not dataclasses.replace, which checks everything again: 0.1 ms, more with many biases
+        for name in NEUTRAL:
+            if getattr(made, name) is None:
+                setattr(made, name, getattr(defaults, name))
+        made.max_tokens = room if self.max_tokens is None else min(self.max_tokens, room)
+        made.seed = seed if self.seed is None else self.seed
+        for name in ("stop", "stop_token_ids", "bad_words", "bad_words_token_ids", "logits_processors"):
+            setattr(made, name, getattr(self, name) or [])
+        made.logit_bias = self.logit_bias or {}
+        if made.reasoning_max_tokens is not None:
+            made.reasoning_max_tokens = min(made.reasoning_max_tokens, made.max_tokens)
+        return made
 
     def for_sample(self, index: int) -> SamplingParams:
         """A copy for completion number `index` of the n of a prompt, with n=1: what it says if asked alone.
@@ -269,10 +267,12 @@ class SamplingParams:
         Number 0 has the seed of the request itself, so it says what n=1 would say; number i the first 63 bits of the
         SHA-256 of "seed/i", so that neighbouring seeds share no sample.
         """
-        if self.seed is None or index == 0:
-            return dataclasses.replace(self, n=1)
-        digest = hashlib.sha256(f"{self.seed}/{index}".encode()).digest()
-        return dataclasses.replace(self, n=1, seed=int.from_bytes(digest[:8], "big") >> 1)
+        made = copy.copy(self)
+        made.n = 1
+        if self.seed is not None and index > 0:
+            digest = hashlib.sha256(f"{self.seed}/{index}".encode()).digest()
+            made.seed = int.from_bytes(digest[:8], "big") >> 1
+        return made
 
 
 def sampling_defaults(generation_config: Mapping[str, object]) -> SamplingParams:

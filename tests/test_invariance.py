@@ -125,6 +125,12 @@ def test_after_preemption_as_before(caching):
     assert llm.statistics.num_preemptions > 0
 
 
+@pytest.mark.parametrize("limits", [{"max_num_seqs": 1}, {"max_num_batched_tokens": 7, "num_gpu_blocks_override": 6}])
+def test_at_the_narrowest_limits_as_without_them(together, limits):
+    """One request at a time; chunks far below a block, and blocks for exactly the longest request."""
+    Answers(new_llm(**limits), EVERYONE).assert_equal(together, EVERYONE)
+
+
 def test_with_larger_blocks_as_with_blocks_of_64(together):
     """Smaller ones are smaller tiles of attention, and other last bits."""
     Answers(new_llm(block_size=256), EVERYONE).assert_equal(together, EVERYONE)

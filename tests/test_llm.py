@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 
 from fastdeploy import LLM, RequestOutput, SamplingParams
+from fastdeploy.engine.request import TokenLogprobs
+from fastdeploy.engine.transcript import Transcript
 from tests.smollm2 import MODEL, needs_smollm2
 
 pytestmark = needs_smollm2
@@ -325,6 +327,15 @@ def test_two_llms_used_by_four_threads_say_what_one_says_until_one_is_closed(llm
     with pytest.raises(RuntimeError, match="closed"):
         other.generate(PROMPT)
     assert [words(output) for output in llm.generate(prompts, params, use_tqdm=False)] == expected
+
+
+def test_nothing_of_a_call_stays_in_memory_after_it(llm: LLM) -> None:
+    """Logprobs of a whole vocabulary are megabytes a token: the sampler must not remember them with its requests."""
+    llm.generate([PROMPT] * 2, SamplingParams(max_tokens=2, logprobs=5), use_tqdm=False)
+    for _ in llm.generate([PROMPT] * 2, SamplingParams(max_tokens=9, logprobs=5), stream=True):
+        break
+    gc.collect()
+    assert not [each for each in gc.get_objects() if isinstance(each, (Transcript, TokenLogprobs))]
 
 
 SPEAK = """

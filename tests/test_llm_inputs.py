@@ -160,6 +160,7 @@ def test_generate_takes_text_ids_dicts_and_lists_of_them(llm: LLM, prompts: obje
         ({"text": "hi"}, ValueError, r"prompts must have either the key 'prompt' or .* it has \['text'\]"),
         ([{"prompt": "hi", "prompt_token_ids": HI}], ValueError, r"prompts\[0\] must have either"),
         ([{"prompt": 5}], TypeError, r"prompts\[0\]\['prompt'\] must be text"),
+        ({"prompt": "hi", "n": 5}, ValueError, r"prompts has the key 'n': a dict prompt has 'prompt' and nothing else"),
         ({"prompt_token_ids": "hi"}, TypeError, r"prompts\['prompt_token_ids'\] must be a list of token ids, not str"),
     ],
 )

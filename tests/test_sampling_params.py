@@ -2,7 +2,6 @@ import copy
 import dataclasses
 import inspect
 import logging
-import math
 
 import numpy as np
 import pytest
@@ -101,7 +100,7 @@ def test_a_bad_value_is_refused_by_name(field: str, value: object, error: type[E
     assert repr(shown) in str(raised.value)
 
 
-@pytest.mark.parametrize(("key", "error"), [(-1, ValueError), ("5", TypeError), (1.0, TypeError), (None, TypeError)])
+@pytest.mark.parametrize(("key", "error"), [(-1, ValueError), ("x", TypeError), (1.0, TypeError), (None, TypeError)])
 def test_a_bad_key_of_logit_bias_is_refused_by_name(key: object, error: type[Exception]) -> None:
     with pytest.raises(error, match=rf"SamplingParams\(logit_bias key={key!r}\): must"):
         SamplingParams(logit_bias={key: 1.0})
@@ -149,7 +148,7 @@ def test_numbers_of_any_kind_are_taken(value: float) -> None:
         ({"stop": ("a", "b")}, "stop", ["a", "b"]),
         ({"stop": []}, "stop", []),
         ({"stop_token_ids": (1, np.int32(2))}, "stop_token_ids", [1, 2]),
-        ({"logit_bias": {np.int64(3): 2, 4: -INF, 5: np.float32(-INF)}}, "logit_bias", {3: 2.0, 4: -INF, 5: -INF}),
+        ({"logit_bias": {np.int64(3): 2, 4: -INF, "5": np.float32(-INF)}}, "logit_bias", {3: 2.0, 4: -INF, 5: -INF}),
         ({"logprobs": -1}, "logprobs", -1),
         ({"seed": 2**63 - 1}, "seed", 2**63 - 1),
     ],
@@ -226,14 +225,6 @@ def test_a_prompt_that_leaves_no_room_for_min_tokens_is_an_error() -> None:
     SamplingParams(min_tokens=100).resolved(DEFAULTS, room=100, seed=7)
     with pytest.raises(ValueError, match=r"min_tokens=101\): the prompt leaves room for 100 output tokens"):
         SamplingParams(min_tokens=101).resolved(DEFAULTS, room=100, seed=7)
-
-
-@pytest.mark.parametrize(("field", "value"), [("temperature", -1), ("stop", [3]), ("logit_bias", {1: math.nan})])
-def test_resolved_checks_what_was_assigned_since(field: str, value: object) -> None:
-    params = SamplingParams()
-    setattr(params, field, value)
-    with pytest.raises((TypeError, ValueError), match=field):
-        params.resolved(DEFAULTS, room=100, seed=7)
 
 
 def test_samples_have_seeds_of_their_own_that_follow_from_the_seed() -> None:

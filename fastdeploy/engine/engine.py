@@ -145,6 +145,8 @@ class Engine:
             if request in self._news:
                 self.scheduler.abort(request)
                 del self._news[request]
+            # The sampler remembers a request until somebody needs its slot: not with all of this.
+            request.transcript, request.logprobs, request.prompt_logprobs = None, [], []
             self._left.popleft()
         self._intact = True
 

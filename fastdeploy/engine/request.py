@@ -45,6 +45,8 @@ OwnType = TypeVar("OwnType", bound="Record")
 class Record:
     """What the dataclasses below have in common: dicts that JSON can hold, and a repr that fits on a console."""
 
+    __slots__ = ()
+
     _readers: ClassVar[Readers] = {}  # of the fields that JSON does not hold as they are
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,8 +57,10 @@ class Record:
     def from_dict(cls: type[OwnType], given: Mapping[str, Any]) -> OwnType:
         """What `to_dict` came from, also by way of JSON, which makes strings of integer keys.
 
-        `given` is only read. Raises ValueError for keys nobody knows and for missing ones.
+        `given` is only read. Raises TypeError if it is no dict, ValueError for unknown keys and for missing ones.
         """
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{cls.__name__}.from_dict takes a dict, not {type(given).__name__}")
         fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for name in given:
             if name not in fields:
@@ -91,7 +95,7 @@ def _read_logprobs(given: list[dict[Any, Any] | None] | None) -> list[dict[int, 
     ]
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, slots=True)  # there may be one for each token of the vocabulary, at each place
 class Logprob(Record):
     """One token at one place.
 

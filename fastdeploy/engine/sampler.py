@@ -21,6 +21,7 @@ import numpy as np
 
 from fastdeploy.device import Device, Field, Plan
 from fastdeploy.engine.request import Request
+from fastdeploy.engine.scheduler import FAILED
 from fastdeploy.kernels.launch import view
 from fastdeploy.kernels.sampling import (
     HELD_BACK,
@@ -138,10 +139,10 @@ class Sampler:
         self._plans: dict[int, Plan] = {}
 
     def sample(self, requests: Sequence[Request]) -> tuple[list[int], dict[int, str]]:
-        """The next token of each request, whose logits are row i for requests[i]; -1 where the logits have NaN or +inf,
-        -2 where they leave no token, -3 where a logits processor failed. Leaves the logits as they were.
+        """The next token of each request, whose logits are row i for requests[i]. Leaves the logits as they were.
 
-        Returns the tokens, and by row what a logits processor raised.
+        Returns the tokens, as in `StepOutput`: NO_NUMBERS, ALL_BANNED or FAILED where there is none; and by row what a
+        logits processor raised.
         """
         try:
             self._prepare(requests)
@@ -155,7 +156,7 @@ class Sampler:
                 raw[row] = self._device.to_numpy(self._logits[row])
                 try:
                     self._device.write(self._logits[row], processed(request, raw[row]))
-                except Exception as error:  # a user's function: it may raise anything, and fails its request alone
+                except (Exception, SystemExit) as error:  # a user's function: it fails its request alone
                     logger.warning("a logits processor failed", exc_info=True)
                     errors[row] = f"a logits processor raised {type(error).__name__}: {error}"
         plan = self._plans.get(len(requests))
@@ -168,7 +169,7 @@ class Sampler:
         for row, logits in raw.items():
             self._device.write(self._logits[row], logits)
         for row in errors:
-            tokens[row] = -3
+            tokens[row] = FAILED
         return tokens, errors
 
     def _launch(self, count: int) -> None:
@@ -190,7 +191,7 @@ class Sampler:
                 self._enter(request, requests)
                 dirty = True
         if dirty:
-            self._slots.upload()
+            self._slots.upload()  # all of it: free where host and device share their memory, as on a CPU
         host, count = self._rows.host, len(requests)
         host["slots"][:count] = [slots[request] for request in requests]
         host["positions"][:count] = [len(request.token_ids) for request in requests]
@@ -225,15 +226,18 @@ class Sampler:
 def processed(request: Request, logits: np.ndarray) -> np.ndarray:
     """What a request's logits processors make of its row of logits, [V] float32, which stays as it is.
 
-    Raises whatever they raise, and ValueError if one returns another shape.
+    Raises whatever they raise, and ValueError if one returns another shape, or NaN or +inf where there was none.
     """
     result = logits.copy()
     for processor in request.sampling_params.logits_processors or ():
         returned = processor(list(request.token_ids), result)
         if returned is not None:
-            result = np.array(returned, np.float32)
+            with np.errstate(over="ignore"):  # found below
+                result = np.array(returned, np.float32)
         if result.shape != logits.shape:
             raise ValueError(f"{processor!r} returned shape {result.shape}, expected {logits.shape}")
+    if not (result < np.inf).all() and (logits < np.inf).all():  # NaN is not less than anything
+        raise ValueError("a logit became NaN or +inf as a float32")
     return result
 
 

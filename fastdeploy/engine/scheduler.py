@@ -245,12 +245,15 @@ class ScheduledBatch:
     rejected: list[Request] = field(default_factory=list)  # failed while scheduling: too long for all the blocks
 
 
+NO_NUMBERS, ALL_BANNED, FAILED = -1, -2, -3  # instead of a token; the first two as kernels/sampling.py has them
+
+
 @dataclass(slots=True)
 class StepOutput:
     """What a runner made of a batch.
 
-    tokens: for each item its token; None in mid-prefill; -1 where the logits were no numbers (NaN or +inf); -2 where
-        nothing but -inf was left of them: every token was banned; -3 where `errors` says why there is none.
+    tokens: for each item its token; None in mid-prefill; NO_NUMBERS where the logits had NaN or +inf; ALL_BANNED where
+        nothing but -inf was left of them; FAILED where `errors` says why there is none.
     logprobs: of the sampled tokens, by item index, where they were asked for.
     prompt_logprobs: by item index, of the prompt tokens that the item's rows predict, in order: of positions start+1 to
         start+num_tokens, as far as there are prompt tokens and the request does not have them yet.
@@ -298,7 +301,8 @@ class Statistics:
     def describe(self) -> str:
         """All of it in one line."""
         return (
-            f"{self.num_steps} steps of {self.mean_batch:.1f} requests on average, {self.largest_batch} at most; "
+            f"since the start: {self.num_steps} steps of {self.mean_batch:.1f} requests on average, "
+            f"{self.largest_batch} at most; "
             f"{self.hit_rate:.1%} of {self.num_prompt_tokens} prompt tokens from the prefix cache; "
             f"{self.blocks_in_use} of {self.num_blocks} KV blocks in use, {self.peak_blocks_in_use} at most; "
             f"{self.num_preemptions} preemptions"
@@ -464,10 +468,10 @@ class Scheduler:
             self._statistics.largest_batch = max(self._statistics.largest_batch, num_requests)
 
     def _fail(self, request: Request, what: int, error: str) -> None:
-        """Fail a request for which there was no token: a number below 0 in StepOutput.tokens says why."""
-        if error:
+        """Fail a request for which there was no token: `what` stands in its place in StepOutput.tokens."""
+        if what == FAILED:
             request.fail(UNSERVABLE, error)
-        elif what == -1:
+        elif what == NO_NUMBERS:
             self.blocks.forget(request.block_table)
             request.fail(INTERNAL_ERROR, f"the model gave NaN logits after {len(request.token_ids)} tokens")
         else:

@@ -165,8 +165,8 @@ class Transcript:
         reading.split(final=request.finished)
         output = RequestOutput(
             request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=request.prompt_token_ids,
+            prompt=request.prompt if isinstance(request.prompt, str) else list(request.prompt),
+            prompt_token_ids=list(request.prompt_token_ids),
             outputs=self._completion(),
             finished=request.finished,
             metrics=replace(request.metrics),

@@ -7,7 +7,7 @@ import pytest
 
 from fastdeploy.device import open_device
 from fastdeploy.engine.request import Request
-from fastdeploy.engine.runner import Runner
+from fastdeploy.engine.runner import SLAB, Runner
 from fastdeploy.engine.scheduler import Scheduler
 from fastdeploy.engine_config import EngineConfig
 from fastdeploy.models import load_model
@@ -198,6 +198,12 @@ def test_prompt_logprobs_are_those_of_the_reference_decoder():
     for each, row in zip(request.prompt_logprobs, expected[:-1], strict=True):
         np.testing.assert_allclose(each.logprob, row[each.token_id], atol=1e-3)
         np.testing.assert_allclose(each.top_logprobs, np.sort(row)[::-1][:2], atol=1e-3)
+
+
+def test_prompt_logprobs_of_a_long_prompt_take_no_more_logits_than_a_slab():
+    runner = new_runner(load(), max_num_seqs=2)
+    serve(runner, [new_request(300, prompt_logprobs=2)])
+    assert runner._logits.shape == [SLAB, TIED.vocab_size]
 
 
 @pytest.mark.parametrize(("budget", "blocks"), [(8, 200), (50, 200), (77, 12), (2048, 12)])

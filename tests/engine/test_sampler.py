@@ -10,6 +10,7 @@ import pytest
 from fastdeploy.device import open_device
 from fastdeploy.engine.request import Request
 from fastdeploy.engine.sampler import HELD, IN_PROMPT, EditList, Sampler
+from fastdeploy.engine.scheduler import FAILED, NO_NUMBERS
 from fastdeploy.sampling_params import SamplingParams, sampling_defaults
 
 VOCABULARY = 50
@@ -145,9 +146,21 @@ def test_a_logits_processor_that_fails_spoils_its_own_row_alone(sampler, rng):
     cut = make_request([1], logits_processors=[lambda token_ids, row: row[:-1]])
     requests = [cut, make_request([1], temperature=0), make_request([1], logits_processors=[failing])]
     tokens, errors = sampler.sample(requests)
-    assert tokens == [-3, values[1].argmax(), -3]
+    assert tokens == [FAILED, values[1].argmax(), FAILED]
     assert "returned shape (49,), expected (50,)" in errors[0] and "KeyError: 'no such token'" in errors[2]
     np.testing.assert_array_equal(np.from_dlpack(logits)[:3], values)
+
+
+@pytest.mark.parametrize("made", [np.nan, np.inf, 1e300])
+def test_numbers_that_a_logits_processor_spoils_are_its_own_fault_and_not_the_models(sampler, rng, made):
+    sampler, logits = sampler
+    values = rng.standard_normal((2, VOCABULARY))
+    values[1, 3] = np.nan
+    write(logits, values)
+    spoil, keep = lambda token_ids, row: row.astype(np.float64) + made, lambda token_ids, row: row
+    tokens, errors = sampler.sample([make_request([1], logits_processors=[each]) for each in (spoil, keep)])
+    assert tokens == [FAILED, NO_NUMBERS]
+    assert list(errors) == [0] and "became NaN or +inf" in errors[0]
 
 
 def test_an_interrupt_while_slots_are_written_leaves_no_half_written_slot(sampler, rng):

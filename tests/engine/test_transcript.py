@@ -233,6 +233,17 @@ def test_an_output_counts_itself_and_copies_what_goes_on_changing() -> None:
     assert (first.finished, story.say().finished) == (False, True)
 
 
+def test_what_the_caller_does_to_an_output_does_nothing_to_the_request() -> None:
+    story = Story([b"a", b"b", b"c"])
+    output = story.say(1)
+    output.prompt_token_ids += [7, 7]
+    output.prompt.clear()
+    output.outputs.token_ids.clear()
+    last = story.say()
+    assert (last.prompt, last.prompt_token_ids, last.outputs.token_ids) == (PROMPT, PROMPT, [0, 1, 2])
+    assert (last.finished, last.outputs.finish_reason) == (True, "length")
+
+
 def test_an_output_has_what_the_request_has() -> None:
     story = Story([b"a"], max_tokens=9)
     story.request.num_cached_tokens = 2
