@@ -303,11 +303,9 @@ class KernelEmitter:
         self.storage[result] = Array(counts)
 
     def assertion(self, op: Op) -> None:
-        """tl.device_assert: a message with the kernel's source line, then abort()."""
-        message = _quoted(op)
-        report = (
-            f'{{ fprintf(stderr, "%s\\n", "{op.location}: assertion failed in a Triton kernel: {message}"); abort(); }}'
-        )
+        """tl.device_assert: a message with the source line, then abort(), which would lose what was printed before."""
+        message = f"{op.location}: assertion failed in a Triton kernel: {_quoted(op)}"
+        report = f'{{ fflush(stdout); fprintf(stderr, "%s\\n", "{message}"); abort(); }}'
         condition = op.operands[0]
         if not condition.type.is_tensor:
             self.line(f"if (!{self.scalar(condition)}) {report}")
