@@ -25,7 +25,10 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class CPUOptions:
-    """Launch options. The GPU ones are accepted, so that a kernel tuned for GPUs runs here, and mean nothing."""
+    """Launch options. The GPU ones are accepted, so that a kernel tuned for GPUs runs here, and mean nothing.
+
+    register_tiles: write loops around tl.dot as registers.py does. $FASTDEPLOY_REGISTER_TILES=0 makes it False.
+    """
 
     num_warps: int = 1
     num_ctas: int = 1
@@ -33,6 +36,7 @@ class CPUOptions:
     warp_size: int = 1
     cluster_dims: tuple = (1, 1, 1)
     enable_fp_fusion: bool = True
+    register_tiles: bool = True
     debug: bool = False
     sanitize_overflow: bool = False
     launch_cooperative_grid: bool = False
@@ -79,6 +83,8 @@ class CPUBackend(BaseBackend):
         chosen = {key: value for key, value in options.items() if key in known and value is not None}
         if "TRITON_DEFAULT_FP_FUSION" in os.environ:
             chosen.setdefault("enable_fp_fusion", os.environ["TRITON_DEFAULT_FP_FUSION"] == "1")
+        if "FASTDEPLOY_REGISTER_TILES" in os.environ:
+            chosen.setdefault("register_tiles", os.environ["FASTDEPLOY_REGISTER_TILES"] != "0")
         return CPUOptions(**chosen)
 
     def pack_metadata(self, metadata: Any) -> Any:
@@ -126,7 +132,7 @@ def make_c(module: Any, metadata: dict[str, Any], options: CPUOptions) -> str:
     metadata["name"] = functions[0].name
     metadata["shared"] = 0
     metadata["argument_format"] = argument_format(functions[0])
-    return generate_c(functions, _prelude(), toolchain().lanes, options.enable_fp_fusion)
+    return generate_c(functions, _prelude(), toolchain().lanes, options.enable_fp_fusion, options.register_tiles)
 
 
 @functools.lru_cache(None)

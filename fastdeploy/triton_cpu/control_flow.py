@@ -34,40 +34,43 @@ class _Carried:
 
 def emit_for(emitter: KernelEmitter, op: Op) -> None:
     """Declares what the loop carries, then the C loop: its body, and at its end the new values."""
-    lower, upper, step = (emitter.scalar(v) for v in op.operands[:3])
     body = op.regions[0]
-    variable, arguments = body.arguments[0], body.arguments[1:]
+    arguments = body.arguments[1:]
     yielded = body.terminator.operands if _ends_in_yield(body) else []  # type: ignore[union-attr]
     carried = [
-        _carry(emitter, argument, initial, new) for argument, initial, new in zip(arguments, op.operands[3:], yielded)
+        carry(emitter, argument, initial, new) for argument, initial, new in zip(arguments, op.operands[3:], yielded)
     ]
     for item, new in zip(carried, yielded):
         if _updated_in_place(item.argument, new, body):
             emitter.destinations[new] = item.name
-    name = emitter.name(variable.name)
-    kind = c.value_type(variable.type.element)
-    unsigned = "u" if op.text.startswith("scf.for unsigned") else ""
-    emitter.storage[variable] = Scalar(name)
-    with emitter.braces(
-        f"for ({unsigned}{kind} {name} = {lower}; {name} < ({unsigned}{kind}){upper}; {name} += {step})"
-    ):
+    with emitter.braces(for_header(emitter, op)):
         emitter.block(body, skip_terminator=_ends_in_yield(body))
-        _assign(emitter, carried, yielded)
+        assign(emitter, carried, yielded)
     _publish(emitter, op.results, carried)
+
+
+def for_header(emitter: KernelEmitter, op: Op) -> str:
+    """`for (int i = ...)`, and the loop's variable gets its name."""
+    lower, upper, step = (emitter.scalar(v) for v in op.operands[:3])
+    variable = op.regions[0].arguments[0]
+    name = emitter.name(variable.name)
+    emitter.storage[variable] = Scalar(name)
+    kind = ("u" if op.text.startswith("scf.for unsigned") else "") + c.value_type(variable.type.element)
+    return f"for ({kind} {name} = {lower}; {name} < ({kind}){upper}; {name} += {step})"
 
 
 def _ends_in_yield(block: Block) -> bool:
     return block.terminator is not None and block.terminator.name == "scf.yield"
 
 
-def _carry(emitter: KernelEmitter, argument: Value, initial: Value, new: Value | None) -> _Carried:
+def carry(emitter: KernelEmitter, argument: Value, initial: Value, new: Value | None) -> _Carried:
     type_ = argument.type
     if not type_.is_tensor:
         name = emitter.name(argument.name)
         emitter.line(f"{c.value_type(type_.element)} {name} = {emitter.scalar(initial)};")
         emitter.storage[argument] = Scalar(name)
         return _Carried(name, argument)
-    step = _uniform_step(argument, new)
+    step = uniform_step(argument, new)
     if type_.is_pointer and step is not None and not emitter.holds_addresses(initial):
         name = emitter.name("moved")
         emitter.line(f"int64_t {name} = 0;")
@@ -80,7 +83,7 @@ def _carry(emitter: KernelEmitter, argument: Value, initial: Value, new: Value |
     return _Carried(name, argument)
 
 
-def _uniform_step(argument: Value, new: Value | None) -> Value | None:
+def uniform_step(argument: Value, new: Value | None) -> Value | None:
     """The offset by which the loop moves a pointer tensor, if all elements move alike."""
     op = new.op if new is not None else None
     if op is None or op.name != "tt.addptr" or op.operands[0] is not argument or not uniform(op.operands[1]):
@@ -116,7 +119,7 @@ def _only_read_by(value: Value, reader: Op) -> bool:
     return bool(value.uses)
 
 
-def _assign(emitter: KernelEmitter, carried: list[_Carried], yielded: list[Value]) -> None:
+def assign(emitter: KernelEmitter, carried: list[_Carried], yielded: list[Value]) -> None:
     """The end of a turn: every carried variable takes its new value, all at once."""
     late: list[str] = []
     pending: list[tuple[str, Value]] = []
@@ -227,7 +230,7 @@ def emit_if(emitter: KernelEmitter, op: Op) -> None:
 def emit_while(emitter: KernelEmitter, op: Op) -> None:
     """TTIR's loop with two regions: one that ends in the condition, and the body."""
     before, after = op.regions
-    carried = [_carry(emitter, argument, initial, None) for argument, initial in zip(before.arguments, op.operands)]
+    carried = [carry(emitter, argument, initial, None) for argument, initial in zip(before.arguments, op.operands)]
     for result in op.results:
         _declare(emitter, result)
     condition = before.terminator
@@ -239,7 +242,7 @@ def emit_while(emitter: KernelEmitter, op: Op) -> None:
         for argument, result in zip(after.arguments, op.results):
             emitter.storage[argument] = emitter.storage[result]
         emitter.block(after, skip_terminator=True)
-        _assign(emitter, carried, after.terminator.operands)  # type: ignore[union-attr]
+        assign(emitter, carried, after.terminator.operands)  # type: ignore[union-attr]
 
 
 # ---- early returns: jumps, forward only, between the blocks of a function -------------------------------------------

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from . import control_flow, dot, reductions
+from . import control_flow, dot, reductions, registers
 from . import expressions as c
 from .analysis import StoragePlan, is_lazy, stride
 from .loops import Array, LoopNest, MovingPointers, Scalar, best_order, linear
@@ -33,17 +33,20 @@ class UnsupportedOperation(NotImplementedError):
 
 
 class Contraction(NamedTuple):
-    """a * b + c in one rounding."""
+    """a * b + c in one rounding; `signs` go before a and c."""
 
     values: tuple[Value, Value, Value]
-    text: Callable[[str, str, str], str]
+    signs: tuple[str, str]
+
+    def text(self, call: str, a: str, b: str, x: str) -> str:
+        return f"{call}({self.signs[0]}{a}, {b}, {self.signs[1]}{x})"
 
 
 class KernelEmitter:
     """Writes one function. After `emit`, `lines` holds its body."""
 
-    def __init__(self, function: Function, lanes: int, contract: bool = True):
-        self.function, self.lanes, self.contract = function, lanes, contract
+    def __init__(self, function: Function, lanes: int, contract: bool = True, register_tiles: bool = True):
+        self.function, self.lanes, self.contract, self.register_tiles = function, lanes, contract, register_tiles
         self.plan = StoragePlan(function)
         self.storage: dict[Value, Scalar | Array | MovingPointers] = {}
         self.origins: dict[Value, Value] = {}  # loop-carried pointer tensors -> what they started as
@@ -153,15 +156,14 @@ class KernelEmitter:
             or op.result.type.element not in ("f32", "f64")
         ):
             return None
-        call = "fusedf" if op.result.type.element == "f32" else "fused"
         minus = "-" if op.name == "arith.subf" else ""
         left, right = op.operands
         if self._is_open_product(left, op):
             a, b = left.op.operands  # type: ignore[union-attr]
-            return Contraction((a, b, right), lambda a, b, x: f"{call}({a}, {b}, {minus}{x})")
+            return Contraction((a, b, right), ("", minus))
         if self._is_open_product(right, op):
             a, b = right.op.operands  # type: ignore[union-attr]
-            return Contraction((a, b, left), lambda a, b, x: f"{call}({minus}{a}, {b}, {x})")
+            return Contraction((a, b, left), (minus, ""))
         return None
 
     def _is_open_product(self, value: Value, user: Op) -> bool:
@@ -223,7 +225,7 @@ class KernelEmitter:
             if len(arguments) > 1:
                 text = f"{arguments[1]} ? {text} : {arguments[2] if len(arguments) > 2 else '0'}"
         elif fused := self.contraction(op):
-            text = fused.text(*[self.scalar(v) for v in fused.values])
+            text = fused.text(c.FUSED[element], *[self.scalar(v) for v in fused.values])
         else:
             text = self.scalar_expression(op, arguments)
         name = self.name(value.name)
@@ -363,6 +365,11 @@ def _num_programs(emitter: KernelEmitter, op: Op) -> None:
     emitter.storage[op.result] = Scalar(f"num_{op.text.split()[1]}")
 
 
+def _for(emitter: KernelEmitter, op: Op) -> None:
+    if not (emitter.register_tiles and registers.emit_loop(emitter, op)):
+        control_flow.emit_for(emitter, op)
+
+
 def _nothing(emitter: KernelEmitter, op: Op) -> None:
     """Barriers and hints: a program is one thread here."""
 
@@ -380,7 +387,7 @@ _HANDLERS: dict[str, Callable[[KernelEmitter, Op], None]] = {
     "tt.scan": reductions.emit_scan,
     "tt.dot": dot.emit_dot,
     "tt.unsplat": reductions.emit_unsplat,
-    "scf.for": control_flow.emit_for,
+    "scf.for": _for,
     "scf.while": control_flow.emit_while,
     "scf.if": control_flow.emit_if,
     "tt.call": control_flow.emit_call,
@@ -395,13 +402,15 @@ _HANDLERS: dict[str, Callable[[KernelEmitter, Op], None]] = {
 }
 
 
-def generate_c(functions: list[Function], prelude: str, lanes: int, contract: bool = True) -> str:
+def generate_c(
+    functions: list[Function], prelude: str, lanes: int, contract: bool = True, register_tiles: bool = True
+) -> str:
     """A C file whose `run_programs(arguments, begin, end, grid)` runs programs [begin, end) of the kernel's grid."""
     kernel, helpers = functions[0], functions[1:]
     parts = [f"#define LANES {lanes}"]
     prototypes, bodies = [], []
     for function in [*reversed(helpers), kernel]:
-        text = KernelEmitter(function, lanes, contract).emit(control_flow.result_type(function))
+        text = KernelEmitter(function, lanes, contract, register_tiles).emit(control_flow.result_type(function))
         prototypes += [control_flow.result_struct(function), text.split(" {\n", 1)[0] + ";"]
         bodies.append(text)
     fields = [f"{_field_type(p)} a{i};" for i, p in enumerate(kernel.parameters)]

@@ -53,6 +53,7 @@ ARGUMENT_CODES = {
     "bf16": "f",
     "f16": "f",
 }
+FUSED = {"f32": "fusedf", "f64": "fused"}  # the calls of prelude.h that round a * b + c once
 SMALL_FLOATS = {"bf16": "bf16", "f16": "f16", "f8E4M3FN": "e4m3", "f8E5M2": "e5m2"}  # -> suffix in prelude.h
 BYTES = {
     "i1": 1,

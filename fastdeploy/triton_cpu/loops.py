@@ -130,9 +130,8 @@ class LoopNest:
         fused = self.emitter.contraction(op)
         if fused is not None:
             terms = [self.evaluate(v, index) for v in fused.values]
-            return self.temporary(
-                value.type.element, fused.text(*[t.text for t in terms]), max(t.level for t in terms), value.name
-            )
+            text = fused.text(c.FUSED[value.type.element], *[t.text for t in terms])
+            return self.temporary(value.type.element, text, max(t.level for t in terms), value.name)
         text = self.emitter.scalar_expression(op, [term.text for term in arguments])
         return self.temporary(value.type.element, text, level, value.name)
 

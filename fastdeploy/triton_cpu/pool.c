@@ -113,13 +113,30 @@ static void after_fork(void) {
   pthread_mutex_init(&one_caller, NULL);
 }
 
-int fd_start(int wanted) {
+/* A core for each worker, none for the caller, who takes the one that is left: usually the one it runs on now. */
+static void pin(pthread_attr_t *attributes, int number, const cpu_set_t *allowed, int callers_core) {
+  for (int core = 0; core < CPU_SETSIZE; core++) {
+    if (!CPU_ISSET(core, allowed) || core == callers_core || --number > 0) continue;
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(core, &one);
+    pthread_attr_setaffinity_np(attributes, sizeof one, &one);
+    return;
+  }
+}
+
+/* Starts workers until `wanted` threads compute, the caller counted; with `pinned`, each stays on a core of its own. */
+int fd_start(int wanted, int pinned) {
   pthread_attr_t attributes;
   pthread_attr_init(&attributes);
   pthread_attr_setstacksize(&attributes, STACK_BYTES);
   if (threads == 1) pthread_atfork(NULL, NULL, after_fork);
+  cpu_set_t allowed;
+  pinned = pinned && !sched_getaffinity(0, sizeof allowed, &allowed);
+  int callers_core = sched_getcpu();
   for (; threads < wanted; threads++) {
     pthread_t thread;
+    if (pinned) pin(&attributes, threads, &allowed, callers_core);
     if (pthread_create(&thread, &attributes, worker, NULL)) break;
     pthread_detach(thread);
   }

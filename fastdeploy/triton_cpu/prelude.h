@@ -209,6 +209,40 @@ INLINE vec vec_from_int8_t(const int8_t *p) { vec v; for (int i = 0; i < LANES; 
 #endif
 INLINE vec vec_from_float(const float *p) { return *(const vec *)p; }
 INLINE vec vec_splat(float x) { return x - (vec){0}; } /* x - 0 is x, sign of zero included: one broadcast */
+
+/* Integers, for the register-tile loops of registers.py: LANES words, or four bytes in each word. */
+typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int16_t halves __attribute__((vector_size(4 * LANES)));
+typedef uint8_t bytes __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+INLINE ivec ivec_splat(int32_t x) { return x - (ivec){0}; }
+INLINE int32_t four_bytes(const void *p) { int32_t word; memcpy(&word, p, 4); return word; }
+INLINE vec vec_from_ivec(ivec x) { return __builtin_convertvector(x, vec); }
+#if LANES == 16 && defined(__AVX512F__)
+INLINE ivec ivec_from_int8_t(const int8_t *p) { return (ivec)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+#define MULTIPLY_ADD_PAIRS(a, b) (ivec)_mm512_madd_epi16((__m512i)(a), (__m512i)(b))
+#elif LANES == 8 && defined(__AVX2__)
+INLINE ivec ivec_from_int8_t(const int8_t *p) { return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
+#define MULTIPLY_ADD_PAIRS(a, b) (ivec)_mm256_madd_epi16((__m256i)(a), (__m256i)(b))
+#else
+INLINE ivec ivec_from_int8_t(const int8_t *p) { ivec v; for (int i = 0; i < LANES; i++) v[i] = p[i]; return v; }
+#if LANES == 4 && defined(__SSE2__)
+#define MULTIPLY_ADD_PAIRS(a, b) (ivec)_mm_madd_epi16((__m128i)(a), (__m128i)(b))
+#endif
+#endif
+/* sum[i] + the four products of word i's unsigned bytes in u with its signed ones in s. Exact: nothing saturates. */
+INLINE ivec add_dot4(ivec sum, bytes u, bytes s) {
+#if LANES == 16 && defined(__AVX512VNNI__)
+  return (ivec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)u, (__m512i)s);
+#elif LANES == 8 && defined(__AVXVNNI__)
+  return (ivec)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)u, (__m256i)s);
+#elif defined(MULTIPLY_ADD_PAIRS) /* even and odd bytes as 16-bit numbers */
+  sum += MULTIPLY_ADD_PAIRS((halves)u & 255, ((halves)s << 8) >> 8);
+  return sum + MULTIPLY_ADD_PAIRS(((halves)u >> 8) & 255, (halves)s >> 8);
+#else
+  for (int i = 0; i < 32; i += 8) sum += ((ivec)u >> i & 255) * ((ivec)s << (24 - i) >> 24);
+  return sum;
+#endif
+}
 #endif
 
 /* ---- atomics: any operation on any word, by compare and swap; they return the old value -------------------------- */

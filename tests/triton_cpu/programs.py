@@ -11,7 +11,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from . import test_control_flow, test_dot, test_memory, test_reductions, test_shapes
+from . import test_control_flow, test_dot, test_memory, test_reductions, test_registers, test_shapes
 from .arrays import Tensor, empty
 
 
@@ -73,6 +73,7 @@ def table() -> dict[str, Program]:
     squares = (normal(16, 16), normal(16, 16))
     indexed = (empty((5, 4, 16)), empty((3, 4, 16), "int32"))
     ordered = (empty((2, 16)), empty((2, 4)), empty((2, 16)))
+    q4, q8 = (test_registers.Quantised.random(rng, 9, 32, 96, *limits) for limits in ((0, 16), (-128, 128)))
     gathered = (normal(8, 32), indices(8, 8, 32), indices(32, 8, 32))
     return {
         "softmax": Program(softmax_kernel, (5,), (normal(5, 77), empty((5, 77)), 77, 128)),
@@ -80,6 +81,9 @@ def table() -> dict[str, Program]:
         "gelu": Program(gelu_kernel, (4,), (normal(512), empty(512), 128)),
         "random": Program(random_kernel, (2,), (empty(128), empty(128, "int32"), 42, 64)),
         "linear": Program(test_dot.linear_kernel, (1, 2), dot),
+        "4 bits": Program(test_registers.linear_q4_kernel, *test_registers.q4_arguments(q4, 8, 16)),
+        "8 bits": Program(test_registers.linear_q8_kernel, *test_registers.q8_arguments(q8, 4, 32)),
+        "offset": Program(test_registers.linear_q8_kernel, *test_registers.q8_arguments(q8, 16, 16, True)),
         "attention": Program(test_dot.attention_kernel, (1,), (*attended, empty((8, 16)), 50, 8, 16, 32)),
         "accumulators": Program(test_dot.accumulator_kernel, (1,), (*squares, empty((4, 16, 16)), 2, 16)),
         "reductions": Program(reduced.float_kernel, (1,), (normal(4, 8, 16), *indexed, (4, 8, 16), 1, 64)),

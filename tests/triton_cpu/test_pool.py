@@ -1,5 +1,7 @@
 """The thread pool: every program of every launch runs exactly once, whatever the number of threads."""
 
+import os
+
 import pytest
 
 from .arrays import run_python
@@ -78,3 +80,25 @@ assert (counts.stored == np.where(np.arange(1000) < 500, 28, 14)).all()
 def test_a_forked_child_computes_and_the_parent_goes_on():
     done = run_python(FORK, FASTDEPLOY_NUM_THREADS="3")
     assert done.returncode == 0, done.stderr
+
+
+AFFINITY = """
+import os
+from fastdeploy.triton_cpu.runtime import thread_pool
+before = os.sched_getaffinity(0)
+thread_pool()
+assert os.sched_getaffinity(0) == before
+workers = [int(task) for task in os.listdir("/proc/self/task") if int(task) != os.getpid()]
+cores = [os.sched_getaffinity(task) for task in workers]
+pinned = [cores_ for cores_ in cores if len(cores_) == 1]
+assert len(set.union(set(), *pinned)) == len(pinned)
+print(len(pinned))
+"""
+
+
+def test_workers_are_pinned_only_where_that_is_asked_for():
+    cores = len(os.sched_getaffinity(0))
+    for threads, switch, expected in ((cores, "1", cores - 1), (cores, "", 0), (cores + 1, "1", 0)):
+        done = run_python(AFFINITY, FASTDEPLOY_NUM_THREADS=str(threads), FASTDEPLOY_PIN_THREADS=switch)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == [str(expected)]
