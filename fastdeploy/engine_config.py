@@ -11,6 +11,7 @@ from fastdeploy.reasoning import REASONING_PARSERS
 from fastdeploy.sampling_params import MAX_SEED
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("auto", "exact", "wint8", "wint4", "w8a8", "w4a8")
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # attention splits the context every 256 tokens and reads whole blocks
 DEFAULT_MAX_MODEL_LEN = 8192  # a model made for 128 k tokens would otherwise ask for gigabytes of KV blocks
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048  # requests that decode wait for the whole step: bound its length
@@ -30,7 +31,12 @@ class EngineConfig:
         last bits differ.
     num_gpu_blocks_override: number of KV blocks, on a CPU too. None: as many as are useful and fit.
     gpu_memory_utilization: share of a GPU's memory that may be used, weights included. Without effect on a CPU.
-    dtype: what weights and KV cache are stored in; "auto" is the checkpoint's own. On a CPU all sums are float32.
+    dtype: what float weights and KV cache are stored in; "auto" is the checkpoint's own. On a CPU all sums are float32.
+    quantization: in what precision linear layers compute. None: in floats, whatever the checkpoint holds.
+        "auto": weights that a GGUF file has quantised stay so, in its 4 or 8 bits, and meet activations in int8.
+        "exact": they stay so, and meet activations in float32.
+        "wint8", "wint4": as "exact", and float weights, embeddings and LM head aside, become 8 or 4 bits in loading.
+        "w8a8", "w4a8": the same with activations in int8.
     seed: the origin of the seeds of requests that name none.
     enable_prefix_caching: keep the KV blocks of earlier tokens, and spare prompts that begin alike their computation.
     reasoning_parser: splits what the model thinks (reasoning_content) from what it answers (text): "qwen3", "ernie-x1"
@@ -48,6 +54,7 @@ class EngineConfig:
     num_gpu_blocks_override: int | None = None
     gpu_memory_utilization: float = 0.9
     dtype: str = "auto"
+    quantization: str | None = None
     seed: int = 0
     enable_prefix_caching: bool = True
     reasoning_parser: str | None = None
@@ -67,6 +74,8 @@ class EngineConfig:
         self._check_int("seed", low=0, high=MAX_SEED)
         self._check_choice("block_size", BLOCK_SIZES)
         self._check_choice("dtype", DTYPES)
+        if self.quantization is not None:
+            self._check_choice("quantization", QUANTIZATIONS)
         self._check_choice("enable_prefix_caching", (True, False))
         if self.reasoning_parser is not None:
             self._check_choice("reasoning_parser", tuple(REASONING_PARSERS))

@@ -69,7 +69,7 @@ def load(config: EngineConfig) -> Loaded:
     from fastdeploy.models import load_model
 
     device = open_device()
-    model = load_model(checkpoint, device, config.dtype, config.max_model_len)
+    model = load_model(checkpoint, device, config.dtype, config.max_model_len, config.quantization)
     runner = Runner(model, config)
     return Loaded(
         config, checkpoint.config, checkpoint.generation_config, tokenizer, runner, device.describe(), model.dtype
@@ -89,7 +89,7 @@ class LLM:
     have, MemoryError if the model does not fit.
 
     config: the EngineConfig, its lengths resolved to numbers.
-    facts: what was logged at start, by name: device, dtype, max_model_len, total_block_num, block_size.
+    facts: what was logged at start, by name: device, dtype, quantization, max_model_len, total_block_num, block_size.
     """
 
     def __init__(self, model: str | None = None, **keywords: Any) -> None:
@@ -111,6 +111,7 @@ class LLM:
         self.facts = {
             "device": loaded.device,
             "dtype": loaded.dtype,
+            "quantization": config.quantization,
             "max_model_len": config.max_model_len,
             "total_block_num": num_blocks,
             "block_size": config.block_size,

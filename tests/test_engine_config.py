@@ -26,6 +26,8 @@ from fastdeploy.engine_config import EngineConfig
         ("gpu_memory_utilization", "0.9", TypeError),
         ("dtype", "float64", ValueError),
         ("dtype", 16, TypeError),
+        ("quantization", "int4", ValueError),
+        ("quantization", 4, TypeError),
         ("seed", -1, ValueError),
         ("enable_prefix_caching", 1, TypeError),
         ("reasoning_parser", "qwen4", ValueError),

@@ -101,6 +101,14 @@ def test_alone_as_in_a_batch_of_eight(together):
         Answers(llm, [index]).assert_equal(together, [index])
 
 
+@pytest.mark.parametrize("quantization", ["auto", "exact"])
+def test_quantised_alone_in_chunks_and_with_a_warm_cache_as_in_a_batch_of_eight(quantization):
+    batch = Answers(new_llm(enable_prefix_caching=False, quantization=quantization), EVERYONE)
+    llm = new_llm(max_num_batched_tokens=48, quantization=quantization)
+    for index in EVERYONE:
+        Answers(llm, [index]).assert_equal(batch, [index])
+
+
 def test_from_a_cold_and_from_a_warm_prefix_cache_as_without_one(together):
     llm = new_llm()
     cold, warm = Answers(llm, EVERYONE), Answers(llm, EVERYONE[::-1])

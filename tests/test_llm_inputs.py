@@ -525,6 +525,7 @@ def test_one_line_of_facts_is_logged_at_start(llm: LLM, caplog: pytest.LogCaptur
     assert facts == {
         "device": "pocket",
         "dtype": "bfloat16",
+        "quantization": None,
         "max_model_len": 50,
         "total_block_num": 20,
         "block_size": 16,

@@ -161,6 +161,18 @@ def test_any_slice_of_rows_equals_that_slice_of_the_whole(tmp_path, quantization
             assert part.array.shape == whole[start:stop].shape and part.dtype == checkpoint.dtype(name)
 
 
+@pytest.mark.parametrize("quantization", ["Q4_0", "Q4_1", "Q8_0"])
+def test_blocks_are_the_files_in_half_split_order(tmp_path, quantization):
+    kind, weights = Quantization[quantization], random_weights()
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", weights, quantization=kind))
+    for name in ("model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"):
+        assert checkpoint.storage(name) == quantization
+        blocks = gguf.quants.quantize(weights[name], kind)
+        np.testing.assert_array_equal(checkpoint.read_blocks(name, 2, 9), blocks[2:9])
+    with pytest.raises(ValueError, match="model.norm.weight is stored as float32, which has no blocks"):
+        checkpoint.read_blocks("model.norm.weight", 0, 1)
+
+
 def test_q_and_k_biases_are_in_half_split_order_too(tmp_path):
     weights = random_weights()
     weights["model.layers.0.self_attn.q_proj.bias"] = np.arange(HEADS * HEAD_DIM, dtype=np.float32)

@@ -1,7 +1,7 @@
 """The gate of a Llama-family MLP: out = silu(gate) * up, silu(g) = g / (1 + exp(-g))  (Shazeer, "GLU Variants", 2020).
 
     gate_up [T, 2I]    | gate: I columns | up: I columns |      as one fused linear layer writes them
-    out     [T, I]
+    out     [T, I]                                               floats, or `QuantisedRows` in groups of 32
 
 One program takes BLOCK columns of one row: a 2-D grid, so that no element needs a division to find its row. fp32
 arithmetic. Cost: 3*T*I elements moved, bandwidth bound; one exp per element.
@@ -14,16 +14,23 @@ import triton
 import triton.language as tl
 
 from fastdeploy.kernels.launch import FLOATS, Target, cdiv, expect, launch, next_power_of_2, row_block, target, view
+from fastdeploy.kernels.quantised import QuantisedRows, store_quantised
 
 
 @triton.jit
-def _silu_mul_kernel(out, gate_up, I: tl.constexpr, BLOCK: tl.constexpr):  # noqa: E741 (I as in the formula)
+def _silu_mul_kernel(
+    out, out_scales, out_sums, gate_up, I: tl.constexpr, BLOCK: tl.constexpr  # noqa: E741 (I as in the formula)
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = columns < I if I % BLOCK != 0 else tl.full([BLOCK], True, tl.int1)
     gate = tl.load(gate_up + row * 2 * I + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * I + I + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * I + columns, (gate / (1.0 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=inside)
+    activated = gate / (1.0 + tl.exp(-gate)) * up
+    if out_scales is None:
+        tl.store(out + row * I + columns, activated.to(out.dtype.element_ty), mask=inside)
+    else:
+        store_quantised(out, out_scales, out_sums, activated, row, tl.program_id(1) * BLOCK, I, BLOCK)
 
 
 def tiles(target: Target, width: int) -> dict[str, int]:
@@ -37,15 +44,17 @@ def silu_mul(out: Any, gate_up: Any) -> None:
     """out = silu(gate_up[:, :I]) * gate_up[:, I:].
 
     Args:
-        out: [T, I], any float type.
+        out: [T, I], any float type, or `QuantisedRows`.
         gate_up: [T, 2I], any float type.
     """
-    out, gate_up = view(out), view(gate_up)
+    gate_up = view(gate_up)
     count, width = out.shape
-    expect("out", out, (count, width), *FLOATS)
+    if not isinstance(out, QuantisedRows):
+        expect("out", view(out), (count, width), *FLOATS)
+    written = (out.values, out.scales, out.sums) if isinstance(out, QuantisedRows) else (view(out), None, None)
     expect("gate_up", gate_up, (count, 2 * width), *FLOATS)
     rule = tiles(target(), width)
-    launch(_silu_mul_kernel, (count, cdiv(width, rule["BLOCK"])), out, gate_up, I=width, **rule)
+    launch(_silu_mul_kernel, (count, cdiv(width, rule["BLOCK"])), *written, gate_up, I=width, **rule)
 
 
 def silu_mul_reference(gate_up: np.ndarray) -> np.ndarray:

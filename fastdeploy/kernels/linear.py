@@ -20,7 +20,7 @@ Cost: N*K weights read once per BLOCK_M rows (decode: bound by memory), 2*T*N*K 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import triton
@@ -38,6 +38,7 @@ from fastdeploy.kernels.launch import (
     target,
     view,
 )
+from fastdeploy.kernels.quantised import QuantisedWeight, quantised_linear
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ class LinearWeight:
         expect("weight data", self.data, packed_shape(self.out_features, self.in_features, self.panel), *FLOATS)
         if self.bias is not None:
             expect("bias", self.bias, (self.out_features,), "float32")
+
+
+Weight: TypeAlias = LinearWeight | QuantisedWeight  # what linear layers take
 
 
 def default_panel(target: Target) -> int:
@@ -139,14 +143,17 @@ def tiles(target: Target, rows: int, weight: LinearWeight) -> dict[str, Any]:
     return {**shape, "num_warps": 4, "num_stages": 3 if target.kind == "cuda" else 2}
 
 
-def linear(out: Any, x: Any, weight: LinearWeight) -> None:
+def linear(out: Any, x: Any, weight: Weight) -> None:
     """out = x @ W.T (+ bias).
 
     Args:
         out: [T, out_features], any float type.
-        x: [T, in_features], any float type.
-        weight: as packed by `pack`.
+        x: [T, in_features], any float type; for a quantised weight `QuantisedRows` as well.
+        weight: as packed by `pack`, or quantised.
     """
+    if isinstance(weight, QuantisedWeight):
+        quantised_linear(out, x, weight)
+        return
     out, x = view(out), view(x)
     rows = x.shape[0]
     expect("x", x, (rows, weight.in_features), *FLOATS)

@@ -6,7 +6,8 @@
 (Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.) Fusing the addition saves one write and one read of
 the residual stream per norm.
 
-Layout: x, out, residual, delta [T, K] row-major; weight [K] float32. All arithmetic is fp32.
+Layout: x, out, residual, delta [T, K] row-major; weight [K] float32. All arithmetic is fp32. `out` may be
+`QuantisedRows`: for a linear layer that takes int8, groups of 32 are quantised before they leave the registers.
 
     one program = one row          | BLOCK | BLOCK | BLOCK | ... |     K elements
 
@@ -22,10 +23,13 @@ import triton
 import triton.language as tl
 
 from fastdeploy.kernels.launch import FLOATS, Target, TensorView, expect, launch, row_block, target, view
+from fastdeploy.kernels.quantised import QuantisedRows, store_quantised
 
 
 @triton.jit
-def _rms_norm_kernel(out, x, residual, delta, weight, eps, K: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm_kernel(
+    out, out_scales, out_sums, x, residual, delta, weight, eps, K: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * K
     lanes = tl.arange(0, BLOCK)
     squares = tl.zeros([BLOCK], tl.float32)
@@ -41,7 +45,11 @@ def _rms_norm_kernel(out, x, residual, delta, weight, eps, K: tl.constexpr, BLOC
         if residual is not None:
             tl.store(residual + row + columns, values.to(residual.dtype.element_ty), mask=inside)
         gains = tl.load(weight + columns, mask=inside)
-        tl.store(out + row + columns, (values * scale * gains).to(out.dtype.element_ty), mask=inside)
+        normed = values * scale * gains
+        if out_scales is None:
+            tl.store(out + row + columns, normed.to(out.dtype.element_ty), mask=inside)
+        else:
+            store_quantised(out, out_scales, out_sums, normed, tl.program_id(0).to(tl.int64), start, K, BLOCK)
 
 
 @triton.jit
@@ -75,11 +83,11 @@ def rms_norm(out: Any, x: Any, weight: Any, eps: float) -> None:
     """out = x / rms(x) * weight for every row.
 
     Args:
-        out, x: [T, K], any float types; they may be the same memory.
+        out, x: [T, K], any float types; they may be the same memory. `out` may be `QuantisedRows`.
         weight: [K] float32.
         eps: added to the mean square.
     """
-    out, x, weight = view(out), view(x), view(weight)
+    x, weight = view(x), view(weight)
     _check(out, weight, x=x)
     _launch(out, x, None, None, weight, eps)
 
@@ -89,23 +97,26 @@ def add_rms_norm(out: Any, residual: Any, delta: Any, weight: Any, eps: float) -
 
     Args:
         out, residual, delta: [T, K], any float types; `residual` is updated in place. The norm is of the fp32 sum,
-            before that is rounded to the residual's type.
+            before that is rounded to the residual's type. `out` may be `QuantisedRows`.
         weight: [K] float32.
     """
-    out, residual, delta, weight = view(out), view(residual), view(delta), view(weight)
+    residual, delta, weight = view(residual), view(delta), view(weight)
     _check(out, weight, residual=residual, delta=delta)
     _launch(out, None, residual, delta, weight, eps)
 
 
-def _check(out: TensorView, weight: TensorView, **inputs: TensorView) -> None:
-    for name, tensor in {"out": out, **inputs}.items():
+def _check(out: Any, weight: TensorView, **inputs: TensorView) -> None:
+    if not isinstance(out, QuantisedRows):
+        inputs["out"] = view(out)
+    for name, tensor in inputs.items():
         expect(name, tensor, out.shape, *FLOATS)
     expect("weight", weight, out.shape[1:], "float32")
 
 
-def _launch(out: TensorView, *arguments: Any) -> None:
+def _launch(out: Any, *arguments: Any) -> None:
     count, width = out.shape
-    launch(_rms_norm_kernel, (count,), out, *arguments, K=width, **tiles(target(), width))
+    written = (out.values, out.scales, out.sums) if isinstance(out, QuantisedRows) else (view(out), None, None)
+    launch(_rms_norm_kernel, (count,), *written, *arguments, K=width, **tiles(target(), width))
 
 
 def rms_norm_reference(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:

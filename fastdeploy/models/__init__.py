@@ -11,7 +11,12 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    checkpoint: Checkpoint, device: Device, dtype: str, max_positions: int, progress: bool = True
+    checkpoint: Checkpoint,
+    device: Device,
+    dtype: str,
+    max_positions: int,
+    quantization: str | None = None,
+    progress: bool = True,
 ) -> Decoder:
     """Build the model that a checkpoint holds and read its weights onto `device`.
 
@@ -21,6 +26,7 @@ def load_model(
         dtype: what weights and KV cache are stored in: "float32", "bfloat16", "float16", or "auto", which is the
             checkpoint's own.
         max_positions: the longest sequence in tokens.
+        quantization: None, "auto", "exact", "wint8", "wint4", "w8a8" or "w4a8", see `EngineConfig`.
         progress: whether to show a progress bar.
 
     Raises ValueError if we don't have the architecture or the tensors don't fit it, MemoryError if there is no room.
@@ -35,7 +41,7 @@ def load_model(
         raise ValueError(
             f"{checkpoint.path}: architecture {config.architecture!r}; those we have are {', '.join(families)}"
         )
-    loader = WeightLoader(checkpoint, device, config.dtype if dtype == "auto" else dtype)
+    loader = WeightLoader(checkpoint, device, config.dtype if dtype == "auto" else dtype, quantization)
     model = families[config.architecture](config, loader, max_positions)
     loader.load(progress)
     return model

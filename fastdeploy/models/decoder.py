@@ -27,8 +27,9 @@ from fastdeploy.kernels.activation import silu_mul
 from fastdeploy.kernels.attention import AttentionBatch, paged_attention, workspace_shape
 from fastdeploy.kernels.embedding import embedding, gather_rows
 from fastdeploy.kernels.launch import TensorView, view
-from fastdeploy.kernels.linear import LinearWeight, linear
+from fastdeploy.kernels.linear import Weight, linear
 from fastdeploy.kernels.norm import add_rms_norm, rms_norm
+from fastdeploy.kernels.quantised import GROUP, QuantisedRows, QuantisedWeight, quantise, rows_fields
 from fastdeploy.kernels.rope import HeadLayout, rope_and_cache, rope_tables
 from fastdeploy.models.loading import WeightLoader
 
@@ -47,11 +48,11 @@ class Layer:
     """The weights of one layer."""
 
     attention_norm: TensorView  # [hidden] float32
-    qkv: LinearWeight  # [(heads + 2 kv heads) * head_dim, hidden]: the rows of q, then k, then v
-    attention_output: LinearWeight  # [hidden, heads * head_dim]
+    qkv: Weight  # [(heads + 2 kv heads) * head_dim, hidden]: the rows of q, then k, then v
+    attention_output: Weight  # [hidden, heads * head_dim]
     mlp_norm: TensorView  # [hidden] float32
-    gate_up: LinearWeight  # [2 * intermediate, hidden]: the rows of gate, then up
-    down: LinearWeight  # [hidden, intermediate]
+    gate_up: Weight  # [2 * intermediate, hidden]: the rows of gate, then up
+    down: Weight  # [hidden, intermediate]
 
 
 @dataclass(frozen=True)
@@ -81,16 +82,32 @@ class StepInputs:
 
 
 @dataclass(frozen=True)
+class LinearInput:
+    """What linear layers read: floats or, for quantised weights where the model's mode says so, int8."""
+
+    floats: TensorView
+    int8: QuantisedRows | None
+
+    def of(self, weight: Weight) -> TensorView | QuantisedRows:
+        """The memory that a layer with this weight reads."""
+        return self.floats if self.int8 is None or not isinstance(weight, QuantisedWeight) else self.int8
+
+    def rows(self, count: int) -> LinearInput:
+        """The same memory, cut to `count` rows."""
+        return LinearInput(self.floats.rows(count), None if self.int8 is None else self.int8.rows(count))
+
+
+@dataclass(frozen=True)
 class Activations:
     """The memory that a step computes in, [rows, width] each, allocated once for the largest step."""
 
-    hidden: TensorView  # a norm's output, [T, hidden]
+    hidden: LinearInput  # a norm's output, [T, hidden]
     residual: TensorView  # the residual stream, [T, hidden]
     delta: TensorView  # what a layer adds to it, [T, hidden]
     qkv: TensorView  # [T, (heads + 2 kv heads) * head_dim]
-    attended: TensorView  # [T, heads * head_dim]
+    attended: LinearInput  # [T, heads * head_dim]
     gate_up: TensorView  # [T, 2 * intermediate]
-    activated: TensorView  # [T, intermediate]
+    activated: LinearInput  # [T, intermediate]
     kept_attended: TensorView  # the rows of `attended` that `project` was asked for, [R, heads * head_dim]
     kept_residual: TensorView  # the rows of `residual` that it was asked for, [R, hidden]
     workspace: TensorView  # attention's float32 scratch for contexts split over programs
@@ -114,6 +131,7 @@ class Decoder:
         self.config = config
         self.device: Device = weights.device
         self.dtype = weights.dtype
+        self.int8_activations = weights.mode.int8_activations
         self.heads = HeadLayout(config.num_heads, config.num_kv_heads, config.head_dim, config.rope_interleaved)
         self.scale = 1.0 / sqrt(config.head_dim)
         self.embedding = weights.linear(["model.embed_tokens"], config.hidden_size, [config.vocab_size])
@@ -172,15 +190,22 @@ class Decoder:
         def matrix(rows: int, width: int) -> TensorView:
             return view(device.empty((rows, width), dtype))
 
+        def linear_input(width: int) -> LinearInput:
+            if not self.int8_activations or width % GROUP:
+                return LinearInput(matrix(max_tokens, width), None)
+            fields = rows_fields(max_tokens, width).items()
+            int8 = {name: view(device.empty(shape, type_)) for name, (shape, type_) in fields}
+            return LinearInput(matrix(max_tokens, width), QuantisedRows(**int8))
+
         q_width = heads.num_heads * heads.head_dim
         return Activations(
-            hidden=matrix(max_tokens, config.hidden_size),
+            hidden=linear_input(config.hidden_size),
             residual=matrix(max_tokens, config.hidden_size),
             delta=matrix(max_tokens, config.hidden_size),
             qkv=matrix(max_tokens, heads.qkv_width),
-            attended=matrix(max_tokens, q_width),
+            attended=linear_input(q_width),
             gate_up=matrix(max_tokens, 2 * config.intermediate_size),
-            activated=matrix(max_tokens, config.intermediate_size),
+            activated=linear_input(config.intermediate_size),
             kept_attended=matrix(max_rows, q_width),
             kept_residual=matrix(max_rows, config.hidden_size),
             workspace=view(device.empty((prod(workspace_shape(max_seqs, heads, max_context)),), "float32")),
@@ -193,11 +218,13 @@ class Decoder:
         `project` goes on from in `memory`."""
         memory = memory.rows(step.num_tokens)
         embedding(memory.residual, step.ids, self.embedding)
-        rms_norm(memory.hidden, memory.residual, self.layers[0].attention_norm, self.config.rms_norm_eps)
+        first = self.layers[0]
+        rms_norm(memory.hidden.of(first.qkv), memory.residual, first.attention_norm, self.config.rms_norm_eps)
         for index, layer in enumerate(self.layers):
             self._attend(layer, step, cache.keys[index], cache.values[index], memory)
             if layer is not self.layers[-1]:
-                self._finish_layer(layer, self.layers[index + 1].attention_norm, memory)
+                following = self.layers[index + 1]
+                self._finish_layer(layer, following.attention_norm, following.qkv, memory)
 
     def project(self, logits: TensorView, rows: TensorView | None, memory: Activations) -> None:
         """Launch the kernels from the last layer's attention to `logits`, [R, vocabulary] float32.
@@ -208,36 +235,42 @@ class Decoder:
         count = logits.shape[0]
         attended, residual = memory.attended.rows(count), memory.residual.rows(count)
         if rows is not None:
-            attended, residual = memory.kept_attended.rows(count), memory.kept_residual.rows(count)
-            gather_rows(attended, memory.attended, rows)
+            attended = replace(attended, floats=memory.kept_attended.rows(count))
+            residual = memory.kept_residual.rows(count)
+            gather_rows(attended.floats, memory.attended.floats, rows)
             gather_rows(residual, memory.residual, rows)
         memory = replace(memory.rows(count), attended=attended, residual=residual)
-        self._finish_layer(self.layers[-1], self.final_norm, memory)
-        linear(logits, memory.hidden, self.lm_head)
+        self._finish_layer(self.layers[-1], self.final_norm, self.lm_head, memory)
+        linear(logits, memory.hidden.of(self.lm_head), self.lm_head)
 
     def _attend(
         self, layer: Layer, step: StepInputs, keys: TensorView, values: TensorView, memory: Activations
     ) -> None:
         """hidden -> attended, and the tokens' keys and values into the cache."""
-        linear(memory.qkv, memory.hidden, layer.qkv)
+        linear(memory.qkv, memory.hidden.of(layer.qkv), layer.qkv)
         rope_and_cache(memory.qkv, step.positions, step.slots, self.cos, self.sin, keys, values, self.heads)
         paged_attention(
-            memory.attended, memory.qkv, keys, values, step.attention, self.heads, self.scale, memory.workspace
+            memory.attended.floats, memory.qkv, keys, values, step.attention, self.heads, self.scale, memory.workspace
         )
 
-    def _finish_layer(self, layer: Layer, following_norm: TensorView, memory: Activations) -> None:
-        """What follows a layer's attention: attended -> residual, and hidden for the next layer."""
-        linear(memory.delta, memory.attended, layer.attention_output)
-        self._add_and_norm(memory, layer.mlp_norm)
+    def _finish_layer(self, layer: Layer, next_norm: TensorView, next_linear: Weight, memory: Activations) -> None:
+        """What follows a layer's attention: attended -> residual, and hidden for the linear layer that comes next."""
+        attended = memory.attended.of(layer.attention_output)
+        if isinstance(attended, QuantisedRows):
+            quantise(attended, memory.attended.floats)
+        linear(memory.delta, attended, layer.attention_output)
+        self._add_and_norm(memory, layer.mlp_norm, layer.gate_up)
         self._feed_forward(layer, memory)
-        self._add_and_norm(memory, following_norm)
+        self._add_and_norm(memory, next_norm, next_linear)
 
     def _feed_forward(self, layer: Layer, memory: Activations) -> None:
         """hidden -> delta."""
-        linear(memory.gate_up, memory.hidden, layer.gate_up)
-        silu_mul(memory.activated, memory.gate_up)
-        linear(memory.delta, memory.activated, layer.down)
+        linear(memory.gate_up, memory.hidden.of(layer.gate_up), layer.gate_up)
+        activated = memory.activated.of(layer.down)
+        silu_mul(activated, memory.gate_up)
+        linear(memory.delta, activated, layer.down)
 
-    def _add_and_norm(self, memory: Activations, weight: TensorView) -> None:
-        """residual += delta; residual -> hidden."""
-        add_rms_norm(memory.hidden, memory.residual, memory.delta, weight, self.config.rms_norm_eps)
+    def _add_and_norm(self, memory: Activations, norm: TensorView, following: Weight) -> None:
+        """residual += delta; residual -> hidden, as the linear layer `following` reads it."""
+        hidden = memory.hidden.of(following)
+        add_rms_norm(hidden, memory.residual, memory.delta, norm, self.config.rms_norm_eps)

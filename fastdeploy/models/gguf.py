@@ -86,19 +86,24 @@ class GGUFFile:
         for name, tensor in self.tensors.items():
             storage = PLAIN_TYPES[tensor.type][1] if tensor.type in PLAIN_TYPES else tensor.type.name
             dtype = storage if tensor.type in PLAIN_TYPES else "float32"
-            rows = partial(self._rows, tensor, row_order.get(name.split(".")[-2:][0]))
-            stored[name] = StoredTensor(tensor.shape, dtype, storage, tensor.nbytes, rows)
+            order = row_order.get(name.split(".")[-2:][0])
+            rows = partial(self._rows, tensor, order)
+            blocks = None if tensor.type in PLAIN_TYPES else partial(self._stored_rows, tensor, order)
+            stored[name] = StoredTensor(tensor.shape, dtype, storage, tensor.nbytes, rows, blocks)
         return stored
 
-    def _rows(self, tensor: "GGUFTensor", order: np.ndarray | None, start: int, stop: int) -> np.ndarray:
+    def _stored_rows(self, tensor: "GGUFTensor", order: np.ndarray | None, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) as the file has them, [rows, bytes of a row] uint8."""
         wanted = None if order is None else order[start:stop]
         if wanted is not None and stop > start:  # whole heads are moved about, so the wanted rows lie close together
             start, stop = int(wanted.min()), int(wanted.max()) + 1
         row_bytes = tensor.nbytes // tensor.shape[0]
         stored = self.file.window(tensor.offset + start * row_bytes, (stop - start) * row_bytes)
         stored = stored.reshape(stop - start, row_bytes)
-        if wanted is not None:
-            stored = stored[wanted - start]
+        return stored if wanted is None else stored[wanted - start]
+
+    def _rows(self, tensor: "GGUFTensor", order: np.ndarray | None, start: int, stop: int) -> np.ndarray:
+        stored = self._stored_rows(tensor, order, start, stop)
         shape = (stored.shape[0], *tensor.shape[1:])
         if tensor.type in PLAIN_TYPES:
             return stored.view(PLAIN_TYPES[tensor.type][0]).reshape(shape)

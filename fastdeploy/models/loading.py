@@ -3,11 +3,24 @@
 In two passes. A model first asks for all of its weights, which gives it their memory; then `load` compares what was
 asked for with what the checkpoint has, and only if they agree reads it. Reading goes in slices of rows, each packed to
 its place before the next is read, so that loading needs the memory of the model plus one slice, whatever the format.
+
+What a linear layer's weights become, by `quantization` and by what the file holds:
+
+                             Q4_0, Q4_1    Q8_0    other quantisations      floats        embeddings, LM head in floats
+    None                     floats        floats  floats                   floats        floats
+    "auto", "exact"          q4            q8      q8, converted            floats        floats
+    "wint8", "w8a8"          q4            q8      q8, converted            q8            floats
+    "wint4", "w4a8"          q4            q8      q8, converted            q4            floats
+
+Weights that lie in one matrix (q, k and v; gate and up) need one kind: if the file has them in several, it is q8.
 """
 
 from __future__ import annotations
 
+import logging
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,10 +29,37 @@ from tqdm import tqdm
 
 from fastdeploy.device import DTYPE_BYTES, GIB, Device
 from fastdeploy.kernels.launch import TensorView, target, view
-from fastdeploy.kernels.linear import LinearWeight, default_panel, pack, packed_shape
+from fastdeploy.kernels.linear import LinearWeight, Weight, default_panel, pack, packed_shape
+from fastdeploy.kernels.quantised import BLOCK_HALFWORDS, GROUP, QuantisedWeight, pack_blocks, packed_fields
 from fastdeploy.models.weights import Checkpoint, RawTensor
 
+logger = logging.getLogger("fastdeploy")
+
+KEPT = {"Q4_0": "q4", "Q4_1": "q4", "Q8_0": "q8"}  # the quantisations that kernels compute with, by GGUF's names
+MADE = {"q4": "Q4_1", "q8": "Q8_0"}  # what values are converted to
+BITS = {"q4": 5.0, "q8": 8.5}  # of a weight, its share of the scales included
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")  # quantised only where the file has them so
 SLICE_ELEMENTS = 4 << 20  # 16 MiB as float32: large enough to hide the cost of a call, small beside any model
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What a value of `quantization` asks for."""
+
+    keeps_quantised: bool  # weights that the file has quantised stay so
+    floats_become: str | None  # "q4" or "q8"
+    int8_activations: bool
+
+
+MODES = {
+    None: Mode(False, None, False),
+    "auto": Mode(True, None, True),
+    "exact": Mode(True, None, False),
+    "wint8": Mode(True, "q8", False),
+    "wint4": Mode(True, "q4", False),
+    "w8a8": Mode(True, "q8", True),
+    "w4a8": Mode(True, "q4", True),
+}
 
 
 class WeightLoader:
@@ -28,18 +68,23 @@ class WeightLoader:
     Args:
         checkpoint: where the tensors come from.
         device: where the weights go.
-        dtype: what the linear layers' weights are stored in, "float32", "bfloat16" or "float16".
+        dtype: what the linear layers' float weights are stored in, "float32", "bfloat16" or "float16".
+        quantization: which weights are quantised, see above.
 
     Raises MemoryError if the weights can't fit.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: Device, dtype: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: Device, dtype: str, quantization: str | None = None) -> None:
         self.device = device
         self.dtype = dtype
+        self.mode = MODES[quantization]
         self._checkpoint = checkpoint
         self._panel = default_panel(target())
         self._shapes: dict[str, tuple[int, ...]] = {}  # of the tensors asked for
         self._reads: list[Callable[[tqdm], None]] = []  # what `load` has to do, in the order asked for
+        matrices = [name for name in checkpoint.names() if len(checkpoint.shape(name)) == 2]
+        # What each weight becomes, first as if it were alone in its matrix: "q4", "q8", or None for floats.
+        self._kinds = {name: self._kind([name]) for name in matrices}
         self._check_memory()
 
     def vector(self, names: Sequence[str], sizes: Sequence[int]) -> TensorView:
@@ -52,20 +97,26 @@ class WeightLoader:
 
     def linear(
         self, modules: Sequence[str], in_features: int, out_features: Sequence[int], bias: bool = False
-    ) -> LinearWeight:
+    ) -> Weight:
         """The tensors "<module>.weight", [out_features[i], in_features] each, one below the other as one packed weight.
 
         With `bias`, the tensors "<module>.bias", [out_features[i]] each, come with them.
         """
-        total = sum(out_features)
-        data = view(self.device.empty(packed_shape(total, in_features, self._panel), self.dtype))
-        row = 0
-        for module, rows in zip(modules, out_features, strict=True):
-            self._ask(f"{module}.weight", (rows, in_features))
-            self._reads.append(partial(self._read_matrix, data, f"{module}.weight", row))
-            row += rows
+        names = [f"{module}.weight" for module in modules]
+        for name, rows in zip(names, out_features, strict=True):
+            self._ask(name, (rows, in_features))
         biases = self.vector([f"{module}.bias" for module in modules], out_features) if bias else None
-        return LinearWeight(data, total, in_features, self._panel, biases)
+        kind = self._kind(names)
+        self._kinds |= dict.fromkeys(names, kind)
+        weight = self._allocate(kind, sum(out_features), in_features, biases)
+        row = 0
+        for name, rows in zip(names, out_features, strict=True):
+            if isinstance(weight, QuantisedWeight):
+                self._reads.append(partial(self._read_quantised, weight, name, row))
+            else:
+                self._reads.append(partial(self._read_matrix, weight, name, row))
+            row += rows
+        return weight
 
     def load(self, progress: bool) -> None:
         """Read everything that was asked for, with a progress bar if `progress`.
@@ -73,12 +124,35 @@ class WeightLoader:
         Raises ValueError if the checkpoint lacks a tensor, has another shape of it, or has one that nobody asked for.
         """
         self._checkpoint.check(self._shapes)
-        elements = sum(int(np.prod(shape)) for shape in self._shapes.values())
-        total = elements * DTYPE_BYTES[self.dtype]
+        self._log_quantised()
+        total = sum(map(self._nbytes, self._shapes))
         with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not progress) as bar:
             for read in self._reads:
                 read(bar)
         self._reads.clear()
+
+    def _kind(self, names: Sequence[str]) -> str | None:
+        """What these weights become, in one matrix: "q4", "q8", or None for floats."""
+        known = [name for name in names if name in self._checkpoint.names()]  # `load` reports the others
+        storages = {self._checkpoint.storage(name) for name in known}
+        if not known or any(self._checkpoint.shape(name)[-1] % GROUP for name in known):
+            return None
+        if storages <= DTYPE_BYTES.keys():
+            return None if set(names) & set(TABLES) else self.mode.floats_become
+        if not self.mode.keeps_quantised:
+            return None
+        kinds = {KEPT.get(storage) for storage in storages}
+        return "q4" if kinds == {"q4"} else "q8"
+
+    def _allocate(self, kind: str | None, out_features: int, in_features: int, bias: TensorView | None) -> Weight:
+        if kind is None:
+            data = view(self.device.empty(packed_shape(out_features, in_features, self._panel), self.dtype))
+            return LinearWeight(data, out_features, in_features, self._panel, bias)
+        fields = packed_fields(kind, out_features, in_features).items()
+        memory = {name: view(self.device.empty(shape, dtype)) for name, (shape, dtype) in fields}
+        return QuantisedWeight(
+            memory["data"], memory["scales"], memory.get("minimums"), out_features, in_features, bias
+        )
 
     def _ask(self, name: str, shape: tuple[int, ...]) -> None:
         if name in self._shapes:
@@ -88,20 +162,56 @@ class WeightLoader:
     def _read_vector(self, out: Any, names: Sequence[str], bar: tqdm) -> None:
         values = np.concatenate([_as_float32(self._checkpoint.read(name)) for name in names])
         self.device.write(out, values)
-        bar.update(values.size * DTYPE_BYTES[self.dtype])
+        bar.update(sum(map(self._nbytes, names)))
 
-    def _read_matrix(self, out: TensorView, name: str, first_row: int, bar: tqdm) -> None:
+    def _read_matrix(self, out: LinearWeight, name: str, first_row: int, bar: tqdm) -> None:
         rows, columns = self._shapes[name]
         step = max(1, SLICE_ELEMENTS // columns)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             part = self._checkpoint.read_rows(name, start, stop)
-            pack(out, view(self.device.from_numpy(part.array), part.dtype), first_row + start)
-            bar.update(part.array.size * DTYPE_BYTES[self.dtype])
+            pack(out.data, view(self.device.from_numpy(part.array), part.dtype), first_row + start)
+            bar.update(self._nbytes(name) * (stop - start) // rows)
+
+    def _read_quantised(self, out: QuantisedWeight, name: str, first_row: int, bar: tqdm) -> None:
+        from gguf import GGMLQuantizationType, quants  # 70 ms that float checkpoints need not wait for
+
+        rows, columns = self._shapes[name]
+        stored = self._checkpoint.storage(name)
+        storage = stored if KEPT.get(stored) == out.kind else MADE[out.kind]
+        step = max(1, SLICE_ELEMENTS // columns)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            if storage == stored:
+                blocks = self._checkpoint.read_blocks(name, start, stop)
+            else:
+                values = _as_float32(self._checkpoint.read_rows(name, start, stop))
+                blocks = quants.quantize(values, GGMLQuantizationType[storage])
+            halfwords = blocks.view(np.uint16).reshape(stop - start, columns // GROUP, BLOCK_HALFWORDS[storage])
+            pack_blocks(out, view(self.device.from_numpy(halfwords), "uint16"), storage, first_row + start)
+            bar.update(self._nbytes(name) * (stop - start) // rows)
+
+    def _nbytes(self, name: str) -> int:
+        """Bytes that a tensor takes in memory."""
+        kind = self._kinds.get(name)
+        bits = 8 * DTYPE_BYTES[self.dtype] if kind is None else BITS[kind]
+        return int(np.prod(self._checkpoint.shape(name)) * bits / 8)
+
+    def _log_quantised(self) -> None:
+        """One line for each way that tensors were quantised: from what to what, how many, which."""
+        ways: dict[str, list[str]] = defaultdict(list)
+        for name, kind in self._kinds.items():
+            if kind is None:
+                continue
+            stored = self._checkpoint.storage(name)
+            way = f"{stored} kept" if KEPT.get(stored) == kind else f"{stored} converted to {MADE[kind]}"
+            ways[way].append(name)
+        for way, names in ways.items():
+            modules = ", ".join(dict.fromkeys(name.split(".")[-2] for name in names))
+            logger.info("%s: %s, %d tensors (%s)", self._checkpoint.path, way, len(names), modules)
 
     def _check_memory(self) -> None:
-        elements = sum(int(np.prod(self._checkpoint.shape(name))) for name in self._checkpoint.names())
-        needed, free = elements * DTYPE_BYTES[self.dtype], self.device.free_memory()
+        needed, free = sum(map(self._nbytes, self._checkpoint.names())), self.device.free_memory()
         if needed > free:
             raise MemoryError(
                 f"{self._checkpoint.path}: the weights take {needed / GIB:.1f} GiB as {self.dtype}, "

@@ -64,6 +64,7 @@ class StoredTensor:
     storage: str  # the same, or the name of a quantisation such as "Q4_1"
     nbytes: int  # in the file
     rows: Callable[[int, int], np.ndarray]  # rows(start, stop) -> [stop - start, ...]; NumPy dtype as in RawTensor
+    blocks: Callable[[int, int], np.ndarray] | None = None  # of a quantised tensor: the same rows as in the file, uint8
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastdeploy.config import DTYPES, ModelConfig, config_from_gguf, config_from_json
 from fastdeploy.models.safetensors import read_safetensors
 from fastdeploy.models.storage import RawTensor, StoredTensor, read_json
@@ -51,6 +53,10 @@ class Checkpoint:
         """The dtype that `read` gives: "float32" for quantised tensors, else as stored."""
         return self._tensor(name).dtype
 
+    def storage(self, name: str) -> str:
+        """What the tensor is stored in: a dtype, or a quantisation such as "Q4_1"."""
+        return self._tensor(name).storage
+
     def read(self, name: str) -> RawTensor:
         """The whole tensor, dequantised if need be; a zero-copy view of the file where it isn't."""
         return self.read_rows(name, 0, self._tensor(name).shape[0])
@@ -62,6 +68,14 @@ class Checkpoint:
             raise ValueError(f"{name} has {tensor.shape[0]} rows; rows {start} to {stop} can't be read")
         self._read.add(name)
         return RawTensor(tensor.dtype, tensor.rows(start, stop))
+
+    def read_blocks(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of a quantised tensor as the file has them, [rows, bytes of a row] uint8."""
+        tensor = self._tensor(name)
+        if tensor.blocks is None:
+            raise ValueError(f"{name} is stored as {tensor.storage}, which has no blocks")
+        self._read.add(name)
+        return tensor.blocks(start, stop)
 
     def unread(self) -> list[str]:
         """Names of which no row has been read yet."""

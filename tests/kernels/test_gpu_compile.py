@@ -23,6 +23,15 @@ from fastdeploy.kernels.launch import TensorView, target
 from fastdeploy.kernels.linear import LinearWeight, default_panel, linear, pack, packed_shape
 from fastdeploy.kernels.logprobs import LogprobOutputs, LogprobWorkspace, token_logprobs
 from fastdeploy.kernels.norm import add_rms_norm, rms_norm
+from fastdeploy.kernels.quantised import (
+    BLOCK_HALFWORDS,
+    QuantisedRows,
+    QuantisedWeight,
+    pack_blocks,
+    packed_fields,
+    quantise,
+    rows_fields,
+)
 from fastdeploy.kernels.rope import HeadLayout, rope_and_cache
 from fastdeploy.kernels.sampling import SamplingState, SamplingWorkspace, sample
 
@@ -33,6 +42,7 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
 TOKENS = 100
+KEPT = {"Q4_0": "q4", "Q4_1": "q4", "Q8_0": "q8"}
 
 
 class CompileOnly:
@@ -91,6 +101,26 @@ def weight(rows, width, dtype="bfloat16", bias=False):
 def run_linear(rows, out_features, in_features, dtype="bfloat16", bias=False):
     x, out = tensor(rows, in_features, dtype=dtype), tensor(rows, out_features, dtype=dtype)
     linear(out, x, weight(out_features, in_features, dtype, bias))
+
+
+def run_quantised(kind):
+    fields = packed_fields(kind, 1536, 576)
+    packed = {name: tensor(*shape, dtype=dtype) for name, (shape, dtype) in fields.items()}
+    weight = QuantisedWeight(packed["data"], packed["scales"], packed.get("minimums"), 1536, 576)
+    linear(tensor(TOKENS, 1536), tensor(TOKENS, 576), weight)
+    embedding(tensor(TOKENS, 576), tensor(TOKENS, dtype="int32"), weight)
+    for storage in KEPT:
+        if KEPT[storage] == kind:
+            pack_blocks(weight, tensor(1536, 18, BLOCK_HALFWORDS[storage], dtype="uint16"), storage)
+
+
+def run_quantise(width):
+    fields = rows_fields(TOKENS, width)
+    out = QuantisedRows(**{name: tensor(*shape, dtype=dtype) for name, (shape, dtype) in fields.items()})
+    x, gain = tensor(TOKENS, width), tensor(width, dtype="float32")
+    quantise(out, x)
+    rms_norm(out, x, gain, 1e-5)
+    silu_mul(out, tensor(TOKENS, 2 * width))
 
 
 def run_pack():
@@ -166,6 +196,9 @@ LAUNCHES = {
     "linear, odd width": lambda: run_linear(TOKENS, 100, 72),
     "linear, float16": lambda: run_linear(TOKENS, 1536, 576, "float16"),
     "pack": run_pack,
+    "quantised linear, q4": lambda: run_quantised("q4"),
+    "quantised linear, q8": lambda: run_quantised("q8"),
+    "quantise": lambda: run_quantise(576),
     "norms, 576": lambda: run_norms(576),
     "norms, 8192": lambda: run_norms(8192),
     "gathers": run_gathers,

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType, quants
 
 from fastdeploy.device import open_device
 from fastdeploy.kernels.attention import SPLIT, AttentionBatch
@@ -13,7 +14,7 @@ from fastdeploy.kernels.launch import view
 from fastdeploy.models import load_model
 from fastdeploy.models.decoder import Decoder, StepInputs
 from tests.models import reference
-from tests.models.tiny import CONFIGS, TIED, UNTIED, checkpoint, random_tensors
+from tests.models.tiny import CONFIGS, GROUPED, TIED, UNTIED, checkpoint, random_tensors
 
 BLOCK_SIZE = 16
 MAX_TOKENS = 400
@@ -64,9 +65,9 @@ class Steps:
         return logits
 
 
-def load(config=TIED, dtype="float32", seed=0) -> Steps:
+def load(config=TIED, dtype="float32", seed=0, quantization=None) -> Steps:
     tensors = random_tensors(config, seed)
-    return Steps(load_model(checkpoint(config, tensors), open_device(), dtype, max_positions=512, progress=False))
+    return Steps(load_model(checkpoint(config, tensors), open_device(), dtype, 512, quantization, progress=False))
 
 
 def random_ids(count: int, seed: int = 1) -> list[int]:
@@ -84,6 +85,22 @@ def test_logits_of_a_prompt_equal_the_reference(name, dtype):
     assert np.abs(found - expected).max() < TOLERANCE[dtype] * np.abs(expected).max()
 
 
+@pytest.mark.parametrize(
+    ("quantization", "storage", "tolerance"),
+    [("wint8", "Q8_0", 3e-5), ("wint4", "Q4_1", 3e-5), ("w8a8", "Q8_0", 2e-2), ("w4a8", "Q4_1", 2e-2)],
+)
+def test_logits_of_quantised_weights_equal_the_reference_with_their_values(quantization, storage, tolerance):
+    tensors, ids, kind = random_tensors(GROUPED), random_ids(70), GGMLQuantizationType[storage]
+    for name, tensor in tensors.items():
+        if name.endswith("proj.weight"):
+            tensors[name] = quants.dequantize(quants.quantize(tensor, kind), kind)
+    expected = reference.logits(GROUPED, tensors, "float32", ids)
+    found = load(GROUPED, quantization=quantization).run((0, 0, ids))
+    difference = np.abs(found - expected).max()
+    assert difference < tolerance * np.abs(expected).max()
+    assert quantization.startswith("wint") or difference > 1e-4  # activations are quantised
+
+
 def test_a_prompt_longer_than_a_split_of_attention_equals_the_reference():
     ids = random_ids(SPLIT + 44)
     expected = reference.logits(TIED, random_tensors(TIED), "float32", ids)
@@ -98,6 +115,16 @@ def test_chunks_and_decodes_have_the_bits_of_the_whole_prompt(name, dtype):
     cuts = [0, 7, 8, 33, 52, *range(53, 61)]  # prompt chunks, one of them of one token, then decodes
     parts = [steps.run((1, start, ids[start:stop])) for start, stop in pairwise(cuts)]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+@pytest.mark.parametrize("quantization", ["wint8", "wint4", "w8a8", "w4a8"])
+def test_quantised_chunks_and_decodes_have_the_bits_of_the_whole_prompt(quantization):
+    ids = random_ids(60)
+    steps = load(GROUPED, "bfloat16", quantization=quantization)
+    whole = steps.run((0, 0, ids))
+    parts = [steps.run((1, start, ids[start:stop])) for start, stop in pairwise([0, 7, 8, 33, 52, *range(53, 61)])]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    np.testing.assert_array_equal(steps.run((2, 0, ids), rows=[3, 17, 59]), whole[[3, 17, 59]])
 
 
 def test_decodes_past_a_split_of_attention_have_the_bits_of_the_whole_prompt():

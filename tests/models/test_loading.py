@@ -1,14 +1,20 @@
 """Loading: every tensor is read once, in slices, to its place and type; clear errors where it can't be."""
 
+import logging
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType, quants
 
 from fastdeploy.device import open_device
+from fastdeploy.kernels.linear import LinearWeight, linear
 from fastdeploy.models import load_model, loading
+from fastdeploy.models.storage import StoredTensor
+from fastdeploy.models.weights import Checkpoint
 from tests.models.reference import stored
-from tests.models.tiny import BIASED, TIED, UNTIED, checkpoint, random_tensors
+from tests.models.tiny import BIASED, GROUPED, TIED, UNTIED, checkpoint, random_tensors
 
 
 def load(source, dtype="float32"):
@@ -110,3 +116,85 @@ def test_weights_that_cannot_fit_are_an_error_that_names_the_sizes(monkeypatch):
     monkeypatch.setattr(device, "free_memory", lambda: 1000)
     with pytest.raises(MemoryError, match=r'the weights take .* GiB as float32, 0.0 GiB are free; .*dtype="bfloat16"'):
         load_model(checkpoint(TIED, random_tensors(TIED)), device, "float32", 64, progress=False)
+
+
+# Quantised weights
+
+
+def quantised_checkpoint(tensors, storages):
+    """A checkpoint in which the matrices whose names end with a key of `storages` are quantised by the gguf package."""
+    entries = {}
+    for name, tensor in tensors.items():
+        storage = next((value for key, value in storages.items() if name.endswith(key)), None)
+        if storage is None or tensor.ndim == 1:
+            entries[name] = StoredTensor(tensor.shape, "float32", "float32", tensor.nbytes, rows_of(tensor))
+            continue
+        blocks = quants.quantize(tensor, GGMLQuantizationType[storage])
+        values = quants.dequantize(blocks, GGMLQuantizationType[storage])
+        entries[name] = StoredTensor(tensor.shape, "float32", storage, blocks.nbytes, rows_of(values), rows_of(blocks))
+    return Checkpoint(Path("quantised"), GROUPED, entries)
+
+
+def rows_of(array):
+    return lambda start, stop: array[start:stop]
+
+
+def quantised_values(weight) -> np.ndarray:
+    """What a weight holds, by multiplying with the identity."""
+    out = np.empty((weight.in_features, weight.out_features), np.float32)
+    linear(out, np.eye(weight.in_features, dtype=np.float32), weight)
+    return out.T
+
+
+def file_values(source, *names):
+    return np.concatenate([source.read(name).array for name in names])
+
+
+QKV = [f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkv"]
+
+
+@pytest.mark.parametrize("storage, kind", [("Q4_0", "q4"), ("Q4_1", "q4"), ("Q8_0", "q8")])
+def test_what_the_file_has_quantised_stays_as_it_is(storage, kind, caplog):
+    source = quantised_checkpoint(random_tensors(GROUPED), {"proj.weight": storage, "embed_tokens.weight": "Q8_0"})
+    with caplog.at_level(logging.INFO, logger="fastdeploy"):
+        model = load_model(source, open_device(), "float32", 64, "exact", progress=False)
+    assert model.layers[1].qkv.kind == kind and model.lm_head.kind == "q8"
+    np.testing.assert_array_equal(quantised_values(model.layers[1].qkv), file_values(source, *QKV))
+    np.testing.assert_array_equal(quantised_values(model.embedding), file_values(source, "model.embed_tokens.weight"))
+    assert f"{storage} kept" in caplog.text and "converted" not in caplog.text
+
+
+def test_other_quantisations_become_q8_and_the_log_says_so(caplog):
+    source = quantised_checkpoint(random_tensors(GROUPED), {"v_proj.weight": "Q5_0", "proj.weight": "Q4_0"})
+    with caplog.at_level(logging.INFO, logger="fastdeploy"):
+        model = load_model(source, open_device(), "float32", 64, "auto", progress=False)
+    assert model.layers[1].qkv.kind == "q8" and model.layers[1].down.kind == "q4"
+    expected = file_values(source, *QKV)
+    np.testing.assert_allclose(quantised_values(model.layers[1].qkv), expected, atol=np.abs(expected).max() / 127)
+    assert "Q5_0 converted to Q8_0, 2 tensors (v_proj)" in caplog.text
+    assert "Q4_0 converted to Q8_0, 4 tensors (q_proj, k_proj)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "quantization, kind, steps", [("wint8", "q8", 254), ("w8a8", "q8", 254), ("wint4", "q4", 15), ("w4a8", "q4", 15)]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float_weights_are_quantised_in_loading_but_not_the_tables(quantization, kind, steps, dtype):
+    tensors = random_tensors(GROUPED)
+    source = checkpoint(GROUPED, tensors, dtype)
+    model = load_model(source, open_device(), dtype, 64, quantization, progress=False)
+    assert isinstance(model.embedding, LinearWeight) and model.layers[1].qkv.kind == kind
+    assert model.int8_activations == quantization.endswith("a8")
+    expected = np.concatenate([stored(tensors[name], dtype) for name in QKV])
+    span = 2 * np.abs(expected).max()
+    assert np.abs(quantised_values(model.layers[1].qkv) - expected).max() <= span / steps * 0.51
+
+
+def test_layers_that_are_no_multiple_of_a_group_stay_floats():
+    model = load_model(checkpoint(TIED, random_tensors(TIED)), open_device(), "float32", 64, "w8a8", progress=False)
+    assert isinstance(model.layers[0].qkv, LinearWeight)
+
+
+def test_by_default_everything_becomes_floats():
+    source = quantised_checkpoint(random_tensors(GROUPED), {"proj.weight": "Q4_1"})
+    assert isinstance(load(source).layers[0].qkv, LinearWeight)

@@ -37,6 +37,7 @@ TIED = ModelConfig(
 UNTIED = replace(TIED, tie_word_embeddings=False, num_heads=9, num_kv_heads=3, head_dim=16, hidden_size=80)
 BIASED = replace(TIED, attention_bias=True, mlp_bias=True, num_heads=3, num_kv_heads=3, num_layers=3)
 INTERLEAVED = replace(TIED, rope_interleaved=True, num_heads=4, num_kv_heads=1, head_dim=20, intermediate_size=96)
+GROUPED = replace(TIED, num_heads=6, head_dim=16, hidden_size=64, intermediate_size=96)  # widths of whole groups of 32
 CONFIGS = {"tied": TIED, "untied": UNTIED, "biased": BIASED, "interleaved": INTERLEAVED}
 
 
