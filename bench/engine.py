@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from bench.side_by_side import Results, Worker, compared, measure, parser, report, started
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 96.4 / 134.5}  # auto: as in SmolLM2's file, packed
 DECODE_CONTEXT, PREFILL_LENGTH, WARM_UP_TOKENS = 16, 512, 5
 
 

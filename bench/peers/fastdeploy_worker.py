@@ -1,7 +1,7 @@
 """Our own engine: all prompts in one `generate`, batched continuously. Runs in the environment of the driver itself.
 
 The KV cache holds `--sequences` sequences of `--length` tokens: enough for all that run at a time, no more than a peer
-sets aside.
+sets aside. Besides a float type, `--dtype` may be a value of `quantization`, "auto" for one: `fastdeploy:auto`.
 """
 
 from bench.peers.worker import arguments, claim_stdout, serve
@@ -12,8 +12,11 @@ def main():
     options = arguments()
     import fastdeploy
     from fastdeploy import LLM, SamplingParams
+    from fastdeploy.engine_config import DTYPES
 
-    llm = LLM(options.model, dtype=options.dtype, max_model_len=options.length, max_num_seqs=options.sequences)
+    floats = options.dtype in DTYPES and options.dtype != "auto"
+    precision = {"dtype": options.dtype} if floats else {"quantization": options.dtype}
+    llm = LLM(options.model, **precision, max_model_len=options.length, max_num_seqs=options.sequences)
 
     def generate(prompts, lengths):
         params = [SamplingParams(temperature=0, max_tokens=length, ignore_eos=True) for length in lengths]
