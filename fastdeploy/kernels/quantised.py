@@ -142,14 +142,15 @@ def rows_fields(rows: int, width: int) -> dict[str, tuple[tuple[int, ...], str]]
 def quantised(values):
     """(int8 values, scales, sums) of float32 `values`, one group in each row of the tile [GROUPS, 32].
 
-    The largest magnitude of a group becomes 127. Rounding is to nearest, halves away from zero.
+    The largest magnitude of a group becomes 127. Rounding is to nearest, halves away from zero. A group with NaN or
+    infinities has the scale NaN: int8 has no way to say so, and tl.max looks past them.
     """
     largest = tl.max(tl.abs(values), axis=1)
     # Below 1e-30 the reciprocal nears float32's end, and to every weight that there is they are zeros.
     inverse = tl.where(largest > 1e-30, 127.0 / largest, 0.0)
     scaled = values * inverse[:, None]
     integers = (scaled + tl.where(scaled < 0, -0.5, 0.5)).to(tl.int32)
-    scales = largest * (1.0 / 127.0)
+    scales = largest * (1.0 / 127.0) + tl.sum(values * 0.0, axis=1)  # NaN for those, else 0
     return integers.to(tl.int8), scales, tl.sum(integers, axis=1).to(tl.float32) * scales
 
 

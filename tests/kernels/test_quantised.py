@@ -146,6 +146,17 @@ def test_zeros_and_vanishing_activations_become_zeros(store, blank):
 
 
 @pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_comes_out_as_nan_in_its_own_row(bad, storage, normal, packed, store, blank):
+    values = normal(3, 64).values.copy()
+    values[1, 40] = bad
+    x, out = blank_rows(blank, 3, 64)[0], blank((3, 20))
+    quantise(x, store(values).view)
+    linear(out.view, x, packed(storage, 20, 64).weight)
+    np.testing.assert_array_equal(np.isnan(out.values), np.repeat([[False], [True], [False]], 20, axis=1))
+
+
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("rows, out_features, in_features", [(1, 96, 576), (3, 33, 64), (70, 130, 96), (8, 16, 1536)])
 def test_int8_product_agrees_with_numpy_on_the_quantised_values(
     rows, out_features, in_features, storage, normal, packed, blank
