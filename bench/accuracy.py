@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 import fastdeploy
-from bench.markdown import conditions, table
+from bench.markdown import conditions, publish, table
 from fastdeploy.config import DTYPES
 from fastdeploy.device import open_device
 from fastdeploy.kernels.attention import SPLIT, AttentionBatch
@@ -143,10 +143,7 @@ def main() -> None:
         gc.collect()  # the candidate's weights
     header = [f"against {reference.name}", "tokens", "KL", "KL, 99th percentile", "same", "loss", "its reference's"]
     facts = conditions(f"{checkpoint.path.name}, KV cache in {reference.model.dtype}", GOALS)
-    report = f"# Accuracy of quantised computation\n\n{table(header, rows)}\n\n{facts}\n"
-    print(report)
-    if chosen.save:
-        chosen.save.write_text(report, encoding="utf-8")
+    publish("Accuracy of quantised computation", table(header, rows), facts, chosen.save)
 
 
 if __name__ == "__main__":

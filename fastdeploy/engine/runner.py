@@ -27,7 +27,7 @@ import numpy as np
 
 from fastdeploy.device import GIB, Field, Plan
 from fastdeploy.engine.logprobs import LogprobReader
-from fastdeploy.engine.request import TokenLogprobs
+from fastdeploy.engine.request import Request, TokenLogprobs
 from fastdeploy.engine.sampler import Sampler
 from fastdeploy.engine.scheduler import ScheduledBatch, ScheduledRequest, StepOutput
 from fastdeploy.engine_config import EngineConfig
@@ -88,25 +88,25 @@ class Runner:
     def run(self, batch: ScheduledBatch) -> StepOutput:
         """Compute one step: for each item of the batch the token sampled after it, and the logprobs asked for."""
         items = batch.items
-        sampled_items = [item for item in items if item.samples]
+        due = [index for index, item in enumerate(items) if item.samples]
         num_tokens = self._fill_tokens(items)
         self._fill_block_tables(items)
         self._fill_slots(num_tokens, len(items))
-        self._fill_logits_rows(items, len(sampled_items))
+        self._fill_logits_rows(len(items), due)
         prompt_rows = self._fill_prompt_rows(items)
         self._staging.upload()
         num_splits = self._num_splits([item.start + 1 for item in items[: batch.num_decodes]])
         output = StepOutput([None] * len(items))
-        if num_tokens == len(sampled_items):
+        if num_tokens == len(due):
             self._replay_decode(num_tokens, num_splits)
         else:
             longest = max(item.num_tokens for item in items)
             self._attend(num_tokens, len(items), batch.num_decodes, longest, num_splits)
             output.prompt_logprobs = self._prompt_logprobs(items, prompt_rows)
-            self._project(len(sampled_items), "logits_rows")
-        self._num_logits = len(sampled_items)
-        if sampled_items:
-            self._sample(items, output)
+            self._project(len(due), "logits_rows")
+        self._num_logits = len(due)
+        if due:
+            self._sample([items[index].request for index in due], due, output)
         return output
 
     def last_logits(self) -> np.ndarray:
@@ -161,10 +161,10 @@ class Runner:
         block_ids = host["block_tables"][np.repeat(self._count[:num_seqs], lengths), blocks].astype(np.int64)
         host["slots"][:num_tokens] = block_ids * self.block_size + offsets
 
-    def _fill_logits_rows(self, items: Sequence[ScheduledRequest], count: int) -> None:
+    def _fill_logits_rows(self, num_seqs: int, due: Sequence[int]) -> None:
+        """Write the last rows of the items that are `due` to be sampled."""
         host = self._staging.host
-        last_rows = host["cu_seqlens"][1 : len(items) + 1] - 1
-        host["logits_rows"][:count] = last_rows if count == len(items) else last_rows[[item.samples for item in items]]
+        host["logits_rows"][: len(due)] = host["cu_seqlens"][1 : num_seqs + 1][due] - 1
 
     def _fill_prompt_rows(self, items: Sequence[ScheduledRequest]) -> list[tuple[int, int]]:
         """Write the rows that predict prompt tokens whose logprobs are wanted; (item, position) of each."""
@@ -224,10 +224,8 @@ class Runner:
             listed = self._inputs[rows].rows(count, start)
             self.model.project(self._logits_view.rows(count), listed, self._activations)
 
-    def _sample(self, items: Sequence[ScheduledRequest], output: StepOutput) -> None:
-        """Sample a token for each item that is due, and read its logprobs if anybody wants some."""
-        due = [index for index, item in enumerate(items) if item.samples]
-        requests = [items[index].request for index in due]
+    def _sample(self, requests: Sequence[Request], due: Sequence[int], output: StepOutput) -> None:
+        """Sample a token for each request, of item due[i], and read its logprobs if anybody wants some."""
         tokens, errors = self._sampler.sample(requests)
         for index, token in zip(due, tokens, strict=True):
             output.tokens[index] = token

@@ -64,6 +64,7 @@ def _ends_in_yield(block: Block) -> bool:
 
 
 def carry(emitter: KernelEmitter, argument: Value, initial: Value, new: Value | None) -> _Carried:
+    """The variable of a loop-carried value, declared with its first value; pointers that move as a whole are one."""
     type_ = argument.type
     if not type_.is_tensor:
         name = emitter.name(argument.name)

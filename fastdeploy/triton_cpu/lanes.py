@@ -70,6 +70,7 @@ class _Evaluation:
         self.zeros, self.origins = np.zeros(count, np.int64), origins
 
     def of(self, value: Value, index: tuple[Lanes, ...]) -> Lanes:
+        """The lanes of `value`, by those of what it is computed from."""
         value = self.origins.get(value, value)
         op = value.op
         if op is None or op.name == "tt.get_program_id":
