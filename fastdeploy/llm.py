@@ -89,6 +89,7 @@ class LLM:
     have, MemoryError if the model does not fit.
 
     config: the EngineConfig, its lengths resolved to numbers.
+    reader, intake, engine: the way of a request, for callers that queue their own (see batch.py).
     facts: what was logged at start, by name: device, dtype, quantization, max_model_len, total_block_num, block_size.
     """
 
@@ -118,9 +119,9 @@ class LLM:
         }
         vocab_size = model_config.vocab_size
         eos_token_ids = frozenset([*model_config.eos_token_ids, *tokenizer.eos_token_ids])
-        self._reader = PromptReader(tokenizer, vocab_size, config.max_model_len)
+        self.reader = PromptReader(tokenizer, vocab_size, config.max_model_len)
         defaults = sampling_defaults(loaded.generation_config)
-        self._intake = Intake(config, tokenizer, vocab_size, eos_token_ids, defaults)
+        self.intake = Intake(config, tokenizer, vocab_size, eos_token_ids, defaults)
         logger.info("%s ready: %s", config.model, ", ".join(f"{name} {value}" for name, value in self.facts.items()))
 
     @property
@@ -171,7 +172,7 @@ class LLM:
         "error" and says why in error_code and error_msg. Raises TypeError or ValueError for bad arguments, before
         anything is queued, and RuntimeError once the LLM is closed.
         """
-        return self._answer(self._reader.read(prompts), sampling_params, use_tqdm, stream)
+        return self._answer(self.reader.read(prompts), sampling_params, use_tqdm, stream)
 
     @overload
     def chat(
@@ -222,7 +223,7 @@ class LLM:
         """
         variables = template_variables(chat_template_kwargs, tools, add_generation_prompt)
         template = self.config.chat_template if chat_template is None else chat_template
-        return self._answer(self._reader.read_chat(messages, template, variables), sampling_params, use_tqdm, stream)
+        return self._answer(self.reader.read_chat(messages, template, variables), sampling_params, use_tqdm, stream)
 
     def _answer(
         self, prompts: list[Prompt], sampling_params: Params, use_tqdm: bool, stream: bool
@@ -231,7 +232,7 @@ class LLM:
         for name, flag in {"use_tqdm": use_tqdm, "stream": stream}.items():
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} must be True or False, not {type(flag).__name__}: {flag!r}")
-        requests = self._intake.requests(prompts, sampling_params)
+        requests = self.intake.requests(prompts, sampling_params)
         outputs = self._outputs(requests, show_progress=use_tqdm and not stream, partial=stream)
         if stream:
             return outputs

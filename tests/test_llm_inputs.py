@@ -323,7 +323,7 @@ def test_more_edits_of_logits_than_the_sampler_has_room_for_are_refused(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, fields: dict, message: str
 ) -> None:
     """With the end-of-sequence token, which min_tokens holds back, that is one too many."""
-    monkeypatch.setattr(llm._intake, "_vocab_size", 10000)
+    monkeypatch.setattr(llm.intake, "_vocab_size", 10000)
     with pytest.raises(ValueError, match=f"{message}.* logits_processors"):
         llm.generate("hi", SamplingParams(**fields))
     assert_idle(llm)

@@ -1,0 +1,304 @@
+"""Answer a file of requests: `python -m fastdeploy run MODEL --input prompts.jsonl --output results.jsonl`.
+
+A line of the input is a JSON object:
+
+    {"prompt": "Once upon a time", "max_tokens": 32}                  text, or a list of token ids
+    {"messages": [{"role": "user", "content": "Hi"}], "seed": 7}      with "tools", "chat_template_kwargs" if wanted
+    {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {...}}      a line of OpenAI's batches
+
+All other keys are fields of SamplingParams, but for "custom_id", which comes back. An answer is a line of the output,
+written as soon as it is finished, so in no order; "line" counts the input's lines from 1:
+
+    {"line": 1, "digest": "5f0c...", "custom_id": ..., "error": null, "usage": {"prompt_tokens": 4, ...},
+     "choices": [{"index": 0, "text": "...", "finish_reason": "length"}]}
+
+A line that can't be answered has {"error": {"code": 400, "message": ...}} and no choices. OpenAI's lines are answered
+in OpenAI's form, which has all this in "response".
+
+Killed and started again, it answers the lines that the output does not have yet. What makes this safe: an answer is
+written whole or, if the kill strikes there, its line lacks the end and is cut off; and each answer has a digest of the
+line that it answers, so that an input that has changed is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fastdeploy.engine.request import UNSERVABLE, Request, RequestOutput
+from fastdeploy.llm import LLM
+from fastdeploy.prompts import template_variables
+from fastdeploy.sampling_params import SamplingParams
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+INPUTS = ("prompt", "prompt_token_ids", "messages")
+# Keys of an OpenAI request that change no token here; "model" is the one that runs.
+OPENAI_IGNORED = ("model", "user", "metadata", "store", "service_tier", "stream", "stream_options")
+INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
+
+
+def answer_file(engine: Mapping[str, Any], sampling: Mapping[str, Any], input: str, output: str) -> int:
+    """Answer the lines of the file `input` that the file `output` has no answer to; append these to it.
+
+    engine: fields of EngineConfig. sampling: fields of SamplingParams, for lines that don't name them. Returns the exit
+    status: 0 also if some lines were answered with an error, 130 after Ctrl-C. Raises OSError for files that can't be
+    read or written, ValueError if `output` belongs to another input.
+    """
+    SamplingParams(**sampling)  # wrong for all lines: an error of its own, before the model is loaded
+    lines = read_lines(Path(input))
+    with Path(output).open("a+b") as file:
+        done = finished_lines(file, lines)
+        missing = [line for line in lines if line.number not in done]
+        print(f"{input}: {len(lines)} lines, {len(done)} of them answered in {output}", file=sys.stderr)
+        if not missing:
+            return 0
+        with LLM(**engine) as llm:
+            try:
+                num_errors = BatchRun(llm, sampling, file).answer(missing, len(lines))
+            except KeyboardInterrupt:
+                print("\nstopped: the same command goes on from here", file=sys.stderr)
+                return INTERRUPTED
+    print(f"{output}: all lines answered" + (f", {num_errors} with an error" if num_errors else ""), file=sys.stderr)
+    return 0
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the input: its number from 1, and its bytes."""
+
+    number: int
+    content: bytes
+
+    @property
+    def digest(self) -> str:
+        return hashlib.blake2b(self.content, digest_size=8).hexdigest()
+
+
+@dataclass
+class Task:
+    """A line on its way: what it asks for, and what is there of its answer."""
+
+    line: Line
+    given: Mapping[str, Any] = field(default_factory=dict)  # the line's JSON, if it is an object
+    requests: list[Request] = field(default_factory=list)
+    outputs: list[RequestOutput] = field(default_factory=list)
+    error: dict[str, Any] | None = None  # {"code": ..., "message": ...}
+
+    @property
+    def is_openai(self) -> bool:
+        return "body" in self.given
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The lines of the input that are not blank."""
+    with path.open("rb") as file:
+        lines = (Line(number, content.strip()) for number, content in enumerate(file, start=1))
+        return [line for line in lines if line.content]
+
+
+def finished_lines(file: BinaryIO, lines: list[Line]) -> set[int]:
+    """The numbers of the lines that the output has an answer to; an incomplete last line is cut off.
+
+    Raises ValueError if the output has answers to other lines than these.
+    """
+    digests = {line.number: line.digest for line in lines}
+    done = set()
+    file.seek(0)
+    end = 0
+    for content in file:
+        if not content.endswith(b"\n"):
+            break
+        end += len(content)
+        try:
+            answer = json.loads(content)
+            number, digest = answer["line"], answer["digest"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{file.name} has a line that is no answer of this program: {content[:80]!r}") from None
+        if digests.get(number) != digest:
+            raise ValueError(
+                f"{file.name} has the answer to another line {number} than the input has now: name another output"
+            )
+        done.add(number)
+    file.truncate(end)
+    file.seek(end)
+    return done
+
+
+class BatchRun:
+    """Answers lines in the order of the input, twice as many at a time as the engine computes in a step."""
+
+    def __init__(self, llm: LLM, sampling: Mapping[str, Any], file: BinaryIO) -> None:
+        self._llm = llm
+        self._sampling = sampling
+        self._file = file
+        self._num_errors = 0
+
+    def answer(self, lines: list[Line], num_lines: int) -> int:
+        """Answer `lines`, which are what is left of `num_lines`; returns how many got an error."""
+        from tqdm import tqdm
+
+        with tqdm(total=num_lines, initial=num_lines - len(lines), desc="Lines", dynamic_ncols=True) as bar:
+            for task in self._finished(iter(lines)):
+                self._write(task)
+                bar.update()
+        return self._num_errors
+
+    def _finished(self, lines: Iterator[Line]) -> Iterator[Task]:
+        """The tasks of the lines, each when it is finished.
+
+        Lines are queued in slices of as many as fit in a step. The next slice is queued as soon as what is unfinished
+        would no longer fill two steps, so that the engine never waits for lines.
+        """
+        size = self._llm.config.max_num_seqs
+        slices: list[Iterator[list[Task]]] = []
+        unfinished, more = 0, True
+        while more or slices:
+            while more and unfinished < 2 * size:
+                tasks = [self._task(line) for line in itertools.islice(lines, size)]
+                more = len(tasks) == size
+                unfinished += len(tasks)
+                slices.append(self._run(tasks))
+            for steps in list(slices):
+                found = next(steps, None)
+                if found is None:
+                    slices.remove(steps)
+                    continue
+                unfinished -= len(found)
+                yield from found
+
+    def _run(self, tasks: list[Task]) -> Iterator[list[Task]]:
+        """The tasks that each step finishes; first of all those that have failed already."""
+        yield [task for task in tasks if task.error]  # these have no requests
+        owners = {request.request_id: task for task in tasks for request in task.requests}
+        requests = [request for task in tasks for request in task.requests]
+        for outputs in self._llm.engine.run(requests, partial=False):
+            finished = []
+            for output in outputs:
+                task = owners[output.request_id]
+                task.outputs.append(output)
+                if output.error_msg is not None:  # this request alone failed; the line has no answer then
+                    task.error = {"code": output.error_code, "message": output.error_msg}
+                if len(task.outputs) == len(task.requests):
+                    finished.append(task)
+            yield finished
+
+    def _task(self, line: Line) -> Task:
+        """The line, read and checked; with an error if it can't be answered."""
+        task = Task(line)
+        try:
+            task.given = parsed(line.content)
+            request = openai_request(task.given) if task.is_openai else dict(task.given)
+            request.pop("custom_id", None)
+            task.requests = self._requests(request)
+        except (ValueError, TypeError) as error:
+            task.error = {"code": UNSERVABLE, "message": str(error)}
+        return task
+
+    def _requests(self, request: dict[str, Any]) -> list[Request]:
+        """What the engine has to run for a line. Raises TypeError or ValueError for a bad one."""
+        llm = self._llm
+        found = {key: request.pop(key) for key in INPUTS if key in request}
+        if len(found) != 1:
+            raise ValueError(f"a line has one of {', '.join(map(repr, INPUTS))}, this one has {list(found) or 'none'}")
+        if "messages" in found:
+            messages = found["messages"]
+            variables = template_variables(request.pop("chat_template_kwargs", None), request.pop("tools", None), True)
+            if isinstance(messages, list) and messages and isinstance(messages[0], list):
+                raise TypeError("'messages' is several conversations: a line is one, a list of messages")
+            prompts = llm.reader.read_chat(messages, llm.config.chat_template, variables)
+        else:
+            prompts = llm.reader.read(found)
+        return llm.intake.requests(prompts, SamplingParams(**{**self._sampling, **request}))
+
+    def _write(self, task: Task) -> None:
+        """Append the answer, whole or not at all as far as a kill lets it."""
+        self._num_errors += task.error is not None
+        answer = openai_answer(task) if task.is_openai else own_answer(task)
+        self._file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+
+
+def parsed(content: bytes) -> dict[str, Any]:
+    """The JSON object that a line is. Raises ValueError if it is none."""
+    try:
+        given = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"a line is a JSON object, not {type(given).__name__}")
+    return given
+
+
+def openai_request(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The body of a line of an OpenAI batch in our words. Raises ValueError for what we don't have."""
+    body = given["body"]
+    if given.get("url") not in (CHAT, COMPLETIONS):
+        raise ValueError(f"'url' is {given.get('url')!r}; it may be {CHAT!r} or {COMPLETIONS!r}")
+    if not isinstance(body, dict):
+        raise ValueError(f"'body' is a JSON object, not {type(body).__name__}")
+    request = {key: value for key, value in body.items() if value is not None and key not in OPENAI_IGNORED}
+    if "max_completion_tokens" in request:
+        request["max_tokens"] = request.pop("max_completion_tokens")
+    if isinstance(request.get("logprobs"), bool):  # chat says whether, and how many elsewhere
+        number = request.pop("top_logprobs", 0)
+        request["logprobs"] = number if request["logprobs"] else None
+    return request
+
+
+def own_answer(task: Task) -> dict[str, Any]:
+    """A line of the output."""
+    answer = _heading(task) | {"error": task.error}
+    return answer if task.error else {**answer, "usage": _usage(task), "choices": _choices(task)}
+
+
+def openai_answer(task: Task) -> dict[str, Any]:
+    """A line of the output in the form of OpenAI's batches; "line" and "digest" come on top."""
+    status = 200 if task.error is None else task.error["code"]
+    request_id = task.requests[0].request_id if task.requests else None
+    body: dict[str, Any] = {"error": task.error}
+    if task.error is None:
+        is_chat = task.given["url"] == CHAT
+        choices = [_openai_choice(choice, is_chat) for choice in _choices(task)]
+        kind, model = "chat.completion" if is_chat else "text_completion", task.given["body"].get("model")
+        body = {"id": request_id, "object": kind, "model": model, "choices": choices, "usage": _usage(task)}
+    response = {"status_code": status, "request_id": request_id, "body": body}
+    return {**_heading(task), "id": request_id, "response": response, "error": None}
+
+
+def _heading(task: Task) -> dict[str, Any]:
+    named = {"custom_id": task.given["custom_id"]} if "custom_id" in task.given else {}
+    return {"line": task.line.number, "digest": task.line.digest, **named}
+
+
+def _choices(task: Task) -> list[dict[str, Any]]:
+    """What the model said, with what was asked for besides."""
+    choices = []
+    for index, output in enumerate(sorted(task.outputs, key=lambda output: output.outputs.index)):
+        said = output.outputs
+        extras = {"reasoning_content": said.reasoning_content, "stop_reason": said.stop_reason}
+        if said.logprobs is not None:
+            extras["logprobs"] = said.to_dict()["logprobs"]
+        if output.prompt_logprobs is not None:
+            extras["prompt_logprobs"] = output.to_dict()["prompt_logprobs"]
+        named = {name: value for name, value in extras.items() if value is not None}
+        choices.append({"index": index, "text": said.text, "finish_reason": said.finish_reason, **named})
+    return choices
+
+
+def _openai_choice(choice: dict[str, Any], is_chat: bool) -> dict[str, Any]:
+    if not is_chat:
+        return choice
+    thoughts = {"reasoning_content": choice.pop("reasoning_content")} if "reasoning_content" in choice else {}
+    return {**choice, "message": {"role": "assistant", "content": choice.pop("text"), **thoughts}}
+
+
+def _usage(task: Task) -> dict[str, int]:
+    num_prompt = len(task.outputs[0].prompt_token_ids)
+    num_output = sum(len(output.outputs.token_ids) for output in task.outputs)
+    return {"prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output}

@@ -1,0 +1,222 @@
+"""python -m fastdeploy: a chat, and a file of requests that survives being killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastdeploy.__main__ import batch_parser, chat_parser, main
+from fastdeploy.batch import openai_request
+from fastdeploy.engine.request import CompletionOutput, RequestOutput
+from fastdeploy.sampling_params import SamplingParams
+from fastdeploy.terminal import Conversation
+from tests.smollm2 import MODEL, needs_smollm2
+
+ENGINE = ["--quantization", "auto", "--max-model-len", "256", "--max-num-seqs", "4"]
+
+
+# Options
+
+
+def test_fields_are_options_of_the_same_name_with_their_docstring_as_help() -> None:
+    given = vars(chat_parser().parse_args(["m", "--max-model-len", "none", "--top-p", "0.5", "--ignore-eos", "true"]))
+    assert given == {"model": "m", "system": None, "max_model_len": None, "top_p": 0.5, "ignore_eos": True}
+    assert "keep the k most probable tokens" in " ".join(chat_parser().format_help().split())
+    assert "--max-num-batched-tokens" in batch_parser().format_help()
+
+
+@pytest.mark.parametrize("word", ["--top-p=much", "--max-tokens=1.5", "--ignore-eos=maybe", "--no-such-option=1"])
+def test_a_wrong_option_ends_the_program_with_status_2(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ending:
+        main(["m", word])
+    assert ending.value.code == 2
+    assert word.partition("=")[0] in capsys.readouterr().err
+
+
+def test_a_wrong_value_is_an_error_message_and_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("")
+    assert main(["run", "no-such-model", "--input", str(source), "--output", "o", "--top-p", "7"]) == 1
+    assert "top_p=7" in capsys.readouterr().err
+    assert main(["run", "m", "--input", str(tmp_path / "none"), "--output", str(tmp_path / "o")]) == 1
+    assert "none" in capsys.readouterr().err
+
+
+# The chat
+
+
+class ScriptedLLM:
+    """Answers with given pieces of text, raises a piece that is an exception, keeps the conversations it was asked."""
+
+    def __init__(self, *answers: list[Any]) -> None:
+        self.answers = list(answers)
+        self.asked: list[list[dict[str, str]]] = []
+
+    def chat(self, messages: list[dict[str, str]], params: SamplingParams, stream: bool) -> Iterator[RequestOutput]:
+        assert stream
+        self.asked.append([dict(message) for message in messages])
+        return self._stream(self.answers.pop(0))
+
+    @staticmethod
+    def _stream(pieces: list[Any]) -> Iterator[RequestOutput]:
+        text = ""
+        for piece in pieces:
+            if isinstance(piece, BaseException):
+                raise piece
+            text += piece
+            yield RequestOutput("id", "", [], CompletionOutput(0, 0, [], text, delta=piece))
+
+
+def said(llm: ScriptedLLM, system: str | None = None) -> Conversation:
+    return Conversation(llm, SamplingParams(), system)  # type: ignore[arg-type]
+
+
+def test_a_turn_is_printed_as_it_grows_and_remembered(capsys: pytest.CaptureFixture[str]) -> None:
+    llm = ScriptedLLM(["Hel", "lo."], ["Fine."])
+    conversation = said(llm, "Be kind.")
+    conversation.turn("Hi")
+    conversation.turn("How are you?")
+    assert capsys.readouterr().out == "Hello.\nFine.\n"
+    texts = [(message["role"], message["content"]) for message in llm.asked[1]]
+    assert texts == [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello."), ("user", "How are you?")]
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_there_is() -> None:
+    llm = ScriptedLLM(["One, ", "two, ", KeyboardInterrupt()], ["three."])
+    conversation = said(llm)
+    conversation.turn("Count!")
+    conversation.turn("Go on!")
+    assert [message["content"] for message in llm.asked[1]] == ["Count!", "One, two, ", "Go on!"]
+
+
+def test_a_question_that_fails_is_reported_and_forgotten(capsys: pytest.CaptureFixture[str]) -> None:
+    conversation = said(ScriptedLLM([ValueError("too long")], ["Yes."]))
+    conversation.turn("A long one")
+    assert "too long" in capsys.readouterr().out and conversation.messages == []
+    conversation.turn("A short one")
+    assert len(conversation.messages) == 2
+    conversation.reset()
+    assert conversation.messages == []
+
+
+@needs_smollm2
+def test_a_chat_over_a_pipe() -> None:
+    """Two turns, a reset, and a turn that can know nothing of the first."""
+    lines = "My name is Ada. What is my name?\n/reset\n\nWhat is 2 + 2?\n/exit\nnot read\n"
+    command = [sys.executable, "-m", "fastdeploy", MODEL, *ENGINE[:4], "--temperature", "0", "--max-tokens", "12"]
+    ended = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    shown = ended.stdout.splitlines()
+    assert len(shown) == 4 and "/reset" in shown[0] and shown[2] == "A new conversation." and shown[1] and shown[3]
+
+
+# A file of requests
+
+LINES = [
+    {"prompt": "Once upon a time", "max_tokens": 6},
+    "not JSON",
+    {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5, "n": 2, "custom_id": "two"},
+    "",
+    {"prompt_token_ids": [1, 2, 3], "logprobs": 1, "temperature": 0.5, "seed": 3},
+    {"prompt": "x", "temprature": 1},
+    {"prompt": "x" * 2000},
+    {"messages": [[{"role": "user", "content": "Hi"}]]},
+    {
+        "custom_id": "chat",
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": {"model": "x", "messages": [{"role": "user", "content": "2 + 2?"}], "max_completion_tokens": 4},
+    },
+    {"custom_id": "text", "url": "/v1/completions", "body": {"prompt": "The sea", "max_tokens": 3, "stop": None}},
+    {"custom_id": "bad", "url": "/v1/embeddings", "body": {"input": "x"}},
+]
+
+
+def write_lines(path: Path, lines: list[Any]) -> None:
+    texts = (line if isinstance(line, str) else json.dumps(line) for line in lines)
+    path.write_text("\n".join(texts) + "\n")
+
+
+def answers(path: Path) -> dict[int, dict[str, Any]]:
+    """By the number of the line that they answer, each once."""
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({answer["line"] for answer in found}) == len(found)
+    return {answer["line"]: answer for answer in found}
+
+
+def run(source: Path, results: Path, *options: str) -> int:
+    words = [*ENGINE, "--temperature", "0", "--max-tokens", "4", *options]
+    return main(["run", MODEL, "--input", str(source), "--output", str(results), *words])
+
+
+@needs_smollm2
+def test_good_lines_are_answered_and_bad_ones_get_an_error(tmp_path: Path) -> None:
+    source, results = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write_lines(source, LINES)
+    assert run(source, results) == 0
+    found = answers(results)
+    assert sorted(found) == [1, 2, 3, 5, 6, 7, 8, 9, 10, 11]  # line 4 is blank
+    assert found[1]["usage"] == {"prompt_tokens": 4, "completion_tokens": 6, "total_tokens": 10}
+    assert found[1]["choices"][0]["finish_reason"] == "length" and found[1]["choices"][0]["text"]
+    assert found[3]["custom_id"] == "two" and [choice["index"] for choice in found[3]["choices"]] == [0, 1]
+    assert len(found[5]["choices"][0]["logprobs"]) == 4  # the command line's max_tokens
+    complaints = {2: "not JSON", 6: "temperature", 7: "max_model_len", 8: "conversation"}
+    for number, part in complaints.items():
+        assert found[number]["error"]["code"] == 400 and part in found[number]["error"]["message"]
+    chat, text, bad = (found[number] for number in (9, 10, 11))
+    assert chat["response"]["status_code"] == 200
+    assert chat["response"]["body"]["choices"][0]["message"]["role"] == "assistant"
+    assert chat["response"]["body"]["usage"]["completion_tokens"] <= 4
+    assert text["response"]["body"]["choices"][0]["text"] and text["custom_id"] == "text"
+    assert bad["response"]["status_code"] == 400 and "url" in bad["response"]["body"]["error"]["message"]
+
+
+@needs_smollm2
+def test_a_killed_run_goes_on_without_redoing_or_losing_a_line(tmp_path: Path) -> None:
+    source, results = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write_lines(source, [{"prompt": f"Number {index}:", "max_tokens": 40} for index in range(40)])
+    options = [*ENGINE, "--temperature", "0", "--ignore-eos", "true", "--input", str(source), "--output", str(results)]
+    command = [sys.executable, "-m", "fastdeploy", "run", MODEL, *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    while not (results.exists() and results.read_bytes().count(b"\n") >= 5):
+        assert process.poll() is None, process.communicate()[1].decode()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = results.read_bytes()
+    before = before[: before.rindex(b"\n") + 1]
+    with results.open("ab") as file:
+        file.write(b'{"line": 40, "dig')  # as a kill in the middle of a line would leave it
+    assert before.count(b"\n") < 40, "the run was over before the kill: make it longer"
+    assert run(source, results, "--ignore-eos", "true") == 0
+    assert results.read_bytes().startswith(before)
+    assert sorted(answers(results)) == list(range(1, 41))
+    again = results.read_bytes()
+    assert run(source, results) == 0 and results.read_bytes() == again  # nothing left to do
+
+
+def test_an_output_of_another_input_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, results = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write_lines(source, [{"prompt": "b"}])
+    for content in ('{"line": 1, "digest": "0123"}\n', '{"line": 9, "digest": "0123"}\n', '{"text": "b"}\n', "[]\n"):
+        results.write_text(content)
+        assert run(source, results) == 1
+        assert str(results) in capsys.readouterr().err
+        assert results.read_text() == content
+
+
+def test_an_openai_body_in_our_words() -> None:
+    body = {"model": "m", "prompt": "p", "max_completion_tokens": 3, "logprobs": True, "top_logprobs": 2, "seed": None}
+    request = openai_request({"url": "/v1/chat/completions", "body": body})
+    assert request == {"prompt": "p", "max_tokens": 3, "logprobs": 2}
+    assert openai_request({"url": "/v1/completions", "body": {"logprobs": 4}}) == {"logprobs": 4}
+    for bad in ({"url": "/v1/completions", "body": []}, {"body": {}}):
+        with pytest.raises(ValueError):
+            openai_request(bad)
