@@ -114,7 +114,7 @@ def reader(kinds: Sequence[type]) -> Callable[[str], Any]:
 def documented(cls: type) -> dict[str, str]:
     """What the class's docstring says of each field, in lines `name: text` or `name, other: text`."""
     paragraphs = re.split(r"\n(?=    \w+(?:, \w+)*: )", cls.__doc__ or "")
-    found = {}
+    found: dict[str, str] = {}
     for paragraph in paragraphs[1:]:
         names, _, text = paragraph.partition(":")
         words = " ".join(text.split("\n\n")[0].split())

@@ -98,7 +98,7 @@ class Conversation:
         answer = ""
         stream = self._llm.chat(self.messages, self._params, stream=True)
         try:
-            with contextlib.closing(stream):  # type: ignore[type-var]  (an iterator that is a generator)
+            with contextlib.closing(stream):  # type: ignore[type-var]
                 for output in stream:
                     if output.error_msg:
                         raise ValueError(output.error_msg)
