@@ -5,13 +5,36 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# The architectures we have, by their name in config.json and in GGUF. A Mistral without a sliding window is a Llama.
-HUGGINGFACE_ARCHITECTURES = {"LlamaForCausalLM": "LlamaForCausalLM", "MistralForCausalLM": "LlamaForCausalLM"}
+QWEN = {"use_sliding_window": False, "max_window_layers": 28}
+ERNIE = {"rope_theta": 500000.0, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}
+# The architectures we have, by their names in config.json. For each, the fields that mean something else than usual
+# where config.json doesn't give them: transformers leaves out what is its class's default.
+HUGGINGFACE_ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": {"sliding_window": 4096},
+    "Qwen2ForCausalLM": QWEN,
+    "Qwen3ForCausalLM": {**QWEN, "head_dim": 128},
+    "Ernie4_5ForCausalLM": {**ERNIE, "head_dim": 128},
+    "Ernie4_5_ForCausalLM": ERNIE,
+}
+SAME_ARCHITECTURES = {  # a Mistral without a sliding window is a Llama; Paddle's spelling of ERNIE
+    "MistralForCausalLM": "LlamaForCausalLM",
+    "Ernie4_5_ForCausalLM": "Ernie4_5ForCausalLM",
+}
+MODEL_TYPES = {  # "model_type" in config.json, for those without "architectures"
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "ernie4_5": "Ernie4_5ForCausalLM",
+}
 GGUF_ARCHITECTURES = {"llama": "LlamaForCausalLM"}
+INTERLEAVED = ("Ernie4_5ForCausalLM",)  # whose rotary pairs are neighbours
 DTYPES = ("float32", "bfloat16", "float16")
 ROPE_SCALINGS = {  # rope_type in config.json -> the numbers it can't do without
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
 
 
@@ -125,8 +148,10 @@ def config_from_json(
     `dtype` is what the tensors have, used where config.json doesn't say; `source` names the file in errors.
     Raises ValueError for an architecture we don't have, a missing or mistyped field, or a feature we don't have.
     """
-    fields = Fields(config, source)
-    architecture = _huggingface_architecture(fields)
+    name = _huggingface_architecture(Fields(config, source))
+    architecture = SAME_ARCHITECTURES.get(name, name)
+    fields = Fields({**HUGGINGFACE_ARCHITECTURES[name], **config}, source)
+    _refuse_huggingface_features(fields)
     hidden_size = fields.integer("hidden_size")
     num_heads, num_kv_heads = _heads(fields, "num_attention_heads", "num_key_value_heads")
     rope_theta, rope_scaling = _rope_from_json(fields)
@@ -144,11 +169,11 @@ def config_from_json(
         rms_norm_eps=fields.number("rms_norm_eps", default=1e-6),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        rope_interleaved=False,
+        rope_interleaved=architecture in INTERLEAVED,
         max_position_embeddings=fields.integer("max_position_embeddings", default=2048),
         tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
-        attention_bias=fields.flag("attention_bias", default=False),
-        mlp_bias=fields.flag("mlp_bias", default=False),
+        attention_bias=fields.flag("attention_bias", default=fields.flag("use_bias", default=False)),
+        mlp_bias=fields.flag("mlp_bias", default=fields.flag("use_bias", default=False)),
         bos_token_id=fields.token_id("bos_token_id"),
         eos_token_ids=eos_token_ids,
         pad_token_id=fields.token_id("pad_token_id"),
@@ -184,31 +209,53 @@ def _dtype(fields: Fields) -> str | None:
 
 
 def _huggingface_architecture(fields: Fields) -> str:
+    """The first of "architectures" or, where there are none, what "model_type" means."""
+    model_type = fields.text("model_type")
+    if fields.values.get("architectures") is None and model_type in MODEL_TYPES:
+        return MODEL_TYPES[model_type]
     architectures = fields.required("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else architectures
     if not isinstance(name, str) or name not in HUGGINGFACE_ARCHITECTURES:
         raise fields.error("architectures", f"the architectures we have are {', '.join(HUGGINGFACE_ARCHITECTURES)}")
+    return name
+
+
+def _refuse_huggingface_features(fields: Fields) -> None:
     if fields.text("hidden_act") not in (None, "silu"):
         raise fields.error("hidden_act", "only 'silu' is available")
     if fields.values.get("quantization_config"):
         raise fields.error("quantization_config", "use an unquantised checkpoint or a GGUF")
-    if fields.number("partial_rotary_factor", default=1.0) != 1.0:
-        raise fields.error("partial_rotary_factor", "only whole heads can be rotated")
     max_positions = fields.integer("max_position_embeddings", default=2048)
-    if fields.integer("sliding_window", default=max_positions) < max_positions:
-        raise fields.error("sliding_window", "only full attention is available")
-    return HUGGINGFACE_ARCHITECTURES[name]
+    if fields.integer("sliding_window", default=max_positions) < max_positions and _has_sliding_layers(fields):
+        raise fields.error("sliding_window", f"only full attention, over all {max_positions} positions, is available")
+
+
+def _has_sliding_layers(fields: Fields) -> bool:
+    """Whether the sliding window is that of any layer: as each layer says, or of those from max_window_layers on."""
+    layers = fields.list_of(str, "layer_types")
+    if layers is not None:
+        return "sliding_attention" in layers
+    first = fields.integer("max_window_layers", default=0, least=0)
+    return fields.flag("use_sliding_window", default=True) and first < fields.integer("num_hidden_layers")
 
 
 def _rope_from_json(fields: Fields) -> tuple[float, dict[str, Any] | None]:
     """(theta, scaling) from either `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
     rope = fields.object("rope_parameters") or fields.object("rope_scaling") or {}
-    theta = Fields({**fields.values, **rope}, fields.source).number("rope_theta", default=10000.0)
+    everything = Fields({**fields.values, **rope}, fields.source)
+    theta = everything.number("rope_theta", default=10000.0)
+    if everything.number("partial_rotary_factor", default=1.0) != 1.0:
+        raise everything.error("partial_rotary_factor", "only whole heads can be rotated")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type == "default":
         return theta, None
-    scaling = {key: value for key, value in rope.items() if key not in ("type", "rope_theta")}
+    scaling = {key: value for key, value in rope.items() if key not in ("type", "rope_theta", "partial_rotary_factor")}
     scaling["rope_type"] = rope_type
+    if rope_type in ("llama3", "yarn"):
+        original = everything.integer(
+            "original_max_position_embeddings", fields.integer("max_position_embeddings", 2048)
+        )
+        scaling["original_max_position_embeddings"] = original
     return theta, _checked_scaling(scaling, fields.source)
 
 

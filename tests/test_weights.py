@@ -405,6 +405,11 @@ LLAMA3 = {
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 10000.0, {"rope_type": "linear", "factor": 2.0}),
         ({"rope_theta": 5e5, "rope_scaling": LLAMA3}, 5e5, LLAMA3),
         ({"rope_parameters": {"rope_theta": 5e5} | LLAMA3}, 5e5, LLAMA3),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}, "max_position_embeddings": 512},
+            10000.0,
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
+        ),
     ],
 )
 def test_old_and_new_rope_fields(rope, theta, scaling):
@@ -421,8 +426,38 @@ def test_generation_config_decides_where_answers_end():
 def test_mistral_without_a_sliding_window_is_a_llama():
     mistral = CONFIG_JSON | {"architectures": ["MistralForCausalLM"], "sliding_window": None}
     assert config_from_json(mistral, {}, "float32", "c").architecture == "LlamaForCausalLM"
-    with pytest.raises(ValueError, match="sliding_window.*1024"):
-        config_from_json(mistral | {"sliding_window": 1024}, {}, "float32", "c")
+    for window in ({"sliding_window": 1024}, {"max_position_embeddings": 8192}):  # its default is 4096
+        del mistral["sliding_window"]
+        with pytest.raises(ValueError, match=r"sliding_window.*(1024|4096).*only full attention"):
+            config_from_json(mistral | window, {}, "float32", "c")
+        mistral |= window
+
+
+@pytest.mark.parametrize(
+    "slides", [{"use_sliding_window": True}, {"layer_types": ["full_attention", "sliding_attention"]}]
+)
+def test_a_qwen_has_the_window_that_any_of_its_layers_has(slides):
+    qwen = CONFIG_JSON | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 64, "max_window_layers": 1}
+    assert config_from_json(qwen, {}, "float32", "c").architecture == "Qwen2ForCausalLM"
+    assert config_from_json(qwen | {"use_sliding_window": True, "max_window_layers": LAYERS}, {}, "float32", "c")
+    with pytest.raises(ValueError, match=r"sliding_window.*64; only full attention, over all 2048 positions"):
+        config_from_json(qwen | slides, {}, "float32", "c")
+
+
+def test_model_type_tells_the_architecture_where_none_is_named():
+    unnamed = {key: value for key, value in CONFIG_JSON.items() if key != "architectures"}
+    assert config_from_json(unnamed | {"model_type": "qwen3"}, {}, "float32", "c").architecture == "Qwen3ForCausalLM"
+    with pytest.raises(ValueError, match="architectures.*missing"):
+        config_from_json(unnamed | {"model_type": "bert"}, {}, "float32", "c")
+
+
+@pytest.mark.parametrize("name", ["Ernie4_5ForCausalLM", "Ernie4_5_ForCausalLM"])
+def test_what_an_ernie_does_not_say(name):
+    ernie = config_from_json(CONFIG_JSON | {"architectures": [name]}, {}, "float32", "c")
+    assert (ernie.architecture, ernie.rope_theta, ernie.rope_interleaved) == ("Ernie4_5ForCausalLM", 500000.0, True)
+    assert ernie.tie_word_embeddings and not ernie.attention_bias and not ernie.mlp_bias
+    biased = config_from_json(CONFIG_JSON | {"architectures": [name], "use_bias": True}, {}, "float32", "c")
+    assert biased.attention_bias and biased.mlp_bias
 
 
 @pytest.mark.parametrize(
@@ -441,11 +476,12 @@ def test_mistral_without_a_sliding_window_is_a_llama():
         ({"rms_norm_eps": -1}, "rms_norm_eps"),
         ({"hidden_act": "gelu"}, "hidden_act.*gelu"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic.*default, linear, llama3"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic.*default, linear, llama3, yarn"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor.*missing"),
         ({"rope_scaling": "linear"}, "rope_scaling.*must be an object"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor.*0.5"),
         ({"torch_dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
         ({"eos_token_id": [2, "x"]}, "eos_token_id"),
     ],

@@ -6,6 +6,8 @@ Each head's vector is cut into D/2 pairs; pair i of a token at position p is tur
     a' = a cos - b sin      half-split:   (a, b) = (x[i], x[i + D/2])      as Hugging Face stores q and k
     b' = b cos + a sin      interleaved:  (a, b) = (x[2i], x[2i + 1])      as the paper and GGUF's llama layout
 
+Some families (Qwen3) first divide every head of q and k by its root mean square: x[i] * weight[i] / rms(x).
+
     qkv [T, (H + 2 KVH) * D]    | q: H heads | k: KVH heads | v: KVH heads |     q is turned in place, k on its way
                                                                                  into the cache, v is only copied
     k_cache [blocks, KVH, D, block_size]    transposed: q.k reads along the tokens of a block
@@ -59,9 +61,21 @@ class HeadLayout:
         return block_size
 
 
+@dataclass(frozen=True)
+class HeadNorms:
+    """RMS norms over the elements of a head, before it is turned.
+
+    query, key: [D] float32, the weights for every head of q and of k. eps: added to the mean square.
+    """
+
+    query: TensorView
+    key: TensorView
+    eps: float
+
+
 @triton.jit
 def _rope_and_cache_kernel(
-    qkv, positions, slots, cos, sin, k_cache, v_cache,
+    qkv, positions, slots, cos, sin, q_norm, k_norm, eps, k_cache, v_cache,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     INTERLEAVED: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
@@ -79,8 +93,7 @@ def _rope_and_cache_kernel(
     row = qkv + token * (HEADS + 2 * KV_HEADS) * D
     for head in range(GROUP):
         query = row + (kv_head * GROUP + head) * D
-        a = tl.load(query + first, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(query + second, mask=inside, other=0.0).to(tl.float32)
+        a, b = _load_pairs(query, first, second, inside, q_norm, eps, D)
         tl.store(query + first, (a * cosines - b * sines).to(qkv.dtype.element_ty), mask=inside)
         tl.store(query + second, (b * cosines + a * sines).to(qkv.dtype.element_ty), mask=inside)
 
@@ -89,8 +102,7 @@ def _rope_and_cache_kernel(
         block = (slot // BLOCK_SIZE * KV_HEADS + kv_head) * BLOCK_SIZE * D  # int64: caches exceed 2^31 elements
         offset = slot % BLOCK_SIZE
         key = row + (HEADS + kv_head) * D
-        a = tl.load(key + first, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(key + second, mask=inside, other=0.0).to(tl.float32)
+        a, b = _load_pairs(key, first, second, inside, k_norm, eps, D)
         new_key = k_cache + block + offset
         tl.store(new_key + first * BLOCK_SIZE, (a * cosines - b * sines).to(k_cache.dtype.element_ty), mask=inside)
         tl.store(new_key + second * BLOCK_SIZE, (b * cosines + a * sines).to(k_cache.dtype.element_ty), mask=inside)
@@ -102,8 +114,28 @@ def _rope_and_cache_kernel(
         tl.store(new_value + second, b.to(v_cache.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _load_pairs(head, first, second, inside, norm, eps, D: tl.constexpr):
+    """The two elements of each rotary pair of a head, [PAIRS] float32 each, normalised if there is a norm's weight."""
+    a = tl.load(head + first, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(head + second, mask=inside, other=0.0).to(tl.float32)
+    if norm is not None:
+        scale = tl.rsqrt(tl.sum(a * a + b * b, axis=0) / D + eps)
+        a = a * scale * tl.load(norm + first, mask=inside, other=0.0)
+        b = b * scale * tl.load(norm + second, mask=inside, other=0.0)
+    return a, b
+
+
 def rope_and_cache(
-    qkv: Any, positions: Any, slots: Any, cos: Any, sin: Any, k_cache: Any, v_cache: Any, heads: HeadLayout
+    qkv: Any,
+    positions: Any,
+    slots: Any,
+    cos: Any,
+    sin: Any,
+    k_cache: Any,
+    v_cache: Any,
+    heads: HeadLayout,
+    norms: HeadNorms | None = None,
 ) -> None:
     """Turn q in place inside `qkv`; turn k and write it, with v, into the caches.
 
@@ -114,6 +146,7 @@ def rope_and_cache(
         cos, sin: [max_positions, D/2] float32, from `rope_tables`.
         k_cache: [blocks, KVH, D, block_size], any float type.
         v_cache: [blocks, KVH, block_size, D], the same type.
+        norms: of the heads of q and k before they are turned, if the family has them.
     """
     qkv, positions, slots, cos, sin = view(qkv), view(positions), view(slots), view(cos), view(sin)
     k_cache, v_cache = view(k_cache), view(v_cache)
@@ -123,11 +156,17 @@ def rope_and_cache(
     expect("slots", slots, (count,), "int64")
     expect("cos", cos, (cos.shape[0], heads.head_dim // 2), "float32")
     expect("sin", sin, cos.shape, "float32")
+    weights: tuple = (None, None, 0.0)
+    if norms is not None:
+        weights = (norms.query, norms.key, norms.eps)
+        for weight in weights[:2]:
+            expect("the norm of a head", weight, (heads.head_dim,), "float32")
     rule = {"PAIRS": next_power_of_2(heads.head_dim // 2)}
     if not target().is_cpu:
         rule["num_warps"] = 1  # one warp holds a head
+    inputs = (qkv, positions, slots, cos, sin, *weights)
     launch(
-        _rope_and_cache_kernel, (count, heads.num_kv_heads), qkv, positions, slots, cos, sin, k_cache, v_cache,
+        _rope_and_cache_kernel, (count, heads.num_kv_heads), *inputs, k_cache, v_cache,
         HEADS=heads.num_heads, KV_HEADS=heads.num_kv_heads, D=heads.head_dim,
         BLOCK_SIZE=heads.expect_caches(k_cache, v_cache), INTERLEAVED=heads.interleaved, **rule,
     )  # fmt: skip
@@ -138,16 +177,17 @@ def rope_tables(
 ) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin of every position's angles, two float32 arrays [max_positions, head_dim / 2].
 
-    `scaling` is a checkpoint's "rope_scaling": None, or a dictionary whose "rope_type" is "default", "linear", "llama3"
-    or "divisors" (GGUF's form of llama3: the numbers worked out). Computed in float64: at position 100,000 a float32
-    angle would be off by 0.004.
+    `scaling` is a checkpoint's "rope_scaling": None, or a dictionary whose "rope_type" is "default", "linear", "yarn",
+    "llama3" or "divisors" (GGUF's form of llama3: the numbers worked out). Computed in float64: at position 100,000 a
+    float32 angle would be off by 0.004.
     """
     frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    angles = np.outer(np.arange(max_positions, dtype=np.float64), _scaled(frequencies, scaling or {}))
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    angles = np.outer(np.arange(max_positions, dtype=np.float64), _scaled(frequencies, theta, scaling or {}))
+    length = _yarn_length(scaling) if scaling and scaling.get("rope_type") == "yarn" else 1.0
+    return (length * np.cos(angles)).astype(np.float32), (length * np.sin(angles)).astype(np.float32)
 
 
-def _scaled(frequencies: np.ndarray, scaling: dict[str, Any]) -> np.ndarray:
+def _scaled(frequencies: np.ndarray, theta: float, scaling: dict[str, Any]) -> np.ndarray:
     """Frequencies stretched to contexts longer than those a model was trained with."""
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
@@ -161,7 +201,35 @@ def _scaled(frequencies: np.ndarray, scaling: dict[str, Any]) -> np.ndarray:
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         kept = np.clip((turns - low) / (high - low), 0, 1)
         return frequencies * (kept + (1 - kept) / scaling["factor"])
-    raise ValueError(f"rope_scaling of type {kind!r} is not supported; known: default, linear, llama3, divisors")
+    if kind == "yarn":
+        kept = 1 - _yarn_ramp(len(frequencies), theta, scaling)
+        return frequencies * (kept + (1 - kept) / scaling["factor"])
+    raise ValueError(f"rope_scaling of type {kind!r} is not supported; known: default, linear, llama3, yarn, divisors")
+
+
+def _yarn_ramp(pairs: int, theta: float, scaling: dict[str, Any]) -> np.ndarray:
+    """How far each pair's frequency is stretched, 0 to 1: linear in the pair's number, between the pairs that turn
+    beta_fast and beta_slow times within the original context (Peng et al., "YaRN", 2023)."""
+    context = scaling["original_max_position_embeddings"]
+    turns = np.array([scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1])
+    low, high = pairs * np.log(context / (turns * 2 * np.pi)) / np.log(theta)
+    if scaling.get("truncate", True):
+        low, high = np.floor(low), np.ceil(high)
+    low, high = max(low, 0), min(high, 2 * pairs - 1)
+    return np.clip((np.arange(pairs) - low) / (high - low or 0.001), 0, 1)
+
+
+def _yarn_length(scaling: dict[str, Any]) -> float:
+    """What YaRN multiplies q and k by, against attention spreading over longer contexts; `mscale` is DeepSeek's."""
+
+    def length(mscale: float) -> float:
+        return 0.1 * mscale * np.log(max(scaling["factor"], 1)) + 1
+
+    if scaling.get("attention_factor") is not None:
+        return scaling["attention_factor"]
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return length(scaling["mscale"]) / length(scaling["mscale_all_dim"])
+    return length(1.0)
 
 
 def rope_reference(x: np.ndarray, positions: np.ndarray, theta: float, interleaved: bool) -> np.ndarray:

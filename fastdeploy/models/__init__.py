@@ -34,8 +34,14 @@ def load_model(
     # Here, because the kernels need Triton and Paddle: reading a checkpoint's configuration should not wait for them.
     from fastdeploy.models.llama import Llama
     from fastdeploy.models.loading import WeightLoader
+    from fastdeploy.models.qwen import Qwen2, Qwen3
 
-    families = {"LlamaForCausalLM": Llama}
+    families: dict[str, type[Decoder]] = {
+        "LlamaForCausalLM": Llama,
+        "Qwen2ForCausalLM": Qwen2,
+        "Qwen3ForCausalLM": Qwen3,
+        "Ernie4_5ForCausalLM": Llama,
+    }
     config = checkpoint.config
     if config.architecture not in families:
         raise ValueError(

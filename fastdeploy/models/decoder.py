@@ -2,7 +2,7 @@
 
     x = embedding[ids]                                            residual stream, [T, hidden]
     for every layer:
-        h = norm(x);  q, k, v = h Wqkv;  rotate q, k;  write k, v to the cache
+        h = norm(x);  q, k, v = h Wqkv;  (norm and) rotate q, k;  write k, v to the cache
         x = x + attention(q, cache) Wo
         h = norm(x);  x = x + (silu(h Wgate) * h Wup) Wdown
     logits = norm(x)[rows] Wlm_head                               [R, vocabulary]
@@ -30,7 +30,7 @@ from fastdeploy.kernels.launch import TensorView, view
 from fastdeploy.kernels.linear import Weight, linear
 from fastdeploy.kernels.norm import add_rms_norm, rms_norm
 from fastdeploy.kernels.quantised import GROUP, QuantisedRows, QuantisedWeight, quantise, rows_fields
-from fastdeploy.kernels.rope import HeadLayout, rope_and_cache, rope_tables
+from fastdeploy.kernels.rope import HeadLayout, HeadNorms, rope_and_cache, rope_tables
 from fastdeploy.models.loading import WeightLoader
 
 
@@ -49,6 +49,7 @@ class Layer:
 
     attention_norm: TensorView  # [hidden] float32
     qkv: Weight  # [(heads + 2 kv heads) * head_dim, hidden]: the rows of q, then k, then v
+    head_norms: HeadNorms | None
     attention_output: Weight  # [hidden, heads * head_dim]
     mlp_norm: TensorView  # [hidden] float32
     gate_up: Weight  # [2 * intermediate, hidden]: the rows of gate, then up
@@ -121,11 +122,15 @@ class Activations:
 class Decoder:
     """A decoder-only transformer; a family is a subclass that says what differs.
 
+    normalises_heads: whether every head of q and k has an RMS norm (self_attn.q_norm, k_norm) before it is rotated.
+
     Args:
         config: what the checkpoint says of itself.
         weights: gives the memory of every weight, to be filled once the whole model has been declared.
         max_positions: the longest sequence in tokens, for the rotary tables.
     """
+
+    normalises_heads = False
 
     def __init__(self, config: ModelConfig, weights: WeightLoader, max_positions: int) -> None:
         self.config = config
@@ -158,11 +163,17 @@ class Decoder:
         return Layer(
             attention_norm=weights.vector([f"{prefix}.input_layernorm.weight"], [hidden]),
             qkv=weights.linear(qkv, hidden, [q_width, kv_width, kv_width], biases.qkv),
+            head_norms=self.read_head_norms(attention, weights) if self.normalises_heads else None,
             attention_output=weights.linear([f"{attention}.o_proj"], q_width, [hidden], biases.attention_output),
             mlp_norm=weights.vector([f"{prefix}.post_attention_layernorm.weight"], [hidden]),
             gate_up=weights.linear(gate_up, hidden, [intermediate, intermediate], biases.mlp),
             down=weights.linear([f"{mlp}.down_proj"], intermediate, [hidden], biases.mlp),
         )
+
+    def read_head_norms(self, attention: str, weights: WeightLoader) -> HeadNorms:
+        """Read the norms of the heads of q and k, in the module `attention`."""
+        query, key = (weights.vector([f"{attention}.{name}_norm.weight"], [self.heads.head_dim]) for name in "qk")
+        return HeadNorms(query, key, self.config.rms_norm_eps)
 
     # Memory
 
@@ -248,7 +259,8 @@ class Decoder:
     ) -> None:
         """hidden -> attended, and the tokens' keys and values into the cache."""
         linear(memory.qkv, memory.hidden.of(layer.qkv), layer.qkv)
-        rope_and_cache(memory.qkv, step.positions, step.slots, self.cos, self.sin, keys, values, self.heads)
+        inputs = (memory.qkv, step.positions, step.slots, self.cos, self.sin)
+        rope_and_cache(*inputs, keys, values, self.heads, layer.head_norms)
         paged_attention(
             memory.attended.floats, memory.qkv, keys, values, step.attention, self.heads, self.scale, memory.workspace
         )

@@ -1,7 +1,7 @@
-"""Llama 1 to 3, and what shares their architecture: SmolLM, TinyLlama, Yi.
+"""Llama 1 to 3, and what shares their architecture: SmolLM, TinyLlama, Yi, Mistral, ERNIE 4.5.
 
 They differ from the shared decoder in nothing but biases: none, or by the checkpoint's two switches, attention_bias for
-q, k, v and o, mlp_bias for gate, up and down.
+q, k, v and o, mlp_bias for gate, up and down. ERNIE's rotary pairs lie in another order, which the configuration says.
 """
 
 from __future__ import annotations

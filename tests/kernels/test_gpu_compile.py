@@ -32,7 +32,7 @@ from fastdeploy.kernels.quantised import (
     quantise,
     rows_fields,
 )
-from fastdeploy.kernels.rope import HeadLayout, rope_and_cache
+from fastdeploy.kernels.rope import HeadLayout, HeadNorms, rope_and_cache
 from fastdeploy.kernels.sampling import SamplingState, SamplingWorkspace, sample
 
 # target, bytes of shared memory that one program may use
@@ -138,10 +138,12 @@ def run_gathers():
     gather_rows(tensor(8, 576), tensor(TOKENS, 576), tensor(8, dtype="int32"))
 
 
-def run_rope(heads, block_size):
+def run_rope(heads, block_size, normed=False):
     table = tensor(8192, heads.head_dim // 2, dtype="float32")
     positions, slots = tensor(TOKENS, dtype="int32"), tensor(TOKENS, dtype="int64")
-    rope_and_cache(tensor(TOKENS, heads.qkv_width), positions, slots, table, table, *caches(heads, block_size), heads)
+    norm = tensor(heads.head_dim, dtype="float32")
+    inputs = (tensor(TOKENS, heads.qkv_width), positions, slots, table, table, *caches(heads, block_size), heads)
+    rope_and_cache(*inputs, HeadNorms(norm, norm, 1e-6) if normed else None)
 
 
 def caches(heads, block_size):
@@ -203,6 +205,7 @@ LAUNCHES = {
     "norms, 8192": lambda: run_norms(8192),
     "gathers": run_gathers,
     "rope": lambda: run_rope(LLAMA3, 64),
+    "rope, norms": lambda: run_rope(LLAMA3, 64, normed=True),
     "rope, head of 80, interleaved": lambda: run_rope(HeadLayout(8, 2, 80, True), 16),
     "attention": lambda: run_attention(LLAMA3, 64, num_splits=1),
     "attention, splits": lambda: run_attention(SMOLLM2, 64, num_splits=8),

@@ -1,7 +1,15 @@
 import numpy as np
 import pytest
 
-from fastdeploy.kernels.rope import HeadLayout, cache_write_reference, rope_and_cache, rope_reference, rope_tables
+from fastdeploy.kernels.norm import rms_norm_reference
+from fastdeploy.kernels.rope import (
+    HeadLayout,
+    HeadNorms,
+    cache_write_reference,
+    rope_and_cache,
+    rope_reference,
+    rope_tables,
+)
 
 THETA = 10000.0
 
@@ -48,6 +56,24 @@ def test_rope_and_cache_match_reference(num_heads, num_kv_heads, head_dim, block
     after = arrays[0].values.reshape(13, -1, head_dim)
     np.testing.assert_allclose(after[:, :num_heads], q, atol=1e-5)
     np.testing.assert_array_equal(after[:, num_heads:], np.concatenate([k, v], axis=1))
+    for cache, expected in zip(arrays[-2:], caches, strict=True):
+        np.testing.assert_allclose(cache.values, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("num_heads, num_kv_heads, head_dim", [(9, 3, 64), (8, 1, 96), (3, 3, 26)])
+def test_heads_are_normalised_before_they_are_turned(num_heads, num_kv_heads, head_dim, interleaved, step, normal):
+    heads = HeadLayout(num_heads, num_kv_heads, head_dim, interleaved)
+    arrays, positions, slots = step(heads, 13, 16)
+    query, key = normal(head_dim), normal(head_dim)
+    raw = arrays[0].values.reshape(13, -1, head_dim)
+    q, k, v = np.split(raw, [num_heads, num_heads + num_kv_heads], axis=1)
+    normed = [rms_norm_reference(x, weight.values, 1e-2) for x, weight in ((q, query), (k, key))]
+    q, k = (rope_reference(x, positions, THETA, interleaved) for x in normed)
+    caches = tuple(cache.values.copy() for cache in arrays[-2:])
+    cache_write_reference(caches, k, v, slots)
+    rope_and_cache(*(array.view for array in arrays), heads, HeadNorms(query.view, key.view, 1e-2))
+    np.testing.assert_allclose(arrays[0].values.reshape(13, -1, head_dim)[:, :num_heads], q, atol=1e-5)
     for cache, expected in zip(arrays[-2:], caches, strict=True):
         np.testing.assert_allclose(cache.values, expected, atol=1e-5)
 
@@ -126,9 +152,35 @@ def test_llama3_scaling_keeps_fast_and_stretches_slow_frequencies():
     assert (np.diff(ratio) > -1e-4).all()
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+
+
+def test_yarn_keeps_fast_stretches_slow_frequencies_and_lengthens_the_vectors():
+    plain, (cos, sin) = (np.array(rope_tables(128, 9, 1e6, scaling), np.float64) for scaling in (None, YARN))
+    length = 1 + 0.1 * np.log(4)
+    np.testing.assert_allclose(np.hypot(cos, sin), length, rtol=1e-6)
+    np.testing.assert_allclose(sin[1, 0], length * plain[1, 1, 0], rtol=1e-6)
+    np.testing.assert_allclose(sin[8, -1], length * plain[1, 2, -1], rtol=1e-6)
+    ratio = np.arctan2(plain[1], plain[0])[1] / np.arctan2(sin, cos)[1]
+    assert ((ratio > 1 - 1e-5) & (ratio < 4 + 1e-4)).all() and (np.diff(ratio) > -1e-5).all()
+    blended = np.flatnonzero((ratio > 1.001) & (ratio < 3.999))  # pairs that turn 32 times to once in 4096 positions
+    assert (blended[0], blended[-1]) == (14, 30)
+
+
+@pytest.mark.parametrize(
+    "more, length",
+    [
+        ({"attention_factor": 0.7}, 0.7),
+        ({"mscale": 1.0, "mscale_all_dim": 0.5}, (1 + 0.1 * np.log(4)) / (1 + 0.05 * np.log(4))),
+    ],
+)
+def test_yarn_lengthens_as_it_is_told(more, length):
+    np.testing.assert_allclose(np.hypot(*rope_tables(64, 9, 1e4, YARN | more)), length, rtol=1e-6)
+
+
 def test_unknown_scaling_is_refused():
-    with pytest.raises(ValueError, match="'yarn' is not supported; known: default, linear, llama3, divisors"):
-        rope_tables(64, 16, THETA, {"rope_type": "yarn", "factor": 2.0})
+    with pytest.raises(ValueError, match="'longrope' is not supported; known: default, linear, llama3, yarn, divisors"):
+        rope_tables(64, 16, THETA, {"rope_type": "longrope", "factor": 2.0})
 
 
 def test_impossible_heads_are_refused():

@@ -29,11 +29,17 @@ def logits(config: ModelConfig, tensors: dict[str, np.ndarray], dtype: str, toke
     def norm(x: np.ndarray, module: str) -> np.ndarray:
         return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + config.rms_norm_eps) * weight[f"{module}.weight"]
 
+    def head_norm(x: np.ndarray, module: str) -> np.ndarray:
+        if f"{module}.weight" not in weight:
+            return x
+        return norm(x.reshape(len(x), -1, config.head_dim), module).reshape(x.shape)
+
     x = weight["model.embed_tokens.weight"][token_ids]
     for index in range(config.num_layers):
         layer = f"model.layers.{index}"
         h = norm(x, f"{layer}.input_layernorm")
         q, k, v = (linear(h, f"{layer}.self_attn.{name}_proj") for name in "qkv")
+        q, k = head_norm(q, f"{layer}.self_attn.q_norm"), head_norm(k, f"{layer}.self_attn.k_norm")
         x = x + linear(attention(config, dtype, q, k, v), f"{layer}.self_attn.o_proj")
         h = norm(x, f"{layer}.post_attention_layernorm")
         gate, up = linear(h, f"{layer}.mlp.gate_proj"), linear(h, f"{layer}.mlp.up_proj")

@@ -14,7 +14,7 @@ from fastdeploy.kernels.launch import view
 from fastdeploy.models import load_model
 from fastdeploy.models.decoder import Decoder, StepInputs
 from tests.models import reference
-from tests.models.tiny import CONFIGS, GROUPED, TIED, UNTIED, checkpoint, random_tensors
+from tests.models.tiny import CONFIGS, GROUPED, QWEN3, TIED, UNTIED, checkpoint, random_tensors
 
 BLOCK_SIZE = 16
 MAX_TOKENS = 400
@@ -85,17 +85,18 @@ def test_logits_of_a_prompt_equal_the_reference(name, dtype):
     assert np.abs(found - expected).max() < TOLERANCE[dtype] * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("config", [GROUPED, QWEN3], ids=["no biases", "biases, head norms"])
 @pytest.mark.parametrize(
     ("quantization", "storage", "tolerance"),
     [("wint8", "Q8_0", 3e-5), ("wint4", "Q4_1", 3e-5), ("w8a8", "Q8_0", 2e-2), ("w4a8", "Q4_1", 2e-2)],
 )
-def test_logits_of_quantised_weights_equal_the_reference_with_their_values(quantization, storage, tolerance):
-    tensors, ids, kind = random_tensors(GROUPED), random_ids(70), GGMLQuantizationType[storage]
+def test_logits_of_quantised_weights_equal_the_reference_with_their_values(config, quantization, storage, tolerance):
+    tensors, ids, kind = random_tensors(config), random_ids(70), GGMLQuantizationType[storage]
     for name, tensor in tensors.items():
         if name.endswith("proj.weight"):
             tensors[name] = quants.dequantize(quants.quantize(tensor, kind), kind)
-    expected = reference.logits(GROUPED, tensors, "float32", ids)
-    found = load(GROUPED, quantization=quantization).run((0, 0, ids))
+    expected = reference.logits(config, tensors, "float32", ids)
+    found = load(config, quantization=quantization).run((0, 0, ids))
     difference = np.abs(found - expected).max()
     assert difference < tolerance * np.abs(expected).max()
     assert quantization.startswith("wint") or difference > 1e-4  # activations are quantised

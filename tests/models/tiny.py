@@ -38,7 +38,8 @@ UNTIED = replace(TIED, tie_word_embeddings=False, num_heads=9, num_kv_heads=3, h
 BIASED = replace(TIED, attention_bias=True, mlp_bias=True, num_heads=3, num_kv_heads=3, num_layers=3)
 INTERLEAVED = replace(TIED, rope_interleaved=True, num_heads=4, num_kv_heads=1, head_dim=20, intermediate_size=96)
 GROUPED = replace(TIED, num_heads=6, head_dim=16, hidden_size=64, intermediate_size=96)  # widths of whole groups of 32
-CONFIGS = {"tied": TIED, "untied": UNTIED, "biased": BIASED, "interleaved": INTERLEAVED}
+QWEN3 = replace(GROUPED, architecture="Qwen3ForCausalLM", attention_bias=True)  # with a norm in every head
+CONFIGS = {"tied": TIED, "untied": UNTIED, "biased": BIASED, "interleaved": INTERLEAVED, "qwen3": QWEN3}
 
 
 def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
@@ -63,6 +64,8 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
                 tensors[f"{layer}.{name}.bias"] = generator.normal(size=rows)
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{layer}.{name}.weight"] = generator.uniform(0.5, 1.5, size=hidden)
+        for name in ("q_norm", "k_norm") if config.architecture.startswith("Qwen3") else ():
+            tensors[f"{layer}.self_attn.{name}.weight"] = generator.uniform(0.5, 1.5, size=config.head_dim)
     tensors["model.norm.weight"] = generator.uniform(0.5, 1.5, size=hidden)
     if not config.tie_word_embeddings:
         tensors["lm_head.weight"] = generator.normal(size=(vocabulary, hidden))
