@@ -533,7 +533,7 @@ def test_directory_without_a_checkpoint_says_what_it_lacks(tmp_path):
     with pytest.raises(FileNotFoundError, match="config.json and .safetensors; found neither"):
         open_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG_JSON))
-    with pytest.raises(FileNotFoundError, match="no .safetensors file"):
+    with pytest.raises(FileNotFoundError, match="expected model.safetensors or model_state.pdparams"):
         open_checkpoint(tmp_path)
     save_file(random_weights(), tmp_path / "a.safetensors")
     save_file(random_weights(), tmp_path / "b.safetensors")
@@ -542,7 +542,7 @@ def test_directory_without_a_checkpoint_says_what_it_lacks(tmp_path):
     with pytest.raises(ValueError, match="give the directory"):
         open_checkpoint(tmp_path / "a.safetensors")
     (tmp_path / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="expected config.json beside its .safetensors"):
+    with pytest.raises(FileNotFoundError, match="expected config.json beside its weights"):
         open_checkpoint(tmp_path)
 
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from fastdeploy.models.storage import MappedFile, StoredTensor
+from fastdeploy.models.storage import MappedFile, StoredTensor, mapped_rows
 
 DTYPES: dict[str, tuple[np.dtype, str]] = {  # safetensors' name -> (NumPy dtype, dtype name)
     "F32": (np.dtype(np.float32), "float32"),
     "F16": (np.dtype(np.float16), "float16"),
     "BF16": (np.dtype(np.uint16), "bfloat16"),
+    "U16": (np.dtype(np.uint16), "bfloat16"),  # as Paddle, which keeps such numbers in uint16, saves them
 }
 
 
@@ -64,14 +65,5 @@ def _tensor(file: MappedFile, data_start: int, name: str, entry: Any) -> StoredT
             f"{file.path}: tensor {name!r} ends at byte {data_start + end}, but the file has {file.size} bytes; it is"
             " truncated, download it again"
         )
-    rows = partial(_rows, file, data_start + begin, shape, numpy_dtype)
+    rows = partial(mapped_rows, file, data_start + begin, shape, numpy_dtype)
     return StoredTensor(shape, dtype_name, dtype_name, nbytes, rows)
-
-
-def _rows(file: MappedFile, offset: int, shape: tuple[int, ...], dtype: np.dtype, start: int, stop: int) -> np.ndarray:
-    row_shape = shape[1:]
-    row_bytes = math.prod(row_shape) * dtype.itemsize
-    array = file.window(offset + start * row_bytes, (stop - start) * row_bytes).view(dtype)
-    if not array.flags.aligned:  # the format doesn't promise alignment, compiled kernels expect it
-        array = array.copy()
-    return array.reshape(stop - start, *row_shape)

@@ -6,9 +6,10 @@ stay valid; touching them reads the file again.
 """
 
 import json
+import math
 import mmap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,32 @@ class StoredTensor:
     nbytes: int  # in the file
     rows: Callable[[int, int], np.ndarray]  # rows(start, stop) -> [stop - start, ...]; NumPy dtype as in RawTensor
     blocks: Callable[[int, int], np.ndarray] | None = None  # of a quantised tensor: the same rows as in the file, uint8
+
+    def part(self, first: int, count: int) -> "StoredTensor":
+        """Rows [first, first + count) as a tensor."""
+
+        def shifted(read: Callable[[int, int], np.ndarray]) -> Callable[[int, int], np.ndarray]:
+            return lambda start, stop: read(first + start, first + stop)
+
+        blocks = None if self.blocks is None else shifted(self.blocks)
+        nbytes = self.nbytes * count // self.shape[0]
+        return replace(self, shape=(count, *self.shape[1:]), nbytes=nbytes, rows=shifted(self.rows), blocks=blocks)
+
+    def transposed(self) -> "StoredTensor":
+        """A matrix of floats [in, out] as [out, in]."""
+        height, width = self.shape
+        rows = lambda start, stop: np.ascontiguousarray(self.rows(0, height)[:, start:stop].T)  # noqa: E731
+        return replace(self, shape=(width, height), rows=rows, blocks=None)
+
+
+def mapped_rows(
+    file: MappedFile, offset: int, shape: tuple[int, ...], dtype: np.dtype, start: int, stop: int
+) -> np.ndarray:
+    """Rows [start, stop) of the array that begins at `offset`, a view of the file, perhaps not aligned."""
+    row_shape = shape[1:]
+    row_bytes = math.prod(row_shape) * dtype.itemsize
+    array = file.window(offset + start * row_bytes, (stop - start) * row_bytes).view(dtype)
+    return array.reshape(stop - start, *row_shape)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Checkpoints: a GGUF file or a Hugging Face directory as a ModelConfig and tensors that are read row by row.
+"""Checkpoints: a GGUF file or a directory as a ModelConfig and tensors that are read row by row.
 
 Whatever the format, tensors go by Hugging Face's names and q/k rows come in half-split rope order, so that a model is
 written once.
@@ -6,17 +6,23 @@ written once.
 
 import importlib.metadata
 import os
+import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastdeploy.config import DTYPES, ModelConfig, config_from_gguf, config_from_json
+from fastdeploy.models.paddle_layout import huggingface_layout, is_paddle_layout
+from fastdeploy.models.pdparams import read_pdparams
 from fastdeploy.models.safetensors import read_safetensors
 from fastdeploy.models.storage import RawTensor, StoredTensor, read_json
 
 FIRST = 10  # how many names of a kind an error lists
+FORMATS = (("model", ".safetensors", read_safetensors), ("model_state", ".pdparams", read_pdparams))
+MULTI_TOKEN = re.compile(r"model\.mtp_(block|emb_norm|hidden_norm|linear_proj)\.")  # ERNIE's
 
 
 class Checkpoint:
@@ -67,7 +73,9 @@ class Checkpoint:
         if not 0 <= start <= stop <= tensor.shape[0]:
             raise ValueError(f"{name} has {tensor.shape[0]} rows; rows {start} to {stop} can't be read")
         self._read.add(name)
-        return RawTensor(tensor.dtype, tensor.rows(start, stop))
+        array = tensor.rows(start, stop)
+        # Formats don't promise alignment, compiled kernels expect it.
+        return RawTensor(tensor.dtype, array if array.flags.aligned else array.copy())
 
     def read_blocks(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of a quantised tensor as the file has them, [rows, bytes of a row] uint8."""
@@ -111,7 +119,7 @@ def _listed(names: list[str]) -> str:
 
 
 def open_checkpoint(name_or_path: str | os.PathLike) -> Checkpoint:
-    """Opens a .gguf file, a directory (config.json + safetensors, or one .gguf), or an installed package with a .gguf.
+    """Opens a .gguf file, a directory (config.json + weights, or one .gguf), or an installed package with a .gguf.
 
     Only headers are read. Raises TypeError for another type, FileNotFoundError if something isn't there, ValueError if
     it can't be read or is a model that we don't have; each names the file, what was found and the remedy.
@@ -121,7 +129,7 @@ def open_checkpoint(name_or_path: str | os.PathLike) -> Checkpoint:
 
 
 def locate(name_or_path: str | os.PathLike) -> Path:
-    """The .gguf file or the directory of safetensors that a model name means. Raises as `open_checkpoint` does."""
+    """The .gguf file or the checkpoint's directory that a model name means. Raises as `open_checkpoint` does."""
     if not isinstance(name_or_path, (str, os.PathLike)):
         raise TypeError(f"a model is a path or a name, found {name_or_path!r} of type {type(name_or_path).__name__}")
     path = Path(name_or_path)
@@ -129,7 +137,7 @@ def locate(name_or_path: str | os.PathLike) -> Path:
         return _installed_gguf(str(name_or_path))
     if path.is_dir():
         return _directory_or_gguf(path)
-    if path.suffix == ".safetensors":
+    if path.suffix in (".safetensors", ".pdparams"):
         raise ValueError(f"{path}: give the directory that holds it and its config.json: {str(path.parent)!r}")
     return path
 
@@ -138,11 +146,11 @@ def _directory_or_gguf(path: Path) -> Path:
     """The directory if it is a checkpoint, else the one .gguf file in it."""
     ggufs = sorted(path.glob("*.gguf"))
     has_config = (path / "config.json").exists()
-    has_safetensors = any(path.glob("*.safetensors*"))  # the index file counts
-    if has_config and (has_safetensors or not ggufs):
+    has_weights = any(any(path.glob(f"*{ending}*")) for _, ending, _ in FORMATS)  # the index file counts
+    if has_config and (has_weights or not ggufs):
         return path
-    if has_safetensors and not ggufs:
-        raise FileNotFoundError(f"{path}: expected config.json beside its .safetensors, found none; download it too")
+    if has_weights and not ggufs:
+        raise FileNotFoundError(f"{path}: expected config.json beside its weights, found none; download it too")
     return _only_gguf(ggufs, path)
 
 
@@ -199,8 +207,11 @@ def _open_directory(path: Path) -> Checkpoint:
     generation_config = read_json(generation_path) if generation_path.exists() else {}
     tensors = _read_shards(path)
     config = config_from_json(config_json, generation_config, _weights_dtype(tensors), str(path / "config.json"))
-    # Buffers that old checkpoints carry along, and a second copy of a tied embedding, are no weights of the model.
-    redundant = {name for name in tensors if name.endswith(".rotary_emb.inv_freq")}
+    if is_paddle_layout(tensors):
+        tensors = huggingface_layout(tensors, config)
+    # Buffers that old checkpoints carry along, and a second copy of a tied embedding, are no weights of the model,
+    # nor are layers that predict further tokens.
+    redundant = {name for name in tensors if name.endswith(".rotary_emb.inv_freq") or MULTI_TOKEN.match(name)}
     if config.tie_word_embeddings:
         redundant.add("lm_head.weight")
     tensors = {name: tensor for name, tensor in tensors.items() if name not in redundant}
@@ -217,21 +228,26 @@ def _weights_dtype(tensors: dict[str, StoredTensor]) -> str:
 
 
 def _read_shards(directory: Path) -> dict[str, StoredTensor]:
-    index_path = directory / "model.safetensors.index.json"
-    single = directory / "model.safetensors"
-    if not single.exists() and index_path.exists():
-        return _read_indexed(index_path)
-    files = [single] if single.exists() else sorted(directory.glob("*.safetensors"))
-    if len(files) != 1:
-        found = f"{len(files)} .safetensors files without {index_path.name}" if files else "no .safetensors file"
-        raise FileNotFoundError(
-            f"{directory}: expected model.safetensors, or {index_path.name} and its shards; found {found};"
-            " download the rest, or save the model as safetensors"
-        )
-    return read_safetensors(files[0])
+    """The tensors of the first format of which the directory has a file."""
+    for stem, ending, read in FORMATS:
+        single, index_path = directory / f"{stem}{ending}", directory / f"{stem}{ending}.index.json"
+        if not single.exists() and index_path.exists():
+            return _read_indexed(index_path, read)
+        files = [single] if single.exists() else sorted(directory.glob(f"*{ending}"))
+        if len(files) == 1:
+            return read(files[0])
+        if files:
+            raise FileNotFoundError(
+                f"{directory}: expected {single.name}, or {index_path.name} and its shards; found {len(files)} {ending}"
+                f" files without {index_path.name}; download the rest"
+            )
+    raise FileNotFoundError(
+        f"{directory}: expected {' or '.join(stem + ending for stem, ending, _ in FORMATS)}, or an index file and its"
+        " shards; found none of them; download the rest, or save the model as safetensors"
+    )
 
 
-def _read_indexed(index_path: Path) -> dict[str, StoredTensor]:
+def _read_indexed(index_path: Path, read: Callable[[Path], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{index_path}: expected 'weight_map', an object of tensor name -> file name")
@@ -239,7 +255,7 @@ def _read_indexed(index_path: Path) -> dict[str, StoredTensor]:
     missing = [shard for shard in shards if not (index_path.parent / shard).is_file()]
     if missing:
         raise FileNotFoundError(f"{index_path}: {len(missing)} of {len(shards)} shards are missing: {_listed(missing)}")
-    stored = {shard: read_safetensors(index_path.parent / shard) for shard in shards}
+    stored = {shard: read(index_path.parent / shard) for shard in shards}
     absent = [name for name, shard in weight_map.items() if name not in stored[shard]]
     if absent:
         raise ValueError(f"{index_path}: {len(absent)} tensors are not in the shards it names: {_listed(absent)}")

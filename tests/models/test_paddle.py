@@ -1,0 +1,194 @@
+"""Checkpoints that Paddle wrote: the same model as Hugging Face's layout of it, and no code run to read them."""
+
+import json
+import os
+import pickle
+import random
+
+import numpy as np
+import paddle
+import pytest
+from safetensors.numpy import save_file
+
+from fastdeploy.device import open_device
+from fastdeploy.models import load_model
+from fastdeploy.models.pdparams import read_pdparams
+from fastdeploy.models.weights import open_checkpoint
+from tests.models.test_decoder import Steps, random_ids
+from tests.models.tiny import TIED, UNTIED, random_tensors
+
+
+def config_json(config):
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
+
+
+def paddle_tensors(config, tensors, prefix="ernie", fused=True):
+    """Hugging Face's tensors as Paddle's libraries name and lay them out."""
+    tensors = dict(tensors)
+    if fused:
+        for layer in (f"model.layers.{index}" for index in range(config.num_layers)):
+            for module, parts in {"self_attn.qkv": "qkv", "mlp.up_gate": ("gate", "up")}.items():
+                block, name = module.split(".")
+                rows = [tensors.pop(f"{layer}.{block}.{part}_proj.weight") for part in parts]
+                tensors[f"{layer}.{block}.{name}_proj.weight"] = np.concatenate(rows)
+    renamed = {}
+    for name, tensor in tensors.items():
+        is_linear = tensor.ndim == 2 and "embed_tokens" not in name
+        renamed[name.replace("model.", f"{prefix}.")] = np.ascontiguousarray(tensor.T) if is_linear else tensor
+    return renamed
+
+
+def write(path, config, tensors, ending=".safetensors", shards=1):
+    """A checkpoint directory; in shards, each has every so-many-th tensor."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config_json(config)))
+    save = save_file if ending == ".safetensors" else lambda shard, file: paddle.save(shard, str(file), protocol=4)
+    stem = {".safetensors": "model", ".pdparams": "model_state"}[ending]
+    if shards == 1:
+        save(tensors, path / f"{stem}{ending}")
+        return path
+    weight_map = {name: f"{stem}-{index % shards}{ending}" for index, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        save({name: tensors[name] for name in tensors if weight_map[name] == file}, path / file)
+    (path / f"{stem}{ending}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return path
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("ending", "shards"), [(".safetensors", 1), (".safetensors", 3), (".pdparams", 1), (".pdparams", 2)]
+)
+@pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
+def test_tensors_equal_those_of_the_other_flavour(tmp_path, config, ending, shards, fused):
+    tensors = random_tensors(config)
+    written = paddle_tensors(config, tensors, fused=fused)
+    checkpoint = open_checkpoint(write(tmp_path / "paddle", config, written, ending, shards))
+    checkpoint.check({name: tensor.shape for name, tensor in tensors.items()})
+    assert checkpoint.nbytes == sum(tensor.nbytes for tensor in tensors.values())
+    rng = random.Random(0)
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(checkpoint.read(name).array, tensor, err_msg=name)
+        start, stop = sorted(rng.choices(range(len(tensor) + 1), k=2))
+        np.testing.assert_array_equal(checkpoint.read_rows(name, start, stop).array, tensor[start:stop], err_msg=name)
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pdparams"])
+def test_logits_equal_those_of_the_other_flavour(tmp_path, ending):
+    tensors, ids = random_tensors(UNTIED), random_ids(20)
+    theirs = write(tmp_path / "theirs", UNTIED, paddle_tensors(UNTIED, tensors), ending)
+    ours = write(tmp_path / "ours", UNTIED, tensors)
+    models = (load_model(open_checkpoint(path), open_device(), "auto", 512, progress=False) for path in (theirs, ours))
+    first, second = (Steps(model).run((0, 0, ids)) for model in models)
+    np.testing.assert_array_equal(first, second)
+
+
+def test_other_models_of_paddle_are_transposed_too(tmp_path):
+    tensors = random_tensors(TIED)
+    written = paddle_tensors(TIED, tensors, prefix="llama", fused=False)
+    checkpoint = open_checkpoint(write(tmp_path / "llama", TIED, written, ".pdparams"))
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(checkpoint.read(name).array, tensor, err_msg=name)
+
+
+def test_layers_for_further_tokens_are_no_weights(tmp_path):
+    tensors = random_tensors(TIED)
+    extra = {"ernie.mtp_block.0.mlp.down_proj.weight": np.ones((2, 3), np.float32)}
+    path = write(tmp_path / "mtp", TIED, paddle_tensors(TIED, tensors) | extra)
+    open_checkpoint(path).check({name: tensor.shape for name, tensor in tensors.items()})
+
+
+# --- .pdparams ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_what_paddle_saves_is_read_as_it_is(tmp_path, dtype):
+    arrays = {"small": np.arange(6.0).reshape(2, 3), "large": np.random.default_rng(0).normal(size=(300, 200))}
+    tensors = {name: paddle.to_tensor(array, dtype="float32").astype(dtype) for name, array in arrays.items()}
+    paddle.save(tensors, str(tmp_path / "model_state.pdparams"))
+    stored = read_pdparams(tmp_path / "model_state.pdparams")
+    assert list(stored) == ["small", "large"]
+    for name, tensor in tensors.items():
+        assert (stored[name].dtype, stored[name].shape) == (dtype, tuple(tensor.shape))
+        np.testing.assert_array_equal(stored[name].rows(1, 2), tensor.numpy()[1:2])
+
+
+def test_a_layers_state_and_its_list_of_names_is_read(tmp_path):
+    layer = paddle.nn.Linear(3, 2)
+    paddle.save(layer.state_dict(), str(tmp_path / "layer.pdparams"))
+    stored = read_pdparams(tmp_path / "layer.pdparams")
+    assert set(stored) == {"weight", "bias"}
+    np.testing.assert_array_equal(stored["weight"].rows(0, 3), layer.weight.numpy())
+
+
+class Hostile:
+    """Pickled, it is a call of `function`."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 3, 4, 5])
+@pytest.mark.parametrize("function", [os.system, eval, exec, os.mkdir, getattr])
+def test_hostile_pickle_runs_no_code(tmp_path, function, protocol):
+    touched = tmp_path / "touched"
+    arguments = {os.system: f"mkdir {touched}", os.mkdir: str(touched)}.get(
+        function, f"__import__('os').mkdir('{touched}')"
+    )
+    path = tmp_path / "model_state.pdparams"
+    path.write_bytes(pickle.dumps({"a": np.ones(3, np.float32), "b": Hostile(function, arguments)}, protocol))
+    with pytest.raises(ValueError, match="refused"):
+        read_pdparams(path)
+    assert not touched.exists()
+
+
+def test_hostile_state_changes_nothing(tmp_path):
+    array = np.ones(3, np.float32)
+    function, arguments, state = array.__reduce__()
+    assert function.__name__ == "_reconstruct"
+    path = tmp_path / "model_state.pdparams"
+    for bad in [(*state[:1], (4,), *state[2:]), (*state[:1], (-1, -3), *state[2:]), state[:3], None, {"shape": (3,)}]:
+        content = {"a": Hostile(function, *arguments)}
+        content["a"].call = (function, arguments, bad)
+        path.write_bytes(pickle.dumps(content, 4))
+        with pytest.raises(ValueError, match="model_state.pdparams"):
+            read_pdparams(path)
+
+
+@pytest.mark.parametrize(
+    "content", [[], 3, {"a": 3}, {"a": {"b": np.ones(3)}}, {"a": np.ones(3)}, {3: np.ones(3, "f4")}]
+)
+def test_pickles_of_something_else_are_refused(tmp_path, content):
+    (tmp_path / "model_state.pdparams").write_bytes(pickle.dumps(content, 4))
+    with pytest.raises(ValueError, match="only arrays as paddle.save writes them"):
+        read_pdparams(tmp_path / "model_state.pdparams")
+
+
+def test_damaged_files_are_refused_by_name(tmp_path):
+    path = tmp_path / "model_state.pdparams"
+    paddle.save({f"t{i}": paddle.ones([i + 1, 40]) for i in range(40)}, str(path))
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for length in [1, 10, *range(100, len(whole), 4001), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="model_state.pdparams"):
+            read_pdparams(path)
+    for _ in range(300):
+        broken = bytearray(whole)
+        broken[rng.integers(2000)] = rng.integers(256)
+        path.write_bytes(broken)
+        try:
+            read_pdparams(path)
+        except ValueError as error:
+            assert str(path) in str(error)
