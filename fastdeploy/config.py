@@ -28,7 +28,12 @@ MODEL_TYPES = {  # "model_type" in config.json, for those without "architectures
     "qwen3": "Qwen3ForCausalLM",
     "ernie4_5": "Ernie4_5ForCausalLM",
 }
-GGUF_ARCHITECTURES = {"llama": "LlamaForCausalLM"}
+GGUF_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "ernie4_5": "Ernie4_5ForCausalLM",
+}
 INTERLEAVED = ("Ernie4_5ForCausalLM",)  # whose rotary pairs are neighbours
 DTYPES = ("float32", "bfloat16", "float16")
 ROPE_SCALINGS = {  # rope_type in config.json -> the numbers it can't do without
@@ -299,7 +304,7 @@ def config_from_gguf(
         rms_norm_eps=fields.number("attention.layer_norm_rms_epsilon", default=1e-5),
         rope_theta=fields.number("rope.freq_base", default=10000.0),
         rope_scaling=_rope_scaling_from_gguf(fields, rope_divisors),
-        rope_interleaved=False,  # q and k rows are put in half-split order while they are read
+        rope_interleaved=architecture in INTERLEAVED,  # llama's rows are put in half-split order while they are read
         max_position_embeddings=fields.integer("context_length"),
         tie_word_embeddings="lm_head.weight" not in tensor_names,
         attention_bias="model.layers.0.self_attn.q_proj.bias" in tensor_names,

@@ -22,8 +22,9 @@ DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048  # requests that decode wait for the whole
 class EngineConfig:
     """What `LLM(...)` takes. Wrong types are a TypeError, wrong values a ValueError, when built.
 
-    model: a .gguf file, a checkpoint directory, or an installed Python package that carries a .gguf file.
-    tokenizer: where the tokenizer is, if not with the model.
+    model: a .gguf file, a checkpoint directory (Hugging Face's or Paddle's), a model's name on the Hugging Face Hub,
+        "owner/name", which is downloaded unless the cache has it, or an installed Python package with a .gguf file.
+    tokenizer: where the tokenizer is, if not with the model: the same, of which no weights are needed.
     max_model_len: most tokens of a request, prompt and output together. None: the model's limit, at most 8192.
     max_num_seqs: most requests computed in one step; the others wait.
     max_num_batched_tokens: most tokens computed in one step; longer prompts are cut into chunks. None: 2048.

@@ -232,12 +232,9 @@ def load_tokenizer(source: str | os.PathLike | Checkpoint) -> Tokenizer:
 
 def _locate_tokenizer(source: str | os.PathLike) -> Path:
     try:
-        return locate(source)
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"tokenizer {os.fspath(source)!r} was not found: give a directory with {' or '.join(TOKENIZER_FILES)}, a"
-            " .gguf file, or the name of an installed package that carries a .gguf"
-        ) from None
+        return locate(source, with_weights=False)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"tokenizer {os.fspath(source)!r} was not found: {error}") from None
 
 
 # --- tokenizer.json or tokenizer.model, and the files around it -----------------------------------------------------

@@ -1,7 +1,11 @@
 """What tests of every room use."""
 
+import os
+
 import numpy as np
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may depend on a network
 
 
 @pytest.fixture

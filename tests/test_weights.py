@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType as Quantization
 from safetensors.numpy import save_file
 
 from fastdeploy.config import config_from_json
+from fastdeploy.models.gguf import GGUFFile
 from fastdeploy.models.weights import Checkpoint, open_checkpoint
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE, VOCABULARY = 2, 3, 1, 8, 64, 96, 40
@@ -67,6 +68,8 @@ def random_weights(seed=0):
 
 def to_gguf_name(name):
     for ours, theirs in {
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
         "model.embed_tokens": "token_embd",
         "model.norm": "output_norm",
         "lm_head": "output",
@@ -96,7 +99,7 @@ def write_gguf(path, weights, metadata=LLAMA_METADATA, architecture="llama", qua
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add.get(type(value), writer.add_array)(key, value)
     for name, array in weights.items():
-        array = llama_cpp_permuted(name, array)
+        array = llama_cpp_permuted(name, array) if architecture == "llama" else array
         if array.ndim > 1 and array.shape[-1] % gguf.GGML_QUANT_SIZES[quantization][0] == 0:
             writer.add_tensor(to_gguf_name(name), gguf.quants.quantize(array, quantization), raw_dtype=quantization)
         else:
@@ -180,6 +183,66 @@ def test_q_and_k_biases_are_in_half_split_order_too(tmp_path):
     bias = checkpoint.read("model.layers.0.self_attn.q_proj.bias").array
     np.testing.assert_array_equal(bias, np.arange(HEADS * HEAD_DIM))
     assert checkpoint.config.attention_bias and not checkpoint.config.mlp_bias
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "ernie4_5"])
+def test_architectures_other_than_llama_have_huggingfaces_rows(tmp_path, architecture):
+    weights = random_weights()
+    for layer in range(LAYERS if architecture == "qwen3" else 0):
+        for name in ("q_norm", "k_norm"):
+            weights[f"model.layers.{layer}.self_attn.{name}.weight"] = np.arange(HEAD_DIM, dtype=np.float32)
+    if architecture == "qwen2":
+        weights["model.layers.0.self_attn.q_proj.bias"] = np.arange(HEADS * HEAD_DIM, dtype=np.float32)
+    metadata = {key.replace("llama.", f"{architecture}."): value for key, value in LLAMA_METADATA.items()}
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", weights, metadata, architecture))
+    assert set(checkpoint.names()) == set(weights)
+    for name, array in weights.items():
+        np.testing.assert_array_equal(checkpoint.read(name).array, array, err_msg=name)
+    assert checkpoint.config.rope_interleaved == (architecture == "ernie4_5")
+
+
+def write_experts_gguf(path, experts, quantization):
+    """A file of nothing but one layer's mixture of experts, in llama.cpp's names."""
+    rng = np.random.default_rng(0)
+    shapes = {"ffn_gate_exps": (INTERMEDIATE, HIDDEN), "ffn_down_exps": (HIDDEN, INTERMEDIATE)}
+    stacks = {name: rng.standard_normal((experts, *shape), dtype=np.float32) for name, shape in shapes.items()}
+    others = {"ffn_gate_inp.weight": (experts, HIDDEN), "exp_probs_b.bias": (experts,)}
+    others |= {f"ffn_{part}_shexp.weight": (INTERMEDIATE, HIDDEN) for part in ("gate", "up")}
+    plain = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in others.items()}
+    writer = gguf.GGUFWriter(path, "ernie4_5-moe")
+    for name, stack in stacks.items():
+        writer.add_tensor(f"blk.1.{name}.weight", gguf.quants.quantize(stack, quantization), raw_dtype=quantization)
+    for name, array in plain.items():
+        writer.add_tensor(f"blk.1.{name}", array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return stacks, plain
+
+
+@pytest.mark.parametrize("quantization", [Quantization.F32, Quantization.Q8_0, Quantization.Q4_1])
+def test_stacked_experts_come_one_by_one(tmp_path, quantization):
+    experts = 3
+    stacks, plain = write_experts_gguf(tmp_path / "m.gguf", experts, quantization)
+    stored = GGUFFile(tmp_path / "m.gguf").stored_tensors(row_order={})
+    mlp = "model.layers.1.mlp"
+    for name, stack in {"gate_proj": stacks["ffn_gate_exps"], "down_proj": stacks["ffn_down_exps"]}.items():
+        for expert in range(experts):
+            tensor = stored.pop(f"{mlp}.experts.{expert}.{name}.weight")
+            blocks = gguf.quants.quantize(stack[expert], quantization)
+            values = gguf.quants.dequantize(blocks, quantization)
+            assert tensor.shape == stack.shape[1:]
+            np.testing.assert_array_equal(tensor.rows(5, 20), values[5:20])
+            if quantization != Quantization.F32:
+                np.testing.assert_array_equal(tensor.blocks(5, 20), blocks[5:20])
+    names = {"ffn_gate_inp.weight": "gate.weight", "exp_probs_b.bias": "moe_statics.e_score_correction_bias"}
+    names |= {f"ffn_{part}_shexp.weight": f"shared_experts.{part}_proj.weight" for part in ("gate", "up")}
+    assert set(stored) == {f"{mlp}.{name}" for name in names.values()}
+    for theirs, ours in names.items():
+        tensor = stored[f"{mlp}.{ours}"]
+        array = plain[theirs][None] if plain[theirs].ndim == 1 else plain[theirs]
+        np.testing.assert_array_equal(tensor.rows(0, tensor.shape[0]), array)
 
 
 def test_gguf_metadata_becomes_the_config(tmp_path):
@@ -270,7 +333,7 @@ def test_gguf_metadata_we_cannot_use_is_refused(tmp_path, change, message):
 
 def test_unknown_gguf_architecture_names_those_we_have(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", {}, architecture="mamba")
-    with pytest.raises(ValueError, match="'mamba'; the architectures we have are llama"):
+    with pytest.raises(ValueError, match="'mamba'; the architectures we have are llama, qwen2"):
         open_checkpoint(path)
 
 

@@ -13,6 +13,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import math
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -40,12 +41,22 @@ HUGGINGFACE_NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
 }
+EXPERTS = "mlp.experts."  # in the names of tensors that hold a matrix for every expert, [experts, out, in]
 
 
 class GGUFFile:
@@ -62,6 +73,7 @@ class GGUFFile:
         self.metadata: dict[str, Any] = header.metadata(metadata_count)
         self.tensors: dict[str, GGUFTensor] = header.tensors(tensor_count)
         self._place_tensors(header.position)
+        self.tensors = dict(_one_matrix_each(self.tensors))
         parts = self.metadata.get("split.count", 0)
         if parts not in (0, 1):
             raise ValueError(f"{path}: one of {parts} parts; join them with llama-gguf-split --merge")
@@ -122,6 +134,18 @@ class GGUFTensor:
     nbytes: int
 
 
+def _one_matrix_each(tensors: dict[str, "GGUFTensor"]) -> Iterator[tuple[str, "GGUFTensor"]]:
+    """The tensors, those that stack all experts' matrices taken apart: Hugging Face has each expert's by itself."""
+    for name, tensor in tensors.items():
+        if EXPERTS not in name:
+            yield name, tensor
+            continue
+        count, nbytes = tensor.shape[0], tensor.nbytes // tensor.shape[0]
+        for expert in range(count):
+            part = GGUFTensor(tensor.shape[1:], tensor.type, tensor.offset + expert * nbytes, nbytes)
+            yield name.replace(EXPERTS, f"{EXPERTS}{expert}."), part
+
+
 def huggingface_name(name: str) -> str:
     """The Hugging Face name of a GGUF tensor; an unknown name comes back unchanged, for `Checkpoint.check` to report.
 
@@ -129,6 +153,8 @@ def huggingface_name(name: str) -> str:
     'model.layers.3.self_attn.q_proj.weight'
     """
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    if match is not None and match[2] == "exp_probs_b" and match[3] == "bias":
+        return f"model.layers.{match[1]}.mlp.moe_statics.e_score_correction_bias"
     if match is None or match[2] not in HUGGINGFACE_NAMES:
         return name
     in_layer = f"model.layers.{match[1]}." if match[1] else ""
@@ -263,6 +289,8 @@ class _Header:
             if not 1 <= dimensions <= 4:
                 raise self.error(f"tensor {name!r} has {dimensions} dimensions; expected 1 to 4")
             shape = tuple(self.number("Q", f"shape of {name!r}") for _ in range(dimensions))[::-1]
+            if name.endswith("e_score_correction_bias"):
+                shape = (1, *shape)  # as Hugging Face has it
             type_id, offset = self.number("I", f"type of {name!r}"), self.number("Q", f"offset of {name!r}")
             tensors[name] = self.tensor(name, shape, type_id, offset)
         return tensors

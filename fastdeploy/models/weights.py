@@ -1,6 +1,6 @@
 """Checkpoints: a GGUF file or a directory as a ModelConfig and tensors that are read row by row.
 
-Whatever the format, tensors go by Hugging Face's names and q/k rows come in half-split rope order, so that a model is
+Whatever the format, tensors go by Hugging Face's names, in Hugging Face's shapes and order of rows, so that a model is
 written once.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastdeploy.config import DTYPES, ModelConfig, config_from_gguf, config_from_json
+from fastdeploy.models.hub import from_hub, is_hub_name
 from fastdeploy.models.paddle_layout import huggingface_layout, is_paddle_layout
 from fastdeploy.models.pdparams import read_pdparams
 from fastdeploy.models.safetensors import read_safetensors
@@ -119,7 +120,8 @@ def _listed(names: list[str]) -> str:
 
 
 def open_checkpoint(name_or_path: str | os.PathLike) -> Checkpoint:
-    """Opens a .gguf file, a directory (config.json + weights, or one .gguf), or an installed package with a .gguf.
+    """Opens a .gguf file, a directory (config.json + weights, or one .gguf), an installed package with a .gguf, or a
+    model of the Hugging Face Hub by its name, "owner/name".
 
     Only headers are read. Raises TypeError for another type, FileNotFoundError if something isn't there, ValueError if
     it can't be read or is a model that we don't have; each names the file, what was found and the remedy.
@@ -128,13 +130,20 @@ def open_checkpoint(name_or_path: str | os.PathLike) -> Checkpoint:
     return _open_gguf(path) if path.is_file() else _open_directory(path)
 
 
-def locate(name_or_path: str | os.PathLike) -> Path:
-    """The .gguf file or the checkpoint's directory that a model name means. Raises as `open_checkpoint` does."""
+def locate(name_or_path: str | os.PathLike, with_weights: bool = True) -> Path:
+    """The .gguf file or the checkpoint's directory that a model name means. Raises as `open_checkpoint` does.
+
+    Without weights, a model of the Hub is downloaded without them.
+    """
     if not isinstance(name_or_path, (str, os.PathLike)):
         raise TypeError(f"a model is a path or a name, found {name_or_path!r} of type {type(name_or_path).__name__}")
     path = Path(name_or_path)
     if not os.fspath(name_or_path) or not os.path.exists(path):
-        return _installed_gguf(str(name_or_path))
+        if not is_hub_name(str(name_or_path)):
+            return _installed_gguf(str(name_or_path))
+        path = from_hub(str(name_or_path), with_weights)
+        if not with_weights:
+            return path
     if path.is_dir():
         return _directory_or_gguf(path)
     if path.suffix in (".safetensors", ".pdparams"):
@@ -163,7 +172,8 @@ def _installed_gguf(name: str) -> Path:
     except (importlib.metadata.PackageNotFoundError, ValueError):
         raise FileNotFoundError(
             f"model {name!r} was not found: it is no file or directory here ({os.getcwd()}), nor an installed Python"
-            " package; give a .gguf file, a checkpoint directory, or the name of a package that carries a .gguf"
+            " package; give a .gguf file, a checkpoint directory, the name of a model on the Hugging Face Hub"
+            ' ("owner/name"), or of a package that carries a .gguf'
         ) from None
     candidates = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     return _only_gguf(candidates, f"Python package {name!r}")
@@ -191,12 +201,13 @@ def _open_gguf(path: Path) -> Checkpoint:
         dtype=_weights_dtype(tensors),
         source=str(path),
     )
-    tensors = file.stored_tensors(
-        row_order={
-            "q_proj": half_split_rows(config.num_heads, config.head_dim),
-            "k_proj": half_split_rows(config.num_kv_heads, config.head_dim),
-        }
-    )
+    if file.metadata["general.architecture"] == "llama":  # the others' rows are as Hugging Face has them
+        tensors = file.stored_tensors(
+            row_order={
+                "q_proj": half_split_rows(config.num_heads, config.head_dim),
+                "k_proj": half_split_rows(config.num_kv_heads, config.head_dim),
+            }
+        )
     tensors.pop("rope_freqs.weight", None)
     return Checkpoint(path, config, tensors, metadata=file.metadata)
 
