@@ -1,9 +1,14 @@
 """The device: memory that kernels and NumPy share, how much of it is free, recorded launches."""
 
+import ctypes
+import mmap
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from fastdeploy.device import CACHE_LINE, Field, available_memory, open_device
+from fastdeploy.device import CACHE_LINE, Field, available_memory, open_device, release_library_pages
 from fastdeploy.kernels.activation import silu_mul, silu_mul_reference
 from fastdeploy.kernels.launch import view
 from tests.triton_cpu.arrays import run_python
@@ -132,6 +137,37 @@ def test_control_groups_of_version_1_count(tmp_path):
 def test_a_group_over_its_limit_leaves_nothing(tmp_path):
     files = {"proc/meminfo": meminfo(6 * GIB), "proc/self/cgroup": "0::/\n", **group(GIB, 2 * GIB)}
     assert available_memory(write_tree(tmp_path, files)) == 0
+
+
+def resident_kb(address: int) -> int:
+    """Kilobytes of the mapping at `address` that are in this process's resident memory."""
+    text = Path("/proc/self/smaps").read_text()
+    return int(re.search(rf"^{address:x}-(?:.*\n)+?Rss: +(\d+) kB", text, re.MULTILINE)[1])
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_pages_of_files_are_released_unless_something_was_written_to_them(tmp_path, written):
+    path = tmp_path / "library"
+    path.write_bytes(bytes(range(256)) * 4096)
+    with open(path, "r+b") as file:
+        mapping = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE)
+    address = view(np.frombuffer(mapping, np.uint8)).data_ptr()
+    assert sum(mapping[::4096]) == 0  # touched
+    if written:  # as the linker relocates addresses in what is read-only afterwards
+        mapping[4096] = 1
+    ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), ctypes.c_size_t(len(mapping)), mmap.PROT_READ)
+    assert resident_kb(address) == 1024
+    release_library_pages()
+    assert resident_kb(address) == (1024 if written else 0)
+    assert sum(mapping[::4096]) == written
+
+
+def test_importing_paddle_leaves_the_root_logger_alone():
+    done = run_python(
+        "import logging, warnings; root = logging.getLogger(); before = root.level, list(root.handlers); "
+        "import fastdeploy.device; assert (root.level, root.handlers) == before, root.handlers"
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_this_machine_has_free_memory_and_the_cache_gets_a_part_of_it(device):

@@ -12,6 +12,7 @@ import fastdeploy.llm
 from fastdeploy import LLM, CompletionOutput, RequestOutput, SamplingParams
 from fastdeploy.engine.request import Request
 from fastdeploy.engine.scheduler import ScheduledBatch, StepOutput
+from tests.triton_cpu.arrays import run_python
 
 EOS = 256
 VOCAB_SIZE = 257
@@ -532,6 +533,15 @@ def test_one_line_of_facts_is_logged_at_start(llm: LLM, caplog: pytest.LogCaptur
     }
     line = next(record.getMessage() for record in caplog.records if "total_block_num" in record.getMessage())
     assert all(f"{name} {value}" in line for name, value in facts.items())
+
+
+def test_importing_waits_for_no_library_that_only_a_model_needs() -> None:
+    done = run_python(
+        "import sys, fastdeploy; assert not {'numpy', 'logging', 'dataclasses'} & set(sys.modules); "
+        "from fastdeploy import LLM, RequestOutput, SamplingParams; "
+        "assert not {'paddle', 'triton', 'tokenizers', 'gguf', 'jinja2', 'tqdm'} & set(sys.modules)"
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_bad_keyword_and_a_missing_model_are_named() -> None:

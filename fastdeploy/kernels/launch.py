@@ -21,6 +21,7 @@ from typing import Any
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton.language as tl
+from triton import knobs
 from triton.runtime import driver
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -229,17 +230,30 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constexprs: An
         return
     ready = [view(argument) if hasattr(argument, "__dlpack__") else argument for argument in arguments]
     if not target().is_cpu:
-        kernel[grid](*ready, **constexprs)
+        _launch_by_jit(kernel, grid, ready, constexprs)
         return
     key = (kernel, *map(_variant, ready), *constexprs.items())
     compiled = _compiled.get(key)
     if compiled is None:
-        compiled = kernel[grid](*ready, **constexprs)
+        compiled = _launch_by_jit(kernel, grid, ready, constexprs)
         if compiled is not None:  # Triton's interpreter compiles nothing
             _compiled[key] = compiled
         return
     # Past the JIT, which would look at every argument again for 8 us. No stream, no hooks on a CPU.
     compiled.run(*grid, *_ONES[len(grid) :], 0, compiled.function, compiled.packed_metadata, None, None, None, *ready)
+
+
+def _launch_by_jit(kernel: Any, grid: tuple[int, ...], arguments: list[Any], constexprs: dict[str, Any]) -> Any:
+    """Launch by way of Triton's JIT; returns the compiled kernel. OSError with the remedy if it can't be stored."""
+    try:
+        return kernel[grid](*arguments, **constexprs)
+    except OSError as error:
+        folder = knobs.cache.dir
+        if error.errno is None or not str(error.filename).startswith(folder):
+            raise
+        remedy = f"make {folder!r} writable, or set TRITON_CACHE_DIR to a folder that is"
+        message = f"a compiled kernel can't be stored ({error.strerror}): {remedy}"
+        raise OSError(error.errno, message, error.filename) from error
 
 
 _compiled: dict[tuple, Any] = {}  # CPU kernels by source, argument variants and constexprs

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from fastdeploy.kernels.launch import TensorView, launch, target, view
+from tests.triton_cpu.arrays import run_python
 
 
 @triton.jit
@@ -163,6 +164,17 @@ def test_each_variant_of_the_arguments_gets_its_own_kernel(dtype):
         assert out[0] == np.array(number + 0.5).astype(dtype)
     launch(_number_kernel, (1,), out, 2.5, None)
     assert out[0] == np.array(2.5).astype(dtype)
+
+
+def test_a_cache_folder_that_can_not_be_written_is_named_with_the_remedy(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    code = "import numpy as np; from fastdeploy import triton_cpu; triton_cpu.activate(); "
+    code += "from fastdeploy.kernels.activation import silu_mul; from fastdeploy.kernels.launch import view; "
+    code += "silu_mul(view(np.zeros((1, 32), 'f4')), view(np.zeros((1, 64), 'f4')))"
+    done = run_python(code, TRITON_CACHE_DIR=str(file / "cache"))
+    last = done.stderr.splitlines()[-1]
+    assert "Error: " in last and str(file / "cache") in last and "set TRITON_CACHE_DIR" in last
 
 
 def test_target_is_this_cpu():
