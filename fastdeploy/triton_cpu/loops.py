@@ -268,11 +268,14 @@ def _sum(left: Term | None, right: Term) -> Term:
 
 
 def linear(shape: tuple[int, ...], index: Index) -> Term:
-    """The row-major position of `index` in a tensor of `shape`."""
+    """The row-major position of `index` in a tensor of `shape`.
+
+    As a sum of longs: an int may wrap, and where gcc fears so it gathers lanes that lie next to each other.
+    """
     parts, step = [], 1
     for extent, term in zip(reversed(shape), reversed(index)):
         if extent > 1 and term.text != "0":
-            parts.append(term.text if step == 1 else f"{term.text} * {step}")
+            parts.append(term.text if step == 1 else f"(long){term.text} * {step}")
         step *= extent
     return Term(" + ".join(reversed(parts)) or "0", max([term.level for term in index], default=0))
 

@@ -94,6 +94,8 @@ def _emit(emitter: KernelEmitter, loop: Op) -> None:
         emitter.braces(f"for (int {column} = 0; {column} < {n}; {column} += {width})"),
         emitter.braces(f"for (int {row} = 0; {row} < {m}; {row} += {rows})"),
     ):
+        if m % rows:  # the last block begins earlier and computes some rows again
+            emitter.line(f"{row} = {row} < {m - rows} ? {row} : {m - rows};")
         block = _Block(
             emitter,
             [_plus(row if m > rows else "0", r) for r in range(rows)],
@@ -143,19 +145,32 @@ def _only_computes(op: Op) -> bool:
 
 
 def _block_size(lane_count: int, m: int, n: int, dots: list[Op], tiles: list[_Sums]) -> tuple[int, int]:
-    """(rows, vectors) of a block, powers of two as all extents are.
+    """(rows, vectors) of a block, for 32 AVX-512 registers or 16 of its elders.
 
-    16 sums of the 32 AVX-512 registers hide an FMA's latency (4 cycles, two per cycle) and leave room for operands: 16
-    rows of one vector convert and unpack the right operand least often (M = 512, K = 576, bf16: 98 GFLOP/s of 114,
-    with 8 x 2 blocks 88). Packed bytes are read in tiles of one vector, because that is their order in memory: with
-    two (M = 1, 4 bits) a program jumps between two tiles and takes 42 us instead of 24.
+    16 sums hide an FMA's latency (4 cycles, one or two per cycle) and leave room for operands. Floats are multiplied in
+    8 x 2 blocks, in which a broadcast serves two FMAs (M = 512, K = 1536: 110 GFLOP/s of 117, with 16 x 1 blocks 105);
+    where the right operand is converted on its way, in 16 x 1 blocks, which do that least often (bf16: 107 and 99).
+
+    Packed bytes are read in tiles of one vector, because that is their order in memory: with two (M = 1, 4 bits) a
+    program jumps between two tiles and takes 42 us instead of 24. A float sum beside each integer sum makes it 11 rows,
+    and 11 of 64 rows are 6 blocks, of which the last one computes 2 rows again.
     """
     if n < lane_count:
         raise NotATile("narrower than a vector")
     most = 16 if lane_count == 16 else 8
-    rows = min(m, most // max(len(tiles) - 1, 1))
-    packed = any(dot.result.type.element == "i32" for dot in dots)
-    return rows, 1 if packed else min(n // lane_count, MOST_VECTORS, max(1, most // (rows * len(tiles))))
+    if any(dot.result.type.element == "i32" for dot in dots):
+        floats = any(tile.argument.type.element == "f32" for tile in tiles)
+        blocks = -(-m // (most * 11 // 16 if floats else most))
+        return -(-m // blocks), 1
+    vectors = 2 if n > lane_count and all(map(_is_read_as_floats, dots)) else 1
+    rows = min(m, most // max(len(tiles) - 1, vectors))
+    return rows, min(n // lane_count, MOST_VECTORS, max(1, most // (rows * len(tiles))))
+
+
+def _is_read_as_floats(dot: Op) -> bool:
+    """Are the right operand's elements floats in memory?"""
+    load = dot.operands[1].op
+    return load is not None and load.name == "tt.load" and load.result.type.element == "f32"
 
 
 def _emit_block(block: _Block, loop: Op, tiles: list[_Sums], arrays: list[str]) -> None:

@@ -181,7 +181,7 @@ def test_a_row_has_the_same_bits_for_every_number_of_rows(rng):
         data = Quantised.random(rng, 64, 64, 576, low, high)
         expected = layer(data, 64, 16)
         for rows in (1, 3, 8, 17, 64):
-            for block_m, block_n in ((1, 16), (8, 16), (16, 64)):
+            for block_m, block_n in ((1, 16), (8, 16), (16, 64), (32, 32)):
                 few = data._replace(x=data.x[:rows], x_scale=np.ascontiguousarray(data.x_scale[:, :rows]))
                 np.testing.assert_array_equal(layer(few, block_m, block_n), expected[:rows])
 
