@@ -347,4 +347,7 @@ def _rope_scaling_from_gguf(fields: Fields, divisors: tuple[float, ...] | None) 
     if rope_type in (None, "none"):
         return None
     scaling = {"rope_type": rope_type, "factor": fields.values.get("rope.scaling.factor")}
+    if rope_type == "yarn":
+        original = fields.integer("rope.scaling.original_context_length", default=fields.integer("context_length"))
+        scaling["original_max_position_embeddings"] = original
     return _checked_scaling(scaling, fields.source)

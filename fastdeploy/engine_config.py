@@ -12,8 +12,8 @@ from fastdeploy.sampling_params import MAX_SEED
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("auto", "exact", "wint8", "wint4", "w8a8", "w4a8")
+LOAD_FORMATS = ("auto", "dummy")
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # attention splits the context every 256 tokens and reads whole blocks
-DEFAULT_MAX_MODEL_LEN = 8192  # a model made for 128 k tokens would otherwise ask for gigabytes of KV blocks
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048  # requests that decode wait for the whole step: bound its length
 
 
@@ -25,7 +25,10 @@ class EngineConfig:
     model: a .gguf file, a checkpoint directory (Hugging Face's or Paddle's), a model's name on the Hugging Face Hub,
         "owner/name", which is downloaded unless the cache has it, or an installed Python package with a .gguf file.
     tokenizer: where the tokenizer is, if not with the model: the same, of which no weights are needed.
-    max_model_len: most tokens of a request, prompt and output together. None: the model's limit, at most 8192.
+    load_format: "auto": the model's own weights. "dummy": random ones, drawn from `seed`, for which config.json is
+        enough: what such a model says is nonsense, but takes the same time.
+    max_model_len: most tokens of a request, prompt and output together. None: the positions the model was made for,
+        or as many as the KV cache has memory for.
     max_num_seqs: most requests computed in one step; the others wait.
     max_num_batched_tokens: most tokens computed in one step; longer prompts are cut into chunks. None: 2048.
     block_size: tokens in a KV block, a power of two from 16 to 256. Below 64 attention's tiles are smaller, too, and
@@ -48,6 +51,7 @@ class EngineConfig:
 
     model: str
     tokenizer: str | None = None
+    load_format: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 8
     max_num_batched_tokens: int | None = None
@@ -75,6 +79,7 @@ class EngineConfig:
         self._check_int("seed", low=0, high=MAX_SEED)
         self._check_choice("block_size", BLOCK_SIZES)
         self._check_choice("dtype", DTYPES)
+        self._check_choice("load_format", LOAD_FORMATS)
         if self.quantization is not None:
             self._check_choice("quantization", QUANTIZATIONS)
         self._check_choice("enable_prefix_caching", (True, False))
@@ -128,7 +133,7 @@ class EngineConfig:
 
         model_limit: the positions the model was made for. Raises ValueError where max_model_len is above it.
         """
-        length = self.max_model_len if self.max_model_len is not None else min(model_limit, DEFAULT_MAX_MODEL_LEN)
+        length = self.max_model_len if self.max_model_len is not None else model_limit
         if length > model_limit:
             must = f"must be at most {model_limit}, the positions this model was made for"
             raise ValueError(complaint("LLM", "max_model_len", length, must))

@@ -56,20 +56,28 @@ class Loaded:
 def load(config: EngineConfig) -> Loaded:
     """Open the checkpoint, read its weights onto the device and allocate the KV cache."""
     # Imported here, because Paddle and Triton take seconds to load: bad keywords and missing files shall not wait.
-    from fastdeploy.models.weights import open_checkpoint
+    from fastdeploy.models.dummy import open_dummy
+    from fastdeploy.models.weights import Checkpoint, open_checkpoint
     from fastdeploy.tokenizer import load_tokenizer
 
-    checkpoint = open_checkpoint(config.model)
+    checkpoint: Checkpoint
+    if config.load_format == "dummy":
+        checkpoint = open_dummy(config.model, config.seed)
+    else:
+        checkpoint = open_checkpoint(config.model)
+    given_length = config.max_model_len
     config = config.resolved(checkpoint.config.max_position_embeddings)
     assert config.max_model_len is not None  # resolved
     tokenizer = load_tokenizer(config.tokenizer or checkpoint)
 
     from fastdeploy.device import open_device
-    from fastdeploy.engine.runner import Runner
+    from fastdeploy.engine.runner import Runner, fit_to_memory
     from fastdeploy.models import load_model
 
     device = open_device()
     model = load_model(checkpoint, device, config.dtype, config.max_model_len, config.quantization)
+    if given_length is None:
+        config = fit_to_memory(model, config)
     runner = Runner(model, config)
     return Loaded(
         config, checkpoint.config, checkpoint.generation_config, tokenizer, runner, device.describe(), model.dtype

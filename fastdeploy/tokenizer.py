@@ -17,6 +17,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from fastdeploy import sentencepiece
 from fastdeploy.config import Fields, gguf_eos_token_ids
+from fastdeploy.models.dummy import DummyCheckpoint
 from fastdeploy.models.storage import read_json
 from fastdeploy.models.weights import Checkpoint, locate
 from fastdeploy.sentencepiece import BPE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Piece, SentencePieceModel
@@ -221,6 +222,8 @@ def load_tokenizer(source: str | os.PathLike | Checkpoint) -> Tokenizer:
         is_path = isinstance(source, (str, os.PathLike))
         has_own = is_path and any(os.path.exists(Path(source) / name) for name in TOKENIZER_FILES)
         path, metadata = (Path(source) if has_own else _locate_tokenizer(source)), None
+    if isinstance(source, DummyCheckpoint) and not any((path / name).exists() for name in TOKENIZER_FILES):
+        return _byte_tokenizer(source.config.vocab_size)
     if path.is_dir():
         return _from_directory(path)
     if metadata is None:
@@ -449,6 +452,16 @@ def _gguf_named_tokens(fields: Fields, tokens: list[str]) -> dict[str, str]:
         if token_id is not None:
             named[f"{name}_token"] = tokens[token_id]
     return named
+
+
+def _byte_tokenizer(vocab_size: int) -> Tokenizer:
+    """For a model without a tokenizer: the first 256 ids are the bytes of a text, id 300 is written <300>."""
+    spelling = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}
+    vocabulary = {spelling.get(token_id, f"<{token_id}>"): token_id for token_id in range(vocab_size)}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(backend)
 
 
 def _characters_of_bytes() -> dict[str, int]:

@@ -74,7 +74,7 @@ def test_resolved_lengths_are_numbers_within_the_models_limit() -> None:
     config = EngineConfig("some-model")
     assert (config.max_model_len, config.max_num_batched_tokens) == (None, None)
     assert config.resolved(model_limit=2048).max_model_len == 2048
-    assert config.resolved(model_limit=131072).max_model_len == 8192
+    assert config.resolved(model_limit=131072).max_model_len == 131072
     assert config.resolved(model_limit=2048).max_num_batched_tokens == 2048
     assert EngineConfig("some-model", max_model_len=100).resolved(2048).max_model_len == 100
     assert EngineConfig("some-model", max_num_batched_tokens=7).resolved(2048).max_num_batched_tokens == 7

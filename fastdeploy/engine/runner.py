@@ -20,7 +20,9 @@ to logprobs before the next: never more than a slab of logits exists.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -34,6 +36,8 @@ from fastdeploy.engine_config import EngineConfig
 from fastdeploy.kernels.attention import SPLIT, AttentionBatch
 from fastdeploy.kernels.launch import view
 from fastdeploy.models.decoder import Decoder, StepInputs
+
+logger = logging.getLogger("fastdeploy")
 
 SLAB = 64  # rows of prompt logprobs at a time: enough for a linear layer's full speed
 
@@ -259,6 +263,16 @@ class Runner:
         """
         needed = -(-max(contexts, default=1) // SPLIT)
         return min(1 << (needed - 1).bit_length(), self.max_splits)
+
+
+def fit_to_memory(model: Decoder, config: EngineConfig) -> EngineConfig:
+    """`config` with max_model_len lowered, if need be, to the longest sequence that the KV cache will have room for."""
+    affordable = model.device.cache_budget() // model.cache_bytes_per_block(config.block_size)
+    held = (config.num_gpu_blocks_override or affordable) * config.block_size
+    if held >= (config.max_model_len or 0) or held == 0:  # `Runner` says what to do about no memory at all
+        return config
+    logger.info("max_model_len is %d, not %d: the KV cache has room for no more", held, config.max_model_len)
+    return replace(config, max_model_len=held)
 
 
 def choose_num_blocks(model: Decoder, config: EngineConfig) -> int:

@@ -133,7 +133,7 @@ class WeightLoader:
 
     def _kind(self, names: Sequence[str]) -> str | None:
         """What these weights become, in one matrix: "q4", "q8", or None for floats."""
-        known = [name for name in names if name in self._checkpoint.names()]  # `load` reports the others
+        known = [name for name in names if name in self._checkpoint]  # `load` reports the others
         storages = {self._checkpoint.storage(name) for name in known}
         if not known or any(self._checkpoint.shape(name)[-1] % GROUP for name in known):
             return None
@@ -158,6 +158,7 @@ class WeightLoader:
         if name in self._shapes:
             raise ValueError(f"the model asks for the tensor {name!r} twice")
         self._shapes[name] = shape
+        self._checkpoint.expect(name, shape)
 
     def _read_vector(self, out: Any, names: Sequence[str], bar: tqdm) -> None:
         values = np.concatenate([_as_float32(self._checkpoint.read(name)) for name in names])

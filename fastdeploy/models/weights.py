@@ -53,6 +53,12 @@ class Checkpoint:
     def names(self) -> list[str]:
         return list(self._tensors)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def expect(self, name: str, shape: tuple[int, ...]) -> None:
+        """Told of every tensor that a model is going to read. A checkpoint that makes them up overrides this."""
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensor(name).shape
 
@@ -213,11 +219,8 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 
 def _open_directory(path: Path) -> Checkpoint:
-    config_json = read_json(path / "config.json")
-    generation_path = path / "generation_config.json"
-    generation_config = read_json(generation_path) if generation_path.exists() else {}
     tensors = _read_shards(path)
-    config = config_from_json(config_json, generation_config, _weights_dtype(tensors), str(path / "config.json"))
+    config, generation_config = read_configs(path, _weights_dtype(tensors))
     if is_paddle_layout(tensors):
         tensors = huggingface_layout(tensors, config)
     # Buffers that old checkpoints carry along, and a second copy of a tied embedding, are no weights of the model,
@@ -227,6 +230,14 @@ def _open_directory(path: Path) -> Checkpoint:
         redundant.add("lm_head.weight")
     tensors = {name: tensor for name, tensor in tensors.items() if name not in redundant}
     return Checkpoint(path, config, tensors, generation_config)
+
+
+def read_configs(directory: Path, dtype: str) -> tuple[ModelConfig, dict[str, Any]]:
+    """What a directory's config.json says, `dtype` where it doesn't, and its generation_config.json or {}."""
+    generation_path = directory / "generation_config.json"
+    generation_config = read_json(generation_path) if generation_path.exists() else {}
+    path = directory / "config.json"
+    return config_from_json(read_json(path), generation_config, dtype, str(path)), generation_config
 
 
 def _weights_dtype(tensors: dict[str, StoredTensor]) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from fastdeploy.device import open_device
 from fastdeploy.engine.request import Request
-from fastdeploy.engine.runner import SLAB, Runner
+from fastdeploy.engine.runner import SLAB, Runner, fit_to_memory
 from fastdeploy.engine.scheduler import Scheduler
 from fastdeploy.engine_config import EngineConfig
 from fastdeploy.models import load_model
@@ -242,6 +245,21 @@ def test_a_budget_below_one_full_sequence_is_an_error_that_names_the_length_that
     monkeypatch.setattr(model.device, "cache_budget", lambda: 19 * model.cache_bytes_per_block(16))
     with pytest.raises(ValueError, match=r"max_model_len=320 .* lower max_model_len to at most 304"):
         new_runner(model, num_gpu_blocks_override=None)
+
+
+def test_the_longest_sequence_is_what_the_budget_or_the_override_holds(monkeypatch, caplog):
+    model = load()
+    monkeypatch.setattr(model.device, "cache_budget", lambda: 19 * model.cache_bytes_per_block(16))
+    config = EngineConfig(model="tiny", block_size=16).resolved(model_limit=320)
+    with caplog.at_level(logging.INFO, logger="fastdeploy"):
+        assert fit_to_memory(model, config).max_model_len == 304
+        assert fit_to_memory(model, replace(config, num_gpu_blocks_override=3)).max_model_len == 48
+        assert caplog.messages == [
+            f"max_model_len is {n}, not 320: the KV cache has room for no more" for n in (304, 48)
+        ]
+        assert fit_to_memory(model, replace(config, max_model_len=304)).max_model_len == 304
+        assert fit_to_memory(model, replace(config, num_gpu_blocks_override=20)).max_model_len == 320
+        assert len(caplog.messages) == 2
 
 
 def test_an_override_that_does_not_fit_is_an_error_that_names_how_many_do(monkeypatch):
