@@ -10,7 +10,8 @@ distribution over the next one, by the reference, p, and by the candidate, q:
     loss    = mean of -log q(the token that follows), and that of the reference
 
 A quantised file is compared with itself at float32 activations ("exact"), a float checkpoint with its own floats
-(None). Both sides keep their KV cache in the same type. The texts are in bench/texts; the code is our own scheduler.
+(None). Both sides keep their KV cache in the same type, unless a candidate names another. The texts are in bench/texts;
+the code is our own scheduler.
 """
 
 import argparse
@@ -38,21 +39,23 @@ TEXTS = {
     "Chinese": Path(__file__).parent / "texts" / "chinese.txt",
 }
 TOKENS_PER_TEXT = 1024
+FLOATS_BECOME = ("wint8", "w8a8", "wint4", "w4a8")
+NAMES = "what is compared: quantization:dtype:kv_cache_dtype"
 GOALS = "Goal for int8 activations: KL at most 0.005, same likeliest token at least 97 %."
 
 
 class Reader:
     """A model in one precision that reads sequences, one at a time.
 
-    spec: "quantization" or "quantization:dtype", such as "auto", "None:bfloat16".
+    spec: "quantization[:dtype[:kv_cache_dtype]]", such as "auto", "None:bfloat16", "exact::int8".
     """
 
     def __init__(self, checkpoint: Checkpoint, spec: str) -> None:
-        quantization, _, dtype = spec.partition(":")
+        quantization, dtype, kv_cache_dtype = (*spec.split(":"), "", "")[:3]
         mode = None if quantization == "None" else quantization
         self.name = spec
         self.model = load_model(checkpoint, open_device(), dtype or "auto", LENGTH, mode, progress=False)
-        self.cache = self.model.allocate_cache(LENGTH // BLOCK_SIZE, BLOCK_SIZE)
+        self.cache = self.model.allocate_cache(LENGTH // BLOCK_SIZE, BLOCK_SIZE, kv_cache_dtype or "auto")
         self.memory = self.model.allocate_activations(LENGTH, 1, LENGTH, LENGTH)
 
     def log_probabilities(self, ids: np.ndarray) -> np.ndarray:
@@ -135,14 +138,14 @@ def main() -> None:
     checkpoint = open_checkpoint(chosen.model)
     quantised = any(checkpoint.storage(name) not in DTYPES for name in checkpoint.names())
     reference = Reader(checkpoint, chosen.reference or ("exact" if quantised else "None"))
-    candidates = chosen.candidates or (["auto", "None"] if quantised else ["wint8", "w8a8", "wint4", "w4a8"])
+    candidates = chosen.candidates or (["auto", "None", "exact::int8"] if quantised else [*FLOATS_BECOME, "None::int8"])
     rows = []
     for spec in candidates:
         for text, comparison in compare(checkpoint, reference, spec).items():
             rows.append([f"{spec}: {text}", *comparison.cells()])
         gc.collect()  # the candidate's weights
     header = [f"against {reference.name}", "tokens", "KL", "KL, 99th percentile", "same", "loss", "its reference's"]
-    facts = conditions(f"{checkpoint.path.name}, KV cache in {reference.model.dtype}", GOALS)
+    facts = conditions(f"{checkpoint.path.name}, KV cache in {reference.cache.dtype}; {NAMES}", GOALS)
     publish("Accuracy of quantised computation", table(header, rows), facts, chosen.save)
 
 

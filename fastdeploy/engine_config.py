@@ -11,6 +11,7 @@ from fastdeploy.reasoning import REASONING_PARSERS
 from fastdeploy.sampling_params import MAX_SEED
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = (*DTYPES, "int8")
 QUANTIZATIONS = ("auto", "exact", "wint8", "wint4", "w8a8", "w4a8")
 LOAD_FORMATS = ("auto", "dummy")
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # attention splits the context every 256 tokens and reads whole blocks
@@ -35,7 +36,9 @@ class EngineConfig:
         last bits differ.
     num_gpu_blocks_override: number of KV blocks, on a CPU too. None: as many as are useful and fit.
     gpu_memory_utilization: share of a GPU's memory that may be used, weights included. Without effect on a CPU.
-    dtype: what float weights and KV cache are stored in; "auto" is the checkpoint's own. On a CPU all sums are float32.
+    dtype: what float weights are stored in; "auto" is the checkpoint's own. On a CPU all sums are float32.
+    kv_cache_dtype: what keys and values are stored in. "auto": as `dtype` says, bfloat16 for a quantised file.
+        "int8": with a float32 scale for each token and KV head, in about half the memory of bfloat16.
     quantization: in what precision linear layers compute. None: in floats, whatever the checkpoint holds.
         "auto": weights that a GGUF file has quantised stay so, in its 4 or 8 bits, and meet activations in int8.
         "exact": they stay so, and meet activations in float32.
@@ -59,6 +62,7 @@ class EngineConfig:
     num_gpu_blocks_override: int | None = None
     gpu_memory_utilization: float = 0.9
     dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
     quantization: str | None = None
     seed: int = 0
     enable_prefix_caching: bool = True
@@ -79,6 +83,7 @@ class EngineConfig:
         self._check_int("seed", low=0, high=MAX_SEED)
         self._check_choice("block_size", BLOCK_SIZES)
         self._check_choice("dtype", DTYPES)
+        self._check_choice("kv_cache_dtype", KV_CACHE_DTYPES)
         self._check_choice("load_format", LOAD_FORMATS)
         if self.quantization is not None:
             self._check_choice("quantization", QUANTIZATIONS)

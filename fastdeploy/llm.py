@@ -98,7 +98,8 @@ class LLM:
 
     config: the EngineConfig, its lengths resolved to numbers.
     reader, intake, engine: the way of a request, for callers that queue their own (see batch.py).
-    facts: what was logged at start, by name: device, dtype, quantization, max_model_len, total_block_num, block_size.
+    facts: what was logged at start, by name: device, dtype, quantization, kv_cache_dtype, max_model_len,
+        total_block_num, block_size.
     """
 
     def __init__(self, model: str | None = None, **keywords: Any) -> None:
@@ -121,6 +122,7 @@ class LLM:
             "device": loaded.device,
             "dtype": loaded.dtype,
             "quantization": config.quantization,
+            "kv_cache_dtype": loaded.runner.kv_cache_dtype,
             "max_model_len": config.max_model_len,
             "total_block_num": num_blocks,
             "block_size": config.block_size,

@@ -26,6 +26,8 @@ from fastdeploy.engine_config import EngineConfig
         ("gpu_memory_utilization", "0.9", TypeError),
         ("dtype", "float64", ValueError),
         ("dtype", 16, TypeError),
+        ("kv_cache_dtype", "int4", ValueError),
+        ("kv_cache_dtype", 8, TypeError),
         ("quantization", "int4", ValueError),
         ("quantization", 4, TypeError),
         ("seed", -1, ValueError),

@@ -101,10 +101,10 @@ def test_alone_as_in_a_batch_of_eight(together):
         Answers(llm, [index]).assert_equal(together, [index])
 
 
-@pytest.mark.parametrize("quantization", ["auto", "exact"])
-def test_quantised_alone_in_chunks_and_with_a_warm_cache_as_in_a_batch_of_eight(quantization):
-    batch = Answers(new_llm(enable_prefix_caching=False, quantization=quantization), EVERYONE)
-    llm = new_llm(max_num_batched_tokens=48, quantization=quantization)
+@pytest.mark.parametrize("mode", [{"quantization": "auto"}, {"quantization": "exact", "kv_cache_dtype": "int8"}])
+def test_quantised_alone_in_chunks_and_with_a_warm_cache_as_in_a_batch_of_eight(mode):
+    batch = Answers(new_llm(enable_prefix_caching=False, **mode), EVERYONE)
+    llm = new_llm(max_num_batched_tokens=48, **mode)
     for index in EVERYONE:
         Answers(llm, [index]).assert_equal(batch, [index])
 

@@ -57,7 +57,7 @@ class AnsweringRunner:
     """Answers ANSWER, then ends; a prompt that begins with "long" gets "x" for ever, one with "bad" fails, and one
     that begins with "say " gets the rest of the prompt."""
 
-    num_blocks = 20
+    num_blocks, kv_cache_dtype = 20, "int8"
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -527,6 +527,7 @@ def test_one_line_of_facts_is_logged_at_start(llm: LLM, caplog: pytest.LogCaptur
         "device": "pocket",
         "dtype": "bfloat16",
         "quantization": None,
+        "kv_cache_dtype": "int8",
         "max_model_len": 50,
         "total_block_num": 20,
         "block_size": 16,

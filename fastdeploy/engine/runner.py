@@ -51,6 +51,7 @@ class Runner:
 
     Attributes:
         num_blocks: blocks in the KV cache, numbered from 0; the scheduler hands them out.
+        kv_cache_dtype: what they are stored in.
 
     Raises ValueError if the KV cache can't be as large as `config` needs it, MemoryError if the largest step does not
     fit into memory.
@@ -67,8 +68,9 @@ class Runner:
         self.max_blocks = -(-config.max_model_len // self.block_size)  # of one sequence
         self.max_splits = -(-config.max_model_len // SPLIT)
         self.num_blocks = choose_num_blocks(model, config)
+        self.kv_cache_dtype = model.cache_dtype(config.kv_cache_dtype)
         max_rows = max(self.max_seqs, min(SLAB, self.max_tokens))
-        self._cache = model.allocate_cache(self.num_blocks, self.block_size)
+        self._cache = model.allocate_cache(self.num_blocks, self.block_size, config.kv_cache_dtype)
         try:
             self._activations = model.allocate_activations(
                 self.max_tokens, self.max_seqs, config.max_model_len, max_rows
@@ -281,7 +283,7 @@ def choose_num_blocks(model: Decoder, config: EngineConfig) -> int:
 
     Raises ValueError if that is less than one sequence of full length, or if the override can't fit.
     """
-    block_bytes = model.cache_bytes_per_block(config.block_size)
+    block_bytes = model.cache_bytes_per_block(config.block_size, config.kv_cache_dtype)
     override = config.num_gpu_blocks_override
     if override is not None:
         free = model.device.free_memory()

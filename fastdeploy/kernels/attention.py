@@ -5,6 +5,7 @@
     qkv [T, (H + 2 KVH) * D]                    only q is read; the new keys and values are already in the cache
     k_cache [blocks, KVH, D, block_size]        transposed, so that a tile of keys is a right operand of q.k as it lies
     v_cache [blocks, KVH, block_size, D]
+    k_scales, v_scales [blocks, KVH, block_size]   of an int8 cache, see rope.py
     block_tables [sequences, max_blocks]        key j of a sequence is in its block table[j // block_size]
     out [T, H * D]
 
@@ -29,6 +30,10 @@ Of no keys it is peak -inf, total 0, sums 0; every formula below keeps that free
 Cost: a decode reads its context once, 2 * context * KVH * D elements, bound by memory; prefill is 4 * D FLOPs per
 (query head, key) pair, bound by arithmetic. Grouping, splits and the search for a program's sequence follow vLLM's
 unified Triton attention; the fixed split size follows Thinking Machines' work on batch invariance.
+
+An int8 cache's scales belong to keys, so they are factors of the scores and of the weights, one for each key of a tile:
+
+    q . k[j] = k_scales[j] (q . kq[j]),        sum_j w[j] v[j] = sum_j (w[j] v_scales[j]) vq[j]
 """
 
 from dataclasses import dataclass
@@ -51,7 +56,7 @@ from fastdeploy.kernels.launch import (
     target,
     view,
 )
-from fastdeploy.kernels.rope import HeadLayout
+from fastdeploy.kernels.rope import HeadLayout, KVBlocks
 
 SPLIT = 256  # keys; a multiple of every block size. Part of the arithmetic: another value gives other last bits.
 
@@ -104,10 +109,10 @@ def _merge(sums, peak, total, more_sums, more_peak, more_total):
 
 @triton.jit
 def _add_keys(
-    sums, peak, total, q, keys, values, key, position, end, log2_scale,
+    sums, peak, total, q, keys, values, key_scales, value_scales, key, position, end, log2_scale,
     D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The state after the TILE keys from `key` on; `keys` and `values` point to their block.
+    """The state after the TILE keys from `key` on; `keys`, `values` and their scales, if any, point to their block.
 
     MASKED: some row may not see some of them, those from `end` on exist for no row and may hold anything, even NaN.
     """
@@ -117,6 +122,8 @@ def _add_keys(
     number = key + tl.arange(0, TILE)  # places in the sequence
     k = tl.load(keys + d[:, None] * BLOCK_SIZE + t[None, :], mask=_head_mask(d, D, DIM)[:, None], other=0.0)
     scores = tl.dot(q, k.to(q.dtype), input_precision="ieee")  # [rows, TILE]
+    if key_scales is not None:
+        scores *= tl.load(key_scales + t)[None, :]
     if MASKED:
         scores = tl.where(number[None, :] <= position[:, None], scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, axis=1) * log2_scale)
@@ -124,8 +131,11 @@ def _add_keys(
     weights = tl.exp2(tl.fma(scores, tl.full(scores.shape, log2_scale, tl.float32), shift))
     kept = tl.exp2(peak - _finite(new_peak))
     total = tl.fma(total, kept, tl.sum(weights, axis=1))
+    if value_scales is not None:
+        exists = number < end if MASKED else tl.full([TILE], True, tl.int1)
+        weights *= tl.load(value_scales + t, mask=exists, other=0.0)[None, :]
     v_tile = values + t[:, None] * D + d[None, :]
-    if MASKED:
+    if MASKED and value_scales is None:  # int8 is never NaN
         v = tl.load(v_tile, mask=(number < end)[:, None] & _head_mask(d, D, DIM)[None, :], other=0.0)
     else:
         v = tl.load(v_tile, mask=_head_mask(d, D, DIM)[None, :], other=0.0)
@@ -143,8 +153,14 @@ def _head_mask(d, D: tl.constexpr, DIM: tl.constexpr):
 
 
 @triton.jit
+def _offset(pointer, count):
+    """pointer + count; None stays None."""
+    return pointer if pointer is None else pointer + count
+
+
+@triton.jit
 def _attend_split(
-    q, k_cache, v_cache, block_table, kv_head, position, first, seen_by_all, end, log2_scale,
+    q, k_cache, v_cache, k_scales, v_scales, block_table, kv_head, position, first, seen_by_all, end, log2_scale,
     KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """The state of the keys from `first` to the end of their split, or to `end` if that comes first.
@@ -155,15 +171,17 @@ def _attend_split(
     end_of_split = tl.minimum(first + SPLIT, end)
     unmasked = tl.minimum(tl.maximum(seen_by_all // TILE * TILE, first), end_of_split)
     for key in range(first, unmasked, TILE):
-        block = (tl.load(block_table + key // BLOCK_SIZE).to(tl.int64) * KV_HEADS + kv_head) * D * BLOCK_SIZE
+        block = (tl.load(block_table + key // BLOCK_SIZE).to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE
         sums, peak, total = _add_keys(
-            sums, peak, total, q, k_cache + block, v_cache + block, key, position, end, log2_scale,
+            sums, peak, total, q, k_cache + block * D, v_cache + block * D, _offset(k_scales, block),
+            _offset(v_scales, block), key, position, end, log2_scale,
             D, BLOCK_SIZE, TILE, False,
         )  # fmt: skip
     for key in range(unmasked, end_of_split, TILE):
-        block = (tl.load(block_table + key // BLOCK_SIZE).to(tl.int64) * KV_HEADS + kv_head) * D * BLOCK_SIZE
+        block = (tl.load(block_table + key // BLOCK_SIZE).to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE
         sums, peak, total = _add_keys(
-            sums, peak, total, q, k_cache + block, v_cache + block, key, position, end, log2_scale,
+            sums, peak, total, q, k_cache + block * D, v_cache + block * D, _offset(k_scales, block),
+            _offset(v_scales, block), key, position, end, log2_scale,
             D, BLOCK_SIZE, TILE, True,
         )  # fmt: skip
     return sums, peak, total
@@ -217,7 +235,8 @@ def _find_sequence(tile, cu_seqlens, num_decodes, num_seqs, GROUP: tl.constexpr,
 
 @triton.jit(do_not_specialize=["num_decodes", "num_seqs", "max_blocks"])
 def _attention_kernel(
-    out, qkv, k_cache, v_cache, cu_seqlens, context_lens, block_tables, num_decodes, num_seqs, max_blocks, log2_scale,
+    out, qkv, k_cache, v_cache, k_scales, v_scales, cu_seqlens, context_lens, block_tables,
+    num_decodes, num_seqs, max_blocks, log2_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, BLOCK_M: tl.constexpr, DECODE: tl.constexpr,
 ):  # fmt: skip
@@ -247,8 +266,8 @@ def _attention_kernel(
         sums, peak, total = _empty_state(BLOCK_M, DIM)
         for first in range(0, end, SPLIT):
             more_sums, more_peak, more_total = _attend_split(
-                q, k_cache, v_cache, block_table, kv_head, position, first, seen_by_all, end, log2_scale,
-                KV_HEADS, D, BLOCK_SIZE, TILE, SPLIT,
+                q, k_cache, v_cache, k_scales, v_scales, block_table, kv_head, position, first, seen_by_all, end,
+                log2_scale, KV_HEADS, D, BLOCK_SIZE, TILE, SPLIT,
             )  # fmt: skip
             sums, peak, total = _merge(sums, peak, total, more_sums, more_peak, more_total)
         _store_attended(out, sums, total, first_token * GROUP + row, real, kv_head, HEADS, KV_HEADS, D, DIM)
@@ -256,7 +275,7 @@ def _attention_kernel(
 
 @triton.jit(do_not_specialize=["num_splits", "max_blocks"])
 def _split_kernel(
-    partials, qkv, k_cache, v_cache, context_lens, block_tables, num_splits, max_blocks, log2_scale,
+    partials, qkv, k_cache, v_cache, k_scales, v_scales, context_lens, block_tables, num_splits, max_blocks, log2_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -273,8 +292,8 @@ def _split_kernel(
         q = _load_queries(qkv, sequence * GROUP + row, kv_head, HEADS, KV_HEADS, D, DIM, OPERAND)
         position = tl.full([BLOCK_M], 0, tl.int32) + (end - 1)
         sums, peak, total = _attend_split(
-            q, k_cache, v_cache, block_tables + sequence.to(tl.int64) * max_blocks, kv_head, position,
-            split * SPLIT, end, end, log2_scale, KV_HEADS, D, BLOCK_SIZE, TILE, SPLIT,
+            q, k_cache, v_cache, k_scales, v_scales, block_tables + sequence.to(tl.int64) * max_blocks, kv_head,
+            position, split * SPLIT, end, end, log2_scale, KV_HEADS, D, BLOCK_SIZE, TILE, SPLIT,
         )  # fmt: skip
         d = tl.arange(0, DIM)
         start = partials + ((sequence * HEADS + kv_head * GROUP + row).to(tl.int64) * num_splits + split) * (D + 2)
@@ -309,20 +328,22 @@ def _merge_kernel(
 # The launcher
 
 
-def tiles(target: Target, heads: HeadLayout, block_size: int, query_len: int) -> dict[str, Any]:
+def tiles(target: Target, heads: HeadLayout, cache: KVBlocks, query_len: int) -> dict[str, Any]:
     """Tile rule. The tile of keys follows from the block size alone: 64 keys, or the block where that is smaller.
 
     On a CPU the query tile fits the rows there are, up to 32 (see linear.py on why it may depend on them there): with
     64, the tiles of a head of 128 leave the first cache (512 tokens, 16 heads: 26 ms on a core, with 32 15.6). On a
     GPU it is 64 rows for prompts and decodes alike, so that a token has the same bits in both.
     """
-    shape: dict[str, Any] = {"DIM": next_power_of_2(heads.head_dim), "TILE": min(block_size, 64)}
+    shape: dict[str, Any] = {"DIM": next_power_of_2(heads.head_dim), "TILE": min(cache.block_size, 64)}
     rows = next_power_of_2(heads.group * query_len)
     if target.is_cpu:
         # one size for decodes, two for prompts: every size is a compilation of 0.3 s
         return {**shape, "BLOCK_M": rows if query_len == 1 else 16 if rows <= 16 else 32}
     shape["BLOCK_M"] = max(64, next_power_of_2(heads.group))
-    if target.arch == 80 and shape["DIM"] > 64:  # without wgmma, 4 warps or a second stage spill registers
+    # Without wgmma, and where int8 is converted on its way, 4 warps or a second stage spill registers.
+    int8 = cache.k_cache.dtype == "int8"
+    if target.kind == "cuda" and (int8 or (target.arch == 80 and shape["DIM"] > 64)):
         return {**shape, "num_warps": 8, "num_stages": 1}
     return {**shape, "num_warps": 4, "num_stages": 2 if target.kind == "cuda" else 1}
 
@@ -338,39 +359,38 @@ def workspace_shape(max_decodes: int, heads: HeadLayout, max_context: int) -> tu
 
 
 def paged_attention(
-    out: Any, qkv: Any, k_cache: Any, v_cache: Any,
-    batch: AttentionBatch, heads: HeadLayout, scale: float, workspace: Any,
-) -> None:  # fmt: skip
+    out: Any, qkv: Any, cache: KVBlocks, batch: AttentionBatch, heads: HeadLayout, scale: float, workspace: Any
+) -> None:
     """Attention of every token of the step over the keys of its own sequence up to itself.
 
     Args:
         out: [T, H * D], any float type.
         qkv: [T, heads.qkv_width], q turned by `rope_and_cache`, which has also written the new keys and values.
-        k_cache: [blocks, KVH, D, block_size], any float type; block_size a power of two from 16 to 256.
-        v_cache: [blocks, KVH, block_size, D], the same type.
+        cache: of the layer that qkv belongs to; block_size a power of two from 16 to 256.
         batch: who attends to what. Its tensors' values are not checked: they lie on the device.
         scale: factor of the scores, above 0, usually 1 / sqrt(D).
         workspace: float32 of at least `workspace_shape` elements.
     """
-    out, qkv, k_cache, v_cache, workspace = view(out), view(qkv), view(k_cache), view(v_cache), view(workspace)
-    block_size = heads.expect_caches(k_cache, v_cache)
-    _check(out, qkv, batch, heads, block_size)
+    out, qkv, workspace = view(out), view(qkv), view(workspace)
+    cache.expect(heads)
+    _check(out, qkv, batch, heads, cache.block_size)
     here = target()
     common = {
-        "HEADS": heads.num_heads, "KV_HEADS": heads.num_kv_heads, "D": heads.head_dim, "BLOCK_SIZE": block_size,
+        "HEADS": heads.num_heads, "KV_HEADS": heads.num_kv_heads, "D": heads.head_dim, "BLOCK_SIZE": cache.block_size,
         "SPLIT": SPLIT, "OPERAND": operand_dtype(here, qkv),
     }  # fmt: skip
     log2_scale = scale * 1.4426950408889634  # exp(x) = 2^(x log2(e))
     max_blocks = batch.block_tables.shape[1]
-    cached = (out, qkv, k_cache, v_cache, batch.cu_seqlens, batch.context_lens, batch.block_tables)
-    walked = (*cached, batch.num_decodes, batch.num_seqs, max_blocks, log2_scale)
-    rule = tiles(here, heads, block_size, query_len=1)
+    read = (qkv, *cache.tensors())
+    sequences = (batch.cu_seqlens, batch.context_lens, batch.block_tables)
+    walked = (out, *read, *sequences, batch.num_decodes, batch.num_seqs, max_blocks, log2_scale)
+    rule = tiles(here, heads, cache, query_len=1)
     if splits_in_parallel(here, batch.num_decodes, heads, batch.num_splits):
-        _launch_splits(out, qkv, k_cache, v_cache, batch, workspace, log2_scale, {**common, **rule})
+        _launch_splits(out, read, batch, workspace, log2_scale, {**common, **rule})
     else:
         launch(_attention_kernel, (batch.num_decodes, heads.num_kv_heads), *walked, **common, **rule, DECODE=True)
     if batch.num_seqs > batch.num_decodes:
-        rule = tiles(here, heads, block_size, batch.max_query_len)
+        rule = tiles(here, heads, cache, batch.max_query_len)
         rows = (qkv.shape[0] - batch.num_decodes) * heads.group
         query_tiles = rows // rule["BLOCK_M"] + batch.num_seqs - batch.num_decodes
         launch(_attention_kernel, (query_tiles, heads.num_kv_heads), *walked, **common, **rule, DECODE=False)
@@ -388,16 +408,16 @@ def _check(out: TensorView, qkv: TensorView, batch: AttentionBatch, heads: HeadL
 
 
 def _launch_splits(
-    out: TensorView, qkv: TensorView, k_cache: TensorView, v_cache: TensorView, batch: AttentionBatch,
-    workspace: TensorView, log2_scale: float, constexprs: dict[str, Any],
+    out: TensorView, read: tuple[TensorView | None, ...], batch: AttentionBatch, workspace: TensorView,
+    log2_scale: float, constexprs: dict[str, Any],
 ) -> None:  # fmt: skip
-    """The decodes, a program per split."""
+    """The decodes, a program per split; `read` is qkv and the cache."""
     kv_heads, splits = constexprs["KV_HEADS"], batch.num_splits
     needed = batch.num_decodes * constexprs["HEADS"] * splits * (constexprs["D"] + 2)
     expect("workspace", workspace, workspace.shape, "float32")
     if prod(workspace.shape) < needed:
         raise ValueError(f"the workspace has {prod(workspace.shape)} elements; {splits} splits need {needed}")
-    inputs = (qkv, k_cache, v_cache, batch.context_lens, batch.block_tables, splits, batch.block_tables.shape[1])
+    inputs = (*read, batch.context_lens, batch.block_tables, splits, batch.block_tables.shape[1])
     launch(_split_kernel, (splits, kv_heads, batch.num_decodes), workspace, *inputs, log2_scale, **constexprs)
     merging = {name: value for name, value in constexprs.items() if name not in ("BLOCK_SIZE", "TILE", "OPERAND")}
     launch(_merge_kernel, (kv_heads, batch.num_decodes), out, workspace, batch.context_lens, splits, **merging)

@@ -33,7 +33,7 @@ _DLPACK_DTYPES = {
     (2, 16): "float16", (2, 32): "float32", (2, 64): "float64",
     (4, 16): "bfloat16", (6, 8): "bool", (10, 8): "float8_e4m3fn", (12, 8): "float8_e5m2",
 }  # fmt: skip
-_ITEM_SIZES = {name: bits // 8 for (_, bits), name in _DLPACK_DTYPES.items()}
+ITEM_SIZES = {name: bits // 8 for (_, bits), name in _DLPACK_DTYPES.items()}
 
 
 class TensorView:
@@ -65,7 +65,7 @@ class TensorView:
         """Rows [start, start + count) of the first dimension, no copy. ValueError if there are not that many."""
         if not 0 <= start <= start + count <= self.shape[0]:
             raise ValueError(f"rows {start} to {start + count} of a tensor with {self.shape[0]} rows")
-        pointer = self.pointer + start * self.strides[0] * _ITEM_SIZES[self.dtype]
+        pointer = self.pointer + start * self.strides[0] * ITEM_SIZES[self.dtype]
         return TensorView(pointer, self.dtype, (count, *self.shape[1:]), self.strides, self.owner)
 
     def reshape(self, *shape: int) -> "TensorView":
@@ -117,7 +117,7 @@ def view(tensor: Any, dtype: str | None = None) -> TensorView:
         raise TypeError(f"expected a tensor with DLPack (Paddle, NumPy, PyTorch, ...), got {type(tensor).__name__}")
     if dtype is None or dtype == found.dtype:
         return found
-    if _ITEM_SIZES.get(dtype) != _ITEM_SIZES[found.dtype]:
+    if ITEM_SIZES.get(dtype) != ITEM_SIZES[found.dtype]:
         raise ValueError(f"elements of {found.dtype} cannot be taken for {dtype!r}: the sizes differ")
     return TensorView(found.pointer, dtype, found.shape, found.strides, found.owner)
 

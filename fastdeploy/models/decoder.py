@@ -22,15 +22,15 @@ from dataclasses import dataclass, replace
 from math import prod, sqrt
 
 from fastdeploy.config import ModelConfig
-from fastdeploy.device import DTYPE_BYTES, Device
+from fastdeploy.device import Device
 from fastdeploy.kernels.activation import silu_mul
 from fastdeploy.kernels.attention import AttentionBatch, paged_attention, workspace_shape
 from fastdeploy.kernels.embedding import embedding, gather_rows
-from fastdeploy.kernels.launch import TensorView, view
+from fastdeploy.kernels.launch import ITEM_SIZES, TensorView, view
 from fastdeploy.kernels.linear import Weight, linear
 from fastdeploy.kernels.norm import add_rms_norm, rms_norm
 from fastdeploy.kernels.quantised import GROUP, QuantisedRows, QuantisedWeight, quantise, rows_fields
-from fastdeploy.kernels.rope import HeadLayout, HeadNorms, rope_and_cache, rope_tables
+from fastdeploy.kernels.rope import HeadLayout, HeadNorms, KVBlocks, cache_fields, rope_and_cache, rope_tables
 from fastdeploy.models.loading import WeightLoader
 
 
@@ -58,14 +58,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of all tokens, in blocks of block_size, per layer.
+    """Keys and values of all tokens, in the same blocks in each layer, stored in `dtype`."""
 
-    keys[layer]    [num_blocks, kv heads, head_dim, block_size]   transposed: q.k reads along tokens
-    values[layer]  [num_blocks, kv heads, block_size, head_dim]
-    """
-
-    keys: list[TensorView]
-    values: list[TensorView]
+    layers: list[KVBlocks]
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -177,20 +173,24 @@ class Decoder:
 
     # Memory
 
-    def cache_bytes_per_block(self, block_size: int) -> int:
-        """Bytes that one block of `block_size` tokens takes in the KV cache, all layers together."""
-        per_token = 2 * self.heads.num_kv_heads * self.heads.head_dim * DTYPE_BYTES[self.dtype]
-        return self.config.num_layers * block_size * per_token
+    def cache_dtype(self, kv_cache_dtype: str) -> str:
+        """What the KV cache is stored in: "auto" is what float weights are stored in."""
+        return self.dtype if kv_cache_dtype == "auto" else kv_cache_dtype
 
-    def allocate_cache(self, num_blocks: int, block_size: int) -> KVCache:
+    def cache_bytes_per_block(self, block_size: int, kv_cache_dtype: str = "auto") -> int:
+        """Bytes that one block of `block_size` tokens takes in the KV cache, all layers together."""
+        fields = cache_fields(self.heads, 1, block_size, self.cache_dtype(kv_cache_dtype)).values()
+        return self.config.num_layers * sum(prod(shape) * ITEM_SIZES[dtype] for shape, dtype in fields)
+
+    def allocate_cache(self, num_blocks: int, block_size: int, kv_cache_dtype: str = "auto") -> KVCache:
         """The KV cache, contents unspecified: attention reads no slot that was not written."""
-        kv_heads, head_dim = self.heads.num_kv_heads, self.heads.head_dim
-        layers = range(self.config.num_layers)
-        key_shape = (num_blocks, kv_heads, head_dim, block_size)
-        value_shape = (num_blocks, kv_heads, block_size, head_dim)
-        keys = [view(self.device.empty(key_shape, self.dtype)) for _ in layers]
-        values = [view(self.device.empty(value_shape, self.dtype)) for _ in layers]
-        return KVCache(keys, values)
+        dtype = self.cache_dtype(kv_cache_dtype)
+        fields = cache_fields(self.heads, num_blocks, block_size, dtype).items()
+
+        def layer() -> KVBlocks:
+            return KVBlocks(**{name: view(self.device.empty(shape, type_)) for name, (shape, type_) in fields})
+
+        return KVCache([layer() for _ in range(self.config.num_layers)], dtype)
 
     def allocate_activations(self, max_tokens: int, max_seqs: int, max_context: int, max_rows: int) -> Activations:
         """Memory for steps of up to `max_tokens` tokens and `max_seqs` sequences of up to `max_context` tokens, and for
@@ -232,7 +232,7 @@ class Decoder:
         first = self.layers[0]
         rms_norm(memory.hidden.of(first.qkv), memory.residual, first.attention_norm, self.config.rms_norm_eps)
         for index, layer in enumerate(self.layers):
-            self._attend(layer, step, cache.keys[index], cache.values[index], memory)
+            self._attend(layer, step, cache.layers[index], memory)
             if layer is not self.layers[-1]:
                 following = self.layers[index + 1]
                 self._finish_layer(layer, following.attention_norm, following.qkv, memory)
@@ -254,16 +254,13 @@ class Decoder:
         self._finish_layer(self.layers[-1], self.final_norm, self.lm_head, memory)
         linear(logits, memory.hidden.of(self.lm_head), self.lm_head)
 
-    def _attend(
-        self, layer: Layer, step: StepInputs, keys: TensorView, values: TensorView, memory: Activations
-    ) -> None:
+    def _attend(self, layer: Layer, step: StepInputs, cache: KVBlocks, memory: Activations) -> None:
         """hidden -> attended, and the tokens' keys and values into the cache."""
         linear(memory.qkv, memory.hidden.of(layer.qkv), layer.qkv)
         inputs = (memory.qkv, step.positions, step.slots, self.cos, self.sin)
-        rope_and_cache(*inputs, keys, values, self.heads, layer.head_norms)
-        paged_attention(
-            memory.attended.floats, memory.qkv, keys, values, step.attention, self.heads, self.scale, memory.workspace
-        )
+        rope_and_cache(*inputs, cache, self.heads, layer.head_norms)
+        out, heads, workspace = memory.attended.floats, self.heads, memory.workspace
+        paged_attention(out, memory.qkv, cache, step.attention, heads, self.scale, workspace)
 
     def _finish_layer(self, layer: Layer, next_norm: TensorView, next_linear: Weight, memory: Activations) -> None:
         """What follows a layer's attention: attended -> residual, and hidden for the linear layer that comes next."""

@@ -94,10 +94,11 @@ def test_logits_of_prompts_cut_into_chunks_have_the_same_bits(biased_runner, bud
         np.testing.assert_array_equal(chunked, logits)
 
 
-def test_logits_after_preemptions_have_the_same_bits(biased_runner):
-    def growing():
-        return [new_request(length, seed, max_tokens=50) for seed, length in enumerate((14, 30, 3))]
+def growing() -> list[Request]:
+    return [new_request(length, seed, max_tokens=50) for seed, length in enumerate((14, 30, 3))]
 
+
+def test_logits_after_preemptions_have_the_same_bits(biased_runner):
     undisturbed, requests = serve(biased_runner, growing()), growing()
     disturbed = serve(new_runner(biased_runner.model, num_gpu_blocks_override=8), requests)
     assert sum(request.metrics.preempted_count for request in requests) > 0
@@ -112,6 +113,22 @@ def test_contexts_past_a_split_of_attention_have_the_same_bits_alone_and_in_a_ba
     in_batch = serve(biased_runner, long_and_short())
     for request, logits in zip(long_and_short(), in_batch, strict=True):
         np.testing.assert_array_equal(serve(biased_runner, [request])[0], logits)
+
+
+@pytest.fixture(scope="module")
+def int8_runner(biased_runner) -> Runner:
+    return new_runner(biased_runner.model, kv_cache_dtype="int8")
+
+
+def test_logits_with_an_int8_cache_have_the_same_bits_alone_in_chunks_and_after_preemptions(int8_runner):
+    in_batch = serve(int8_runner, growing())
+    for request, logits in zip(growing(), in_batch, strict=True):
+        np.testing.assert_array_equal(serve(int8_runner, [request], 13)[0], logits)
+    requests = growing()
+    disturbed = serve(new_runner(int8_runner.model, num_gpu_blocks_override=8, kv_cache_dtype="int8"), requests)
+    assert sum(request.metrics.preempted_count for request in requests) > 0
+    for logits, expected in zip(disturbed, in_batch, strict=True):
+        np.testing.assert_array_equal(logits, expected)
 
 
 class Unrecorded(Runner):
@@ -148,11 +165,12 @@ def test_seeded_draws_are_the_same_alone_and_in_a_batch(biased_runner):
         assert request.token_ids == expected.token_ids
 
 
-def test_a_row_without_numbers_fails_alone():
+@pytest.mark.parametrize("kv_cache_dtype", ["float32", "int8"])
+def test_a_row_without_numbers_fails_alone(kv_cache_dtype):
     tensors = random_tensors(UNTIED)
     tensors["model.embed_tokens.weight"][7] = np.nan
     model = load_model(checkpoint(UNTIED, tensors), open_device(), "float32", MAX_MODEL_LEN, progress=False)
-    runner = new_runner(model)
+    runner = new_runner(model, kv_cache_dtype=kv_cache_dtype)
     scheduler = Scheduler(runner.num_blocks, runner.block_size, runner.max_seqs, 2048)
     for prompt in ([1, 2, 3], [4, 7, 5], [6]):
         params = SamplingParams(temperature=0.0, max_tokens=4, seed=0).resolved(sampling_defaults({}), 4, seed=0)
@@ -238,6 +256,13 @@ def test_blocks_take_no_more_than_the_devices_budget(monkeypatch):
     model = load()
     monkeypatch.setattr(model.device, "cache_budget", lambda: 21 * model.cache_bytes_per_block(16) + 1)
     assert new_runner(model, num_gpu_blocks_override=None).num_blocks == 21
+
+
+def test_a_budget_holds_more_blocks_of_int8(monkeypatch):
+    """Heads of 8: 12 bytes a token in int8, 32 in float32."""
+    model = load()
+    monkeypatch.setattr(model.device, "cache_budget", lambda: 60 * 12 * model.cache_bytes_per_block(16) // 32)
+    assert new_runner(model, num_gpu_blocks_override=None, kv_cache_dtype="int8").num_blocks == 60
 
 
 def test_a_budget_below_one_full_sequence_is_an_error_that_names_the_length_that_fits(monkeypatch):

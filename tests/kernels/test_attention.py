@@ -5,9 +5,11 @@ import pytest
 
 from fastdeploy.kernels import attention
 from fastdeploy.kernels.attention import SPLIT, AttentionBatch, attention_reference, paged_attention, workspace_shape
-from fastdeploy.kernels.rope import HeadLayout
+from fastdeploy.kernels.launch import view
+from fastdeploy.kernels.rope import CACHE_DTYPES, HeadLayout, KVBlocks, cache_fields
 
 HEADS = HeadLayout(9, 3, 64)
+CHUNKED = [(64, 16, "float32"), (64, 64, "float32"), (96, 128, "float32"), (64, 64, "int8"), (80, 16, "int8")]
 
 
 @pytest.fixture
@@ -15,19 +17,24 @@ def attend(rng, normal, store, blank):
     """A cache with sequences of random keys in it, and `run(sequences)` that attends with some of their tokens.
 
     Sequences are (index, first token, one past the last token); those of one token are decodes and come first. Queries
-    belong to tokens: the same token has the same query in every run. Slots beyond a context hold NaN.
+    belong to tokens: the same token has the same query in every run. Slots beyond a context hold NaN, or, in an int8
+    cache, a scale that is NaN.
     """
 
     def build(heads, lengths, block_size=16, dtype="float32"):
         blocks = [-(-length // block_size) for length in lengths]
         tables = np.split(rng.permutation(sum(blocks)), np.cumsum(blocks)[:-1])
-        k_cache = normal(sum(blocks), heads.num_kv_heads, heads.head_dim, block_size, dtype=dtype)
-        v_cache = normal(sum(blocks), heads.num_kv_heads, block_size, heads.head_dim, dtype=dtype)
-        poison = store(np.nan, dtype).memory
+        parts = {
+            name: store(random_part(rng, shape, part_dtype), part_dtype)
+            for name, (shape, part_dtype) in cache_fields(heads, sum(blocks), block_size, dtype).items()
+        }
+        cache = KVBlocks(**{name: part.view for name, part in parts.items()})
+        caches = floats(parts)
         for table, length in zip(tables, lengths, strict=True):
-            if length % block_size:
-                k_cache.memory[table[-1], :, :, length % block_size :] = poison
-                v_cache.memory[table[-1], :, length % block_size :] = poison
+            for part in parts.values():
+                if length % block_size and part.dtype != "int8":
+                    tokens = part.memory if part is parts.get("v_cache") else np.moveaxis(part.memory, -1, 2)
+                    tokens[table[-1], :, length % block_size :] = store(np.nan, part.dtype).memory
         qkvs = [normal(length, heads.qkv_width) for length in lengths]
         scale = heads.head_dim**-0.5
 
@@ -47,18 +54,32 @@ def attend(rng, normal, store, blank):
             )  # fmt: skip
             out = blank((sum(counts), heads.num_heads * heads.head_dim))
             workspace = blank(workspace_shape(len(sequences), heads, splits * SPLIT))
-            paged_attention(out.view, qkv.view, k_cache.view, v_cache.view, batch, heads, scale, workspace.view)
+            paged_attention(out.view, qkv.view, cache, batch, heads, scale, workspace.view)
             return np.split(out.memory, np.cumsum(counts)[:-1])
 
         def expected(index, start, stop):
             width = heads.num_heads * heads.head_dim
             q = qkvs[index].values[start:stop, :width].reshape(stop - start, heads.num_heads, heads.head_dim)
-            caches = (k_cache.values, v_cache.values)
             return attention_reference(q, caches, tables[index], stop, scale).reshape(stop - start, width)
 
         return SimpleNamespace(run=run, expected=expected)
 
     return build
+
+
+def random_part(rng, shape, dtype):
+    """Keys, values or scales."""
+    if dtype == "int8":
+        return rng.integers(-127, 128, shape)
+    return rng.uniform(0.001, 0.03, shape) if len(shape) == 3 else rng.standard_normal(shape)
+
+
+def floats(parts):
+    """What keys and values a cache holds, as float64."""
+    keys, values = parts["k_cache"].values, parts["v_cache"].values
+    if "k_scales" not in parts:
+        return keys, values
+    return keys * parts["k_scales"].values[:, :, None, :], values * parts["v_scales"].values[..., None]
 
 
 @pytest.fixture(params=[True, False], ids=["splits in parallel", "splits in turn"])
@@ -71,10 +92,16 @@ def check(case, sequences, tolerance=1e-5):
         np.testing.assert_allclose(attended, case.expected(*sequence), rtol=0, atol=tolerance, err_msg=str(sequence))
 
 
-@pytest.mark.parametrize("head_dim, block_size", [(64, 16), (64, 64), (64, 256), (80, 32), (96, 64), (128, 128)])
-def test_decodes_match_reference(head_dim, block_size, attend, parallel):
+DECODES = [(64, 16), (64, 64), (64, 256), (80, 32), (96, 64), (128, 128)]
+
+
+@pytest.mark.parametrize(
+    "head_dim, block_size, dtype",
+    [*((*shape, "float32") for shape in DECODES), (64, 64, "int8"), (80, 32, "int8"), (64, 256, "int8")],
+)
+def test_decodes_match_reference(head_dim, block_size, dtype, attend, parallel):
     lengths = [1, 15, 16, 17, 255, 256, 257, 700]
-    case = attend(HeadLayout(9, 3, head_dim), lengths, block_size)
+    case = attend(HeadLayout(9, 3, head_dim), lengths, block_size, dtype)
     check(case, [(index, length - 1, length) for index, length in enumerate(lengths)])
 
 
@@ -84,7 +111,7 @@ def test_decodes_of_any_group(num_heads, num_kv_heads, attend, parallel):
     check(case, [(0, 299, 300), (1, 30, 31)])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
 def test_caches_of_every_type(dtype, attend):
     case = attend(HEADS, [300, 77], dtype=dtype)
     check(case, [(0, 299, 300), (1, 0, 77)])
@@ -97,20 +124,20 @@ def test_prompts_match_reference(head_dim, block_size, attend):
     check(case, [(index, 0, length) for index, length in enumerate(lengths)])
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_mixed_batches_match_reference(seed, attend):
+@pytest.mark.parametrize("seed, dtype", [*((seed, "float32") for seed in range(6)), *((s, "int8") for s in range(4))])
+def test_mixed_batches_match_reference(seed, dtype, attend):
     rng = np.random.default_rng(seed)
     group, kv_heads = rng.integers(1, 8), rng.integers(1, 4)
-    heads = HeadLayout(int(group * kv_heads), int(kv_heads), int(rng.choice([32, 64, 96])))
+    heads = HeadLayout(int(group * kv_heads), int(kv_heads), int(rng.choice([32, 64, 80, 96])))
     lengths = rng.integers(2, 600, 7).tolist()
-    case = attend(heads, lengths, int(rng.choice([16, 32, 64, 128])))
+    case = attend(heads, lengths, int(rng.choice([16, 32, 64, 128])), dtype)
     starts = [length - 1 for length in lengths[:3]] + [int(rng.integers(0, length - 1)) for length in lengths[3:]]
     check(case, list(zip(range(7), starts, lengths, strict=True)))
 
 
-@pytest.mark.parametrize("head_dim, block_size", [(64, 16), (64, 64), (96, 128)])
-def test_a_prompt_in_chunks_has_the_bits_of_the_whole(head_dim, block_size, attend):
-    case = attend(HeadLayout(9, 3, head_dim), [600, 40], block_size)
+@pytest.mark.parametrize("head_dim, block_size, dtype", CHUNKED)
+def test_a_prompt_in_chunks_has_the_bits_of_the_whole(head_dim, block_size, dtype, attend):
+    case = attend(HeadLayout(9, 3, head_dim), [600, 40], block_size, dtype)
     (whole,) = case.run([(0, 0, 600)])
     for cuts in ([256], [1, 2, 3, 4, 100], [257, 258, 511], [599]):
         for start, stop in zip([0, *cuts], [*cuts, 600], strict=True):
@@ -120,9 +147,10 @@ def test_a_prompt_in_chunks_has_the_bits_of_the_whole(head_dim, block_size, atte
             assert mixed.tobytes() == part.tobytes(), "beside another prompt"
 
 
-def test_a_decode_has_the_same_bits_however_it_is_run(attend, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_decode_has_the_same_bits_however_it_is_run(dtype, attend, monkeypatch):
     lengths = [1, 256, 257, 1000, 1024, 33]
-    case = attend(HEADS, lengths)
+    case = attend(HEADS, lengths, dtype=dtype)
     decodes = [(index, length - 1, length) for index, length in enumerate(lengths)]
     together = case.run(decodes)
     prompts = [case.run([(index, 0, length)])[0][-1:] for index, length in enumerate(lengths)]
@@ -138,10 +166,8 @@ def test_padding_sequences_give_zeros(attend, store, blank, normal, parallel):
     lens, tables = store([0, 20], "int32"), store(np.zeros((2, 2)), "int32")
     batch = AttentionBatch(2, 2, 1, 2, store([0, 1, 2], "int32").view, lens.view, tables.view)
     out, workspace = blank((2, 9 * 64)), blank(workspace_shape(2, HEADS, 512))
-    caches = normal(2, 3, 64, 16), normal(2, 3, 16, 64)
-    paged_attention(
-        out.view, normal(2, HEADS.qkv_width).view, caches[0].view, caches[1].view, batch, HEADS, 0.125, workspace.view
-    )
+    cache = KVBlocks(normal(2, 3, 64, 16).view, normal(2, 3, 16, 64).view)
+    paged_attention(out.view, normal(2, HEADS.qkv_width).view, cache, batch, HEADS, 0.125, workspace.view)
     assert (out.memory[0] == 0).all()
     assert np.isfinite(out.memory[1]).all()
 
@@ -156,8 +182,8 @@ def test_blocks_beyond_31_bits(store, blank, normal):
     batch = AttentionBatch(
         1, 1, 1, 1, store([0, 1], "int32").view, store([1], "int32").view, store([[block]], "int32").view
     )
-    out = blank((1, 256))
-    paged_attention(out.view, normal(1, 512).view, k_cache, v_cache, batch, heads, 0.1, blank((1,)).view)
+    out, cache = blank((1, 256)), KVBlocks(view(k_cache), view(v_cache))
+    paged_attention(out.view, normal(1, 512).view, cache, batch, heads, 0.1, blank((1,)).view)
     np.testing.assert_array_equal(out.memory, [[*range(128), *range(128)]])
 
 
@@ -165,9 +191,9 @@ def test_no_sequences_is_nothing_to_do(store, blank, normal):
     batch = AttentionBatch(
         0, 0, 0, 1, store([0], "int32").view, store(np.zeros(0), "int32").view, store(np.zeros((0, 4)), "int32").view
     )
-    caches = normal(2, 3, 64, 16), normal(2, 3, 16, 64)
+    cache = KVBlocks(normal(2, 3, 64, 16).view, normal(2, 3, 16, 64).view)
     nothing, qkv = blank((0, 9 * 64)), blank((0, HEADS.qkv_width))
-    paged_attention(nothing.view, qkv.view, caches[0].view, caches[1].view, batch, HEADS, 0.1, blank((1,)).view)
+    paged_attention(nothing.view, qkv.view, cache, batch, HEADS, 0.1, blank((1,)).view)
 
 
 def test_bad_arguments_are_named(store, blank, normal, monkeypatch):
@@ -177,9 +203,9 @@ def test_bad_arguments_are_named(store, blank, normal, monkeypatch):
     )
 
     def run(block_size=16, workspace=10**6, kv_heads=3):
-        caches = normal(2, kv_heads, 64, block_size), normal(2, kv_heads, block_size, 64)
+        cache = KVBlocks(normal(2, kv_heads, 64, block_size).view, normal(2, kv_heads, block_size, 64).view)
         out, qkv, space = blank((1, 9 * 64)), normal(1, HEADS.qkv_width), blank((workspace,))
-        paged_attention(out.view, qkv.view, caches[0].view, caches[1].view, batch, HEADS, 0.1, space.view)
+        paged_attention(out.view, qkv.view, cache, batch, HEADS, 0.1, space.view)
 
     with pytest.raises(ValueError, match="block_size is 24; attention takes powers of two from 16 to 256"):
         run(block_size=24)

@@ -32,7 +32,7 @@ from fastdeploy.kernels.quantised import (
     quantise,
     rows_fields,
 )
-from fastdeploy.kernels.rope import HeadLayout, HeadNorms, rope_and_cache
+from fastdeploy.kernels.rope import HeadLayout, HeadNorms, KVBlocks, cache_fields, rope_and_cache
 from fastdeploy.kernels.sampling import SamplingState, SamplingWorkspace, sample
 
 # target, bytes of shared memory that one program may use
@@ -138,26 +138,25 @@ def run_gathers():
     gather_rows(tensor(8, 576), tensor(TOKENS, 576), tensor(8, dtype="int32"))
 
 
-def run_rope(heads, block_size, normed=False):
+def run_rope(heads, block_size, dtype="bfloat16", normed=False):
     table = tensor(8192, heads.head_dim // 2, dtype="float32")
     positions, slots = tensor(TOKENS, dtype="int32"), tensor(TOKENS, dtype="int64")
     norm = tensor(heads.head_dim, dtype="float32")
-    inputs = (tensor(TOKENS, heads.qkv_width), positions, slots, table, table, *caches(heads, block_size), heads)
+    inputs = (tensor(TOKENS, heads.qkv_width), positions, slots, table, table, blocks(heads, block_size, dtype), heads)
     rope_and_cache(*inputs, HeadNorms(norm, norm, 1e-6) if normed else None)
 
 
-def caches(heads, block_size):
-    k_shape = (500, heads.num_kv_heads, heads.head_dim, block_size)
-    return tensor(*k_shape), tensor(k_shape[0], k_shape[1], k_shape[3], k_shape[2])
+def blocks(heads, block_size, dtype):
+    return KVBlocks(**fields(cache_fields(heads, 500, block_size, dtype)))
 
 
-def run_attention(heads, block_size, num_splits):
+def run_attention(heads, block_size, num_splits, dtype="bfloat16"):
     """Four decodes and one prompt."""
     integers = [tensor(*shape, dtype="int32") for shape in [(6,), (5,), (5, 128)]]
     batch = AttentionBatch(4, 5, TOKENS - 4, num_splits, *integers)
     out, qkv = tensor(TOKENS, heads.num_heads * heads.head_dim), tensor(TOKENS, heads.qkv_width)
     workspace = tensor(1 << 24, dtype="float32")
-    paged_attention(out, qkv, *caches(heads, block_size), batch, heads, 0.1, workspace)
+    paged_attention(out, qkv, blocks(heads, block_size, dtype), batch, heads, 0.1, workspace)
 
 
 def run_sample(vocabulary):
@@ -207,10 +206,13 @@ LAUNCHES = {
     "rope": lambda: run_rope(LLAMA3, 64),
     "rope, norms": lambda: run_rope(LLAMA3, 64, normed=True),
     "rope, head of 80, interleaved": lambda: run_rope(HeadLayout(8, 2, 80, True), 16),
+    "rope, int8 cache": lambda: run_rope(HeadLayout(8, 2, 80), 64, "int8"),
     "attention": lambda: run_attention(LLAMA3, 64, num_splits=1),
     "attention, splits": lambda: run_attention(SMOLLM2, 64, num_splits=8),
     "attention, large blocks, head of 96": lambda: run_attention(HeadLayout(32, 8, 96), 256, num_splits=1),
     "attention, small blocks": lambda: run_attention(SMOLLM2, 16, num_splits=1),
+    "attention, int8 cache": lambda: run_attention(LLAMA3, 64, num_splits=1, dtype="int8"),
+    "attention, int8 cache, splits": lambda: run_attention(SMOLLM2, 64, num_splits=8, dtype="int8"),
     "silu_mul": lambda: silu_mul(tensor(TOKENS, 1536), tensor(TOKENS, 3072)),
     "sample": lambda: run_sample(49152),
     "sample, odd vocabulary": lambda: run_sample(128_003),
@@ -238,7 +240,8 @@ def cuda_spills(kernel, folder: Path) -> int:
 
 
 def amd_spills(kernel) -> int:
-    counts = re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])
+    """Vector registers that go to memory. (Scalar ones go to lanes of a vector register.)"""
+    counts = re.findall(r"\.vgpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])
     assert counts
     return sum(map(int, counts))
 

@@ -1,14 +1,18 @@
 import numpy as np
 import pytest
 
+from fastdeploy.kernels.launch import view
 from fastdeploy.kernels.norm import rms_norm_reference
 from fastdeploy.kernels.rope import (
     HeadLayout,
     HeadNorms,
+    KVBlocks,
+    cache_fields,
     cache_write_reference,
     rope_and_cache,
     rope_reference,
     rope_tables,
+    to_int8_reference,
 )
 
 THETA = 10000.0
@@ -33,6 +37,11 @@ def step(rng, store, normal):
     return build
 
 
+def run(arrays, heads, norms=None):
+    *inputs, k_cache, v_cache = (array.view for array in arrays)
+    rope_and_cache(*inputs, KVBlocks(k_cache, v_cache), heads, norms)
+
+
 def expected_step(arrays, positions, slots, heads):
     """float64 results: turned q rows, the two caches."""
     qkv = arrays[0].values.reshape(len(positions), -1, heads.head_dim)
@@ -52,7 +61,7 @@ def test_rope_and_cache_match_reference(num_heads, num_kv_heads, head_dim, block
     heads = HeadLayout(num_heads, num_kv_heads, head_dim, interleaved)
     arrays, positions, slots = step(heads, 13, block_size)
     q, k, v, caches = expected_step(arrays, positions, slots, heads)
-    rope_and_cache(*(array.view for array in arrays), heads)
+    run(arrays, heads)
     after = arrays[0].values.reshape(13, -1, head_dim)
     np.testing.assert_allclose(after[:, :num_heads], q, atol=1e-5)
     np.testing.assert_array_equal(after[:, num_heads:], np.concatenate([k, v], axis=1))
@@ -72,7 +81,7 @@ def test_heads_are_normalised_before_they_are_turned(num_heads, num_kv_heads, he
     q, k = (rope_reference(x, positions, THETA, interleaved) for x in normed)
     caches = tuple(cache.values.copy() for cache in arrays[-2:])
     cache_write_reference(caches, k, v, slots)
-    rope_and_cache(*(array.view for array in arrays), heads, HeadNorms(query.view, key.view, 1e-2))
+    run(arrays, heads, HeadNorms(query.view, key.view, 1e-2))
     np.testing.assert_allclose(arrays[0].values.reshape(13, -1, head_dim)[:, :num_heads], q, atol=1e-5)
     for cache, expected in zip(arrays[-2:], caches, strict=True):
         np.testing.assert_allclose(cache.values, expected, atol=1e-5)
@@ -83,20 +92,100 @@ def test_caches_of_half_precision(dtype, tolerance, step):
     heads = HeadLayout(9, 3, 64)
     arrays, positions, slots = step(heads, 20, 16, dtype)
     *_, caches = expected_step(arrays, positions, slots, heads)
-    rope_and_cache(*(array.view for array in arrays), heads)
+    run(arrays, heads)
     for cache, expected in zip(arrays[-2:], caches, strict=True):
         np.testing.assert_allclose(cache.values, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture
+def written(step, blank):
+    """written(heads, block_size, change): what a step of 20 tokens writes to an int8 cache, by name; int8 values are
+    -128 and scales NaN before. Then the heads that it was given, [20, KVH, D] of keys and of values, and the slots."""
+
+    def build(heads, block_size, change=lambda v: None):
+        arrays, positions, slots = step(heads, 20, block_size)
+        change(arrays[0].memory.reshape(20, -1, heads.head_dim)[:, -heads.num_kv_heads :])
+        _, k, v, _ = expected_step(arrays, positions, slots, heads)
+        fields = cache_fields(heads, 20 // block_size + 3, block_size, "int8")
+        parts = {name: blank(shape, dtype) for name, (shape, dtype) in fields.items()}
+        rope_and_cache(
+            *(array.view for array in arrays[:-2]), KVBlocks(**{name: part.view for name, part in parts.items()}), heads
+        )
+        turned = rope_reference(k, positions, THETA, heads.interleaved)
+        return {name: part.memory for name, part in parts.items()}, (turned, v), slots
+
+    return build
+
+
+def tokens_of(cache, slots):
+    """int8 heads [T, KVH, D] and scales [T, KVH], of keys and of values, of the tokens with a slot."""
+    block_size = cache["k_scales"].shape[2]
+    block, offset = np.divmod(slots[slots >= 0], block_size)
+    keys = cache["k_cache"][block, :, :, offset], cache["k_scales"][block, :, offset]
+    return keys, (cache["v_cache"][block, :, offset], cache["v_scales"][block, :, offset])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    "num_heads, num_kv_heads, head_dim, block_size",
+    [(9, 3, 64, 64), (4, 4, 80, 16), (7, 1, 128, 256), (2, 2, 2, 16)],
+)
+def test_int8_caches_hold_the_nearest_of_255_steps(num_heads, num_kv_heads, head_dim, block_size, interleaved, written):
+    cache, heads, slots = written(HeadLayout(num_heads, num_kv_heads, head_dim, interleaved), block_size)
+    for (found, scales), given in zip(tokens_of(cache, slots), heads, strict=True):
+        values, expected_scales = to_int8_reference(given[slots >= 0])
+        np.testing.assert_allclose(scales, expected_scales, rtol=1e-5)
+        assert (found != values).mean() < 2e-3  # halves that float32 rounds the other way
+        steps = expected_scales[..., None]
+        assert (np.abs(found * steps - given[slots >= 0]) <= 0.5001 * steps).all()
+    kept = (slots >= 0).sum() * num_kv_heads
+    for name in ("k_scales", "v_scales"):
+        assert np.isfinite(cache[name]).sum() == kept, "one scale for each token kept, nothing else"
+
+
+def test_int8_values_of_zero_and_values_that_vanish_are_zeros(written):
+    def change(v):
+        v[0], v[1] = 0, 1e-35
+
+    cache, _, slots = written(HeadLayout(4, 2, 64), 16, change)
+    slots = np.where(np.arange(20) < 2, slots, -1)
+    values, scales = tokens_of(cache, slots)[1]
+    assert (values == 0).all() and (scales < 1e-30).all()
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_an_int8_head_that_holds_no_number_has_the_scale_nan(number, written):
+    def change(v):
+        v[:, 0, 17] = number
+
+    cache, _, slots = written(HeadLayout(4, 2, 64), 16, change)
+    (_, key_scales), (_, value_scales) = tokens_of(cache, slots)
+    assert np.isfinite(key_scales).all()
+    assert np.isnan(value_scales[:, 0]).all() and np.isfinite(value_scales[:, 1]).all()
+
+
+def test_caches_are_checked(step):
+    heads = HeadLayout(4, 2, 64)
+    arrays, *_ = step(heads, 3, 16, "float32")
+    inputs, k_cache, v_cache = [array.view for array in arrays[:-2]], arrays[-2].view, arrays[-1].view
+    with pytest.raises(ValueError, match="a cache of float32 has no use for k_scales"):
+        rope_and_cache(*inputs, KVBlocks(k_cache, v_cache, k_cache, v_cache), heads)
+    int8 = [view(np.zeros(part.shape, np.int8)) for part in (k_cache, v_cache)]
+    with pytest.raises(ValueError, match="a cache of int8 needs k_scales"):
+        rope_and_cache(*inputs, KVBlocks(*int8), heads)
+    with pytest.raises(TypeError, match="v_cache is int8, expected float32"):
+        rope_and_cache(*inputs, KVBlocks(k_cache, int8[1]), heads)
 
 
 def test_a_token_has_the_same_bits_alone_and_in_a_batch(step):
     heads = HeadLayout(9, 3, 64)
     arrays, *_ = step(heads, 11, 16)
     qkv, caches = arrays[0].memory.copy(), [cache.memory.copy() for cache in arrays[-2:]]
-    rope_and_cache(*(array.view for array in arrays), heads)
+    run(arrays, heads)
     for token in range(11):
         one = slice(token, token + 1)
         inputs = (arrays[1].memory[one], arrays[2].memory[one], arrays[3].view, arrays[4].view)
-        rope_and_cache(qkv[one], *inputs, *caches, heads)
+        rope_and_cache(qkv[one], *inputs, KVBlocks(*map(view, caches)), heads)
     assert qkv.tobytes() == arrays[0].bits
     assert [cache.tobytes() for cache in caches] == [cache.bits for cache in arrays[-2:]]
 
@@ -107,10 +196,10 @@ def test_slots_beyond_31_bits(store, normal, blank):
     block = 2**31 // (128 * block_size) + 3
     k_cache = np.zeros((block + 1, 1, 128, block_size), np.float16)
     v_cache = np.zeros((block + 1, 1, block_size, 128), np.float16)
-    qkv = normal(1, heads.qkv_width)
+    qkv, cache = normal(1, heads.qkv_width), KVBlocks(view(k_cache), view(v_cache))
     cos, sin = (store(table).view for table in rope_tables(128, 4, THETA))
     slots = store([block * block_size + 7], "int64")
-    rope_and_cache(qkv.view, store([0], "int32").view, slots.view, cos, sin, k_cache, v_cache, heads)
+    rope_and_cache(qkv.view, store([0], "int32").view, slots.view, cos, sin, cache, heads)
     np.testing.assert_allclose(k_cache[block, 0, :, 7], qkv.memory[0, 256:384], rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(v_cache[block, 0, 7], qkv.memory[0, 384:], rtol=1e-3, atol=1e-3)
 
@@ -118,7 +207,7 @@ def test_slots_beyond_31_bits(store, normal, blank):
 def test_no_tokens_is_nothing_to_do(step):
     heads = HeadLayout(9, 3, 64)
     arrays, *_ = step(heads, 0, 16)
-    rope_and_cache(*(array.view for array in arrays), heads)
+    run(arrays, heads)
 
 
 def test_tables_at_far_positions_are_exact_to_float32():

@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType, quants
 
 from fastdeploy.device import open_device
 from fastdeploy.kernels.attention import SPLIT, AttentionBatch
-from fastdeploy.kernels.launch import view
+from fastdeploy.kernels.launch import ITEM_SIZES, view
 from fastdeploy.models import load_model
 from fastdeploy.models.decoder import Decoder, StepInputs
 from tests.models import reference
@@ -26,9 +26,9 @@ TOLERANCE = {"float32": 3e-5, "bfloat16": 2e-2, "float16": 3e-3}
 class Steps:
     """A model with a cache, and steps laid out for it by hand. Sequence i owns the blocks i, i + 4, i + 8, ..."""
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder, kv_cache_dtype: str = "auto") -> None:
         self.model = model
-        self.cache = model.allocate_cache(4 * MAX_BLOCKS, BLOCK_SIZE)
+        self.cache = model.allocate_cache(4 * MAX_BLOCKS, BLOCK_SIZE, kv_cache_dtype)
         self.memory = model.allocate_activations(MAX_TOKENS, MAX_TOKENS, MAX_TOKENS, MAX_TOKENS)
 
     def run(self, *chunks: tuple[int, int, list[int]], rows: list[int] | None = None) -> np.ndarray:
@@ -65,9 +65,10 @@ class Steps:
         return logits
 
 
-def load(config=TIED, dtype="float32", seed=0, quantization=None) -> Steps:
+def load(config=TIED, dtype="float32", seed=0, quantization=None, kv_cache_dtype="auto") -> Steps:
     tensors = random_tensors(config, seed)
-    return Steps(load_model(checkpoint(config, tensors), open_device(), dtype, 512, quantization, progress=False))
+    model = load_model(checkpoint(config, tensors), open_device(), dtype, 512, quantization, progress=False)
+    return Steps(model, kv_cache_dtype)
 
 
 def random_ids(count: int, seed: int = 1) -> list[int]:
@@ -83,6 +84,27 @@ def test_logits_of_a_prompt_equal_the_reference(name, dtype):
     expected = reference.logits(config, random_tensors(config), dtype, ids)
     found = load(config, dtype).run((0, 0, ids))
     assert np.abs(found - expected).max() < TOLERANCE[dtype] * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("kv_cache_dtype", "tolerance"), [("float32", 3e-5), ("bfloat16", 2e-2), ("float16", 3e-3), ("int8", 5e-2)]
+)
+def test_logits_with_a_cache_of_any_type_equal_the_reference(kv_cache_dtype, tolerance):
+    ids = random_ids(70)
+    expected = reference.logits(TIED, random_tensors(TIED), "float32", ids)
+    steps = load(TIED, kv_cache_dtype=kv_cache_dtype)
+    difference = np.abs(steps.run((0, 0, ids)) - expected).max() / np.abs(expected).max()
+    assert difference < tolerance
+    assert kv_cache_dtype == "float32" or difference > tolerance / 100  # it is what was asked for
+    assert {steps.cache.dtype, *(layer.k_cache.dtype for layer in steps.cache.layers)} == {kv_cache_dtype}
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "float32", "bfloat16", "int8"])
+def test_a_block_takes_the_bytes_that_are_allocated_for_it(kv_cache_dtype):
+    steps = load(UNTIED, "float16", kv_cache_dtype=kv_cache_dtype)
+    tensors = [part for layer in steps.cache.layers for part in vars(layer).values() if part is not None]
+    allocated = sum(math.prod(tensor.shape) * ITEM_SIZES[tensor.dtype] for tensor in tensors)
+    assert allocated == 4 * MAX_BLOCKS * steps.model.cache_bytes_per_block(BLOCK_SIZE, kv_cache_dtype)
 
 
 @pytest.mark.parametrize("config", [GROUPED, QWEN3], ids=["no biases", "biases, head norms"])
@@ -108,10 +130,17 @@ def test_a_prompt_longer_than_a_split_of_attention_equals_the_reference():
     assert np.abs(load().run((0, 0, ids)) - expected).max() < TOLERANCE["float32"] * np.abs(expected).max()
 
 
-@pytest.mark.parametrize(("name", "dtype"), [(name, "float32") for name in CONFIGS] + [("untied", "bfloat16")])
-def test_chunks_and_decodes_have_the_bits_of_the_whole_prompt(name, dtype):
+@pytest.mark.parametrize(
+    ("name", "dtype", "kv_cache_dtype"),
+    [
+        *((name, "float32", "auto") for name in CONFIGS),
+        ("untied", "bfloat16", "auto"),
+        ("interleaved", "float32", "int8"),
+    ],
+)
+def test_chunks_and_decodes_have_the_bits_of_the_whole_prompt(name, dtype, kv_cache_dtype):
     ids = random_ids(60)
-    steps = load(CONFIGS[name], dtype)
+    steps = load(CONFIGS[name], dtype, kv_cache_dtype=kv_cache_dtype)
     whole = steps.run((0, 0, ids))
     cuts = [0, 7, 8, 33, 52, *range(53, 61)]  # prompt chunks, one of them of one token, then decodes
     parts = [steps.run((1, start, ids[start:stop])) for start, stop in pairwise(cuts)]
@@ -173,6 +202,6 @@ def test_slots_never_written_do_not_matter_even_if_they_hold_nan():
     ids = random_ids(19)
     steps = load()
     clean = steps.run((0, 0, ids))
-    for part in steps.cache.keys + steps.cache.values:
+    for part in [part for layer in steps.cache.layers for part in (layer.k_cache, layer.v_cache)]:
         (ctypes.c_float * math.prod(part.shape)).from_address(part.data_ptr())[:] = [math.nan] * math.prod(part.shape)
     np.testing.assert_array_equal(steps.run((0, 0, ids)), clean)
