@@ -269,7 +269,7 @@ class Runner:
 
 def fit_to_memory(model: Decoder, config: EngineConfig) -> EngineConfig:
     """`config` with max_model_len lowered, if need be, to the longest sequence that the KV cache will have room for."""
-    affordable = model.device.cache_budget() // model.cache_bytes_per_block(config.block_size)
+    affordable = model.device.cache_budget() // model.cache_bytes_per_block(config.block_size, config.kv_cache_dtype)
     held = (config.num_gpu_blocks_override or affordable) * config.block_size
     if held >= (config.max_model_len or 0) or held == 0:  # `Runner` says what to do about no memory at all
         return config
