@@ -61,7 +61,7 @@ class Field(NamedTuple):
 
 
 class Staging:
-    """The inputs of a step: one flat area of memory seen as named arrays, on the host and on the device.
+    """What a step reads or leaves for the host: one flat area of memory, seen as named arrays on host and device.
 
     `host[name]` is a NumPy array to write; `device[name]` is the Paddle tensor that kernels read. Both keep their
     address for life, so that recorded launches can refer to them. One flat area, because a GPU then needs one copy a
@@ -85,6 +85,9 @@ class Staging:
 
     def upload(self) -> None:
         """Make what was written to `host` visible in `device`. On a CPU they share their memory: nothing to do."""
+
+    def download(self) -> None:
+        """Make what kernels wrote to `device` visible in `host`, all fields, once they have run. On a CPU it is."""
 
 
 class Device(ABC):

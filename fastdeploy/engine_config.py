@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from dataclasses import dataclass
 
@@ -133,7 +132,7 @@ class EngineConfig:
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
             raise kind(complaint("LLM", "chat_template", self.chat_template, f"must be a template: {error}")) from error
 
-    def resolved(self, model_limit: int) -> EngineConfig:
+    def resolved(self, model_limit: int) -> ResolvedConfig:
         """A copy in which max_model_len and max_num_batched_tokens are numbers.
 
         model_limit: the positions the model was made for. Raises ValueError where max_model_len is above it.
@@ -143,4 +142,12 @@ class EngineConfig:
             must = f"must be at most {model_limit}, the positions this model was made for"
             raise ValueError(complaint("LLM", "max_model_len", length, must))
         tokens = self.max_num_batched_tokens or DEFAULT_MAX_NUM_BATCHED_TOKENS
-        return dataclasses.replace(self, max_model_len=length, max_num_batched_tokens=tokens)
+        return ResolvedConfig(**{**vars(self), "max_model_len": length, "max_num_batched_tokens": tokens})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(EngineConfig):
+    """An EngineConfig for a certain model: see `EngineConfig.resolved`."""
+
+    max_model_len: int
+    max_num_batched_tokens: int

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from fastdeploy.checks import complaint
 from fastdeploy.engine.request import Request
 from fastdeploy.engine.transcript import Transcript
-from fastdeploy.engine_config import EngineConfig
+from fastdeploy.engine_config import ResolvedConfig
 from fastdeploy.prompts import Prompt
 from fastdeploy.reasoning import REASONING_PARSERS, ReasoningParser, ThinkingBudget
 from fastdeploy.sampling_params import SamplingParams, banned_sequences
@@ -28,19 +28,18 @@ BannedSequences = list[tuple[int, ...]]
 class Intake:
     """Makes the requests of all calls of one LLM.
 
-    config: resolved. vocab_size: of the model. eos_token_ids: what ends an answer. defaults: temperature, top_p and
+    vocab_size: of the model. eos_token_ids: what ends an answer. defaults: temperature, top_p and
     the like for requests that name none.
     """
 
     def __init__(
         self,
-        config: EngineConfig,
+        config: ResolvedConfig,
         tokenizer: Tokenizer,
         vocab_size: int,
         eos_token_ids: frozenset[int],
         defaults: SamplingParams,
     ) -> None:
-        assert config.max_model_len is not None  # resolved
         self._tokenizer = tokenizer
         self._max_model_len = config.max_model_len
         self._vocab_size = vocab_size

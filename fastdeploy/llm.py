@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from fastdeploy.engine.engine import Engine
 from fastdeploy.engine.request import Request, RequestOutput
 from fastdeploy.engine.scheduler import Scheduler, Statistics
-from fastdeploy.engine_config import EngineConfig
+from fastdeploy.engine_config import EngineConfig, ResolvedConfig
 from fastdeploy.intake import Intake
 from fastdeploy.prompts import Prompt, PromptReader, template_variables
 from fastdeploy.sampling_params import SamplingParams, sampling_defaults
@@ -42,9 +42,9 @@ Tools = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model on its device, and what came with it. `config` is resolved: its lengths are numbers."""
+    """A model on its device, and what came with it."""
 
-    config: EngineConfig
+    config: ResolvedConfig
     model_config: ModelConfig
     generation_config: Mapping[str, Any]
     tokenizer: Tokenizer
@@ -53,7 +53,7 @@ class Loaded:
     dtype: str
 
 
-def load(config: EngineConfig) -> Loaded:
+def load(given: EngineConfig) -> Loaded:
     """Open the checkpoint, read its weights onto the device and allocate the KV cache."""
     # Imported here, because Paddle and Triton take seconds to load: bad keywords and missing files shall not wait.
     from fastdeploy.models.dummy import open_dummy
@@ -61,13 +61,11 @@ def load(config: EngineConfig) -> Loaded:
     from fastdeploy.tokenizer import load_tokenizer
 
     checkpoint: Checkpoint
-    if config.load_format == "dummy":
-        checkpoint = open_dummy(config.model, config.seed)
+    if given.load_format == "dummy":
+        checkpoint = open_dummy(given.model, given.seed)
     else:
-        checkpoint = open_checkpoint(config.model)
-    given_length = config.max_model_len
-    config = config.resolved(checkpoint.config.max_position_embeddings)
-    assert config.max_model_len is not None  # resolved
+        checkpoint = open_checkpoint(given.model)
+    config = given.resolved(checkpoint.config.max_position_embeddings)
     tokenizer = load_tokenizer(config.tokenizer or checkpoint)
 
     from fastdeploy.device import open_device
@@ -76,7 +74,7 @@ def load(config: EngineConfig) -> Loaded:
 
     device = open_device()
     model = load_model(checkpoint, device, config.dtype, config.max_model_len, config.quantization)
-    if given_length is None:
+    if given.max_model_len is None:
         config = fit_to_memory(model, config)
     runner = Runner(model, config)
     return Loaded(
@@ -106,7 +104,6 @@ class LLM:
         # EngineConfig refuses None, but first tells of LLM(modle=...) what it should have been.
         loaded = load(EngineConfig(model, **keywords))  # type: ignore[arg-type]
         config, model_config, tokenizer = loaded.config, loaded.model_config, loaded.tokenizer
-        assert config.max_model_len is not None and config.max_num_batched_tokens is not None  # resolved
         num_blocks = loaded.runner.num_blocks
         scheduler = Scheduler(
             num_blocks,

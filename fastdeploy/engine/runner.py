@@ -23,7 +23,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 
 import numpy as np
 
@@ -32,7 +31,7 @@ from fastdeploy.engine.logprobs import LogprobReader
 from fastdeploy.engine.request import Request, TokenLogprobs
 from fastdeploy.engine.sampler import Sampler
 from fastdeploy.engine.scheduler import ScheduledBatch, ScheduledRequest, StepOutput
-from fastdeploy.engine_config import EngineConfig
+from fastdeploy.engine_config import ResolvedConfig
 from fastdeploy.kernels.attention import SPLIT, AttentionBatch
 from fastdeploy.kernels.launch import view
 from fastdeploy.models.decoder import Decoder, StepInputs
@@ -47,7 +46,7 @@ class Runner:
 
     Args:
         model: the decoder, its weights loaded.
-        config: with max_model_len and max_num_batched_tokens resolved to numbers.
+        config: resolved for this model.
 
     Attributes:
         num_blocks: blocks in the KV cache, numbered from 0; the scheduler hands them out.
@@ -57,9 +56,7 @@ class Runner:
     fit into memory.
     """
 
-    def __init__(self, model: Decoder, config: EngineConfig) -> None:
-        if config.max_model_len is None or config.max_num_batched_tokens is None:
-            raise ValueError("the runner needs a resolved EngineConfig, see EngineConfig.resolved")
+    def __init__(self, model: Decoder, config: ResolvedConfig) -> None:
         self.model = model
         self.device = model.device
         self.block_size = config.block_size
@@ -87,7 +84,6 @@ class Runner:
         self._staging = self.device.staging(self._fields())
         self._inputs = {name: view(tensor) for name, tensor in self._staging.device.items()}
         self._tables: list[list[int]] = [[] for _ in range(self.max_seqs)]  # what each row of block_tables holds
-        self._count = np.arange(self.max_tokens)  # 0, 1, 2, ..., to cut ranges from
         self._plans: dict[tuple[int, int], Plan] = {}
         self._num_logits = 0
 
@@ -95,19 +91,19 @@ class Runner:
         """Compute one step: for each item of the batch the token sampled after it, and the logprobs asked for."""
         items = batch.items
         due = [index for index, item in enumerate(items) if item.samples]
-        num_tokens = self._fill_tokens(items)
+        ends, contexts = self._fill_tokens(items)
         self._fill_block_tables(items)
-        self._fill_slots(num_tokens, len(items))
-        self._fill_logits_rows(len(items), due)
-        prompt_rows = self._fill_prompt_rows(items)
-        self._staging.upload()
-        num_splits = self._num_splits([item.start + 1 for item in items[: batch.num_decodes]])
+        num_splits = self._num_splits(contexts[: batch.num_decodes])
         output = StepOutput([None] * len(items))
-        if num_tokens == len(due):
-            self._replay_decode(num_tokens, num_splits)
+        if ends[-1] == len(due):
+            self._staging.upload()
+            self._replay_decode(len(due), num_splits)
         else:
+            self._staging.host["logits_rows"][: len(due)] = [ends[index] - 1 for index in due]
+            prompt_rows = self._fill_prompt_rows(items, ends)
+            self._staging.upload()
             longest = max(item.num_tokens for item in items)
-            self._attend(num_tokens, len(items), batch.num_decodes, longest, num_splits)
+            self._attend(ends[-1], len(items), batch.num_decodes, longest, num_splits)
             output.prompt_logprobs = self._prompt_logprobs(items, prompt_rows)
             self._project(len(due), "logits_rows")
         self._num_logits = len(due)
@@ -134,20 +130,31 @@ class Runner:
             "prompt_rows": Field(tokens, "int32"),
         }
 
-    def _fill_tokens(self, items: Sequence[ScheduledRequest]) -> int:
-        """Write ids, positions, cu_seqlens and context_lens; returns the number of tokens."""
-        host, num_seqs = self._staging.host, len(items)
-        starts = np.array([item.start for item in items])
-        lengths = np.array([item.num_tokens for item in items])
-        ends = np.cumsum(lengths)
-        num_tokens = int(ends[-1])
-        known = (item.request.token_ids[item.start : item.start + item.num_tokens] for item in items)
-        host["ids"][:num_tokens] = list(chain.from_iterable(known))
-        host["cu_seqlens"][1 : num_seqs + 1] = ends
-        host["context_lens"][:num_seqs] = starts + lengths
-        # Token i of the step is token i - (ends - lengths) of its chunk.
-        host["positions"][:num_tokens] = np.repeat(starts + lengths - ends, lengths) + self._count[:num_tokens]
-        return num_tokens
+    def _fill_tokens(self, items: Sequence[ScheduledRequest]) -> tuple[list[int], list[int]]:
+        """Write ids, positions, slots, cu_seqlens and context_lens. Returns the latter two, cu_seqlens without its 0.
+
+        As lists first: a decode has few numbers, and each call of NumPy costs as much as 20 of them.
+        """
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        ends: list[int] = []
+        contexts: list[int] = []
+        size = self.block_size
+        for item in items:
+            start, end, table = item.start, item.start + item.num_tokens, item.request.block_table
+            ids += item.request.token_ids[start:end]
+            positions += range(start, end)
+            for block in range(start // size, (end - 1) // size + 1):
+                first = (table[block] - block) * size  # the slot of token 0, were it in this block
+                slots += range(first + max(start, block * size), first + min(end, block * size + size))
+            ends.append(len(ids))
+            contexts.append(end)
+        host = self._staging.host
+        for name, values in {"ids": ids, "positions": positions, "slots": slots, "context_lens": contexts}.items():
+            host[name][: len(values)] = values
+        host["cu_seqlens"][1 : len(ends) + 1] = ends
+        return ends, contexts
 
     def _fill_block_tables(self, items: Sequence[ScheduledRequest]) -> None:
         """Write the rows of block_tables. A row mostly holds what it held one step before, or one block less."""
@@ -160,19 +167,7 @@ class Runner:
             rows[index, : len(table)] = table
             self._tables[index] = table.copy()
 
-    def _fill_slots(self, num_tokens: int, num_seqs: int) -> None:
-        host = self._staging.host
-        lengths = np.diff(host["cu_seqlens"][: num_seqs + 1])
-        blocks, offsets = np.divmod(host["positions"][:num_tokens], self.block_size)
-        block_ids = host["block_tables"][np.repeat(self._count[:num_seqs], lengths), blocks].astype(np.int64)
-        host["slots"][:num_tokens] = block_ids * self.block_size + offsets
-
-    def _fill_logits_rows(self, num_seqs: int, due: Sequence[int]) -> None:
-        """Write the last rows of the items that are `due` to be sampled."""
-        host = self._staging.host
-        host["logits_rows"][: len(due)] = host["cu_seqlens"][1 : num_seqs + 1][due] - 1
-
-    def _fill_prompt_rows(self, items: Sequence[ScheduledRequest]) -> list[tuple[int, int]]:
+    def _fill_prompt_rows(self, items: Sequence[ScheduledRequest], ends: Sequence[int]) -> list[tuple[int, int]]:
         """Write the rows that predict prompt tokens whose logprobs are wanted; (item, position) of each."""
         places: list[tuple[int, int]] = []
         rows: list[int] = []
@@ -182,7 +177,7 @@ class Runner:
                 known = len(request.prompt_logprobs)  # before a preemption: not again
                 end = min(item.start + item.num_tokens, len(request.prompt_token_ids) - 1)
                 positions = range(max(item.start, known), end)
-                first_row = int(self._staging.host["cu_seqlens"][index]) - item.start
+                first_row = ends[index] - item.num_tokens - item.start
                 rows += [first_row + position for position in positions]
                 places += [(index, position) for position in positions]
         self._staging.host["prompt_rows"][: len(rows)] = rows
@@ -267,17 +262,17 @@ class Runner:
         return min(1 << (needed - 1).bit_length(), self.max_splits)
 
 
-def fit_to_memory(model: Decoder, config: EngineConfig) -> EngineConfig:
+def fit_to_memory(model: Decoder, config: ResolvedConfig) -> ResolvedConfig:
     """`config` with max_model_len lowered, if need be, to the longest sequence that the KV cache will have room for."""
     affordable = model.device.cache_budget() // model.cache_bytes_per_block(config.block_size, config.kv_cache_dtype)
     held = (config.num_gpu_blocks_override or affordable) * config.block_size
-    if held >= (config.max_model_len or 0) or held == 0:  # `Runner` says what to do about no memory at all
+    if held >= config.max_model_len or held == 0:  # `Runner` says what to do about no memory at all
         return config
     logger.info("max_model_len is %d, not %d: the KV cache has room for no more", held, config.max_model_len)
     return replace(config, max_model_len=held)
 
 
-def choose_num_blocks(model: Decoder, config: EngineConfig) -> int:
+def choose_num_blocks(model: Decoder, config: ResolvedConfig) -> int:
     """Blocks of the KV cache: the override, else as many as `max_num_seqs` sequences of full length can use and the
     device's budget affords.
 
@@ -293,7 +288,7 @@ def choose_num_blocks(model: Decoder, config: EngineConfig) -> int:
                 f"{free / GIB:.1f} GiB are free: at most {free // block_bytes} blocks fit"
             )
         return override
-    per_sequence = -(-(config.max_model_len or 0) // config.block_size)
+    per_sequence = -(-config.max_model_len // config.block_size)
     affordable = model.device.cache_budget() // block_bytes
     if affordable < per_sequence:
         raise ValueError(

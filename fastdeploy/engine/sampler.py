@@ -38,6 +38,7 @@ logger = logging.getLogger("fastdeploy")
 HELD, IN_PROMPT = HELD_BACK.value, SEEN_IN_PROMPT.value  # of edit_seen
 
 MAX_EXTRA_EDITS = 1024  # tokens that a request may bias, ban and hold back; its own tokens come on top
+ROWS = ("sampled", "slots", "positions", "forced")  # what a step has for each row, the first written by the kernels
 PARAMETERS = {  # that a slot takes from SamplingParams as they are
     "temperature": "float32",
     "top_p": "float32",
@@ -125,12 +126,10 @@ class Sampler:
         self._device = device
         self._logits = logits
         self._logits_view = view(logits)
-        self._sampled = device.empty((max_seqs,), "int32")
-        self._sampled_view = view(self._sampled)
         self._slots = device.staging(_slot_fields(max_seqs, max_edits))
         self._state = SamplingState(**{name: view(tensor) for name, tensor in self._slots.device.items()})
-        self._rows = device.staging({name: Field((max_seqs,), "int32") for name in ("slots", "positions", "forced")})
-        self._row_views = [view(self._rows.device[name]) for name in ("slots", "positions", "forced")]
+        self._rows = device.staging({name: Field((max_seqs,), "int32") for name in ROWS})
+        self._row_views = [view(self._rows.device[name]) for name in ROWS]
         buffers = workspace_fields(max_seqs, vocabulary, max_edits)
         self._workspace = SamplingWorkspace(**{name: view(device.empty(*field)) for name, field in buffers.items()})
         self._slot_of: dict[Request, int] = {}
@@ -165,7 +164,8 @@ class Sampler:
                 self._launch(len(requests))
             self._plans[len(requests)] = plan
         plan.replay()
-        tokens = self._device.to_numpy(self._sampled)[: len(requests)].tolist()
+        self._rows.download()
+        tokens = self._rows.host["sampled"][: len(requests)].tolist()
         for row, logits in raw.items():
             self._device.write(self._logits[row], logits)
         for row in errors:
@@ -173,9 +173,8 @@ class Sampler:
         return tokens, errors
 
     def _launch(self, count: int) -> None:
-        slots, positions, forced = (each.rows(count) for each in self._row_views)
-        sampled, logits = self._sampled_view.rows(count), self._logits_view.rows(count)
-        sample(sampled, logits, slots, positions, forced, self._state, self._workspace)
+        sampled, slots, positions, forced = (each.rows(count) for each in self._row_views)
+        sample(sampled, self._logits_view.rows(count), slots, positions, forced, self._state, self._workspace)
 
     def _prepare(self, requests: Sequence[Request]) -> None:
         """Write what the kernels read."""

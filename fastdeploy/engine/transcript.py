@@ -14,12 +14,18 @@ request with stop texts at every token, because the text tells whether there is 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
-from fastdeploy.engine.request import CompletionOutput, Logprob, Request, RequestOutput, TokenLogprobs
+from fastdeploy.engine.request import (
+    CompletionOutput,
+    Logprob,
+    Request,
+    RequestMetrics,
+    RequestOutput,
+    TokenLogprobs,
+)
 from fastdeploy.reasoning import ReasoningParser, partial_match
 
 
@@ -169,7 +175,7 @@ class Transcript:
             prompt_token_ids=list(request.prompt_token_ids),
             outputs=self._completion(),
             finished=request.finished,
-            metrics=replace(request.metrics),
+            metrics=RequestMetrics(**vars(request.metrics)),  # `replace` takes twice as long
             num_cached_tokens=request.num_cached_tokens,
             error_code=request.error_code,
             error_msg=request.error_msg,

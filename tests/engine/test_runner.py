@@ -307,8 +307,3 @@ def test_a_step_that_does_not_fit_is_an_error_that_names_the_keywords(monkeypatc
 
 def test_an_override_below_one_full_sequence_is_the_users_choice():
     assert new_runner(load(), num_gpu_blocks_override=1).num_blocks == 1
-
-
-def test_a_configuration_with_open_lengths_is_refused():
-    with pytest.raises(ValueError, match="resolved"):
-        Runner(load(), EngineConfig(model="tiny"))
