@@ -263,6 +263,8 @@ def test_a_budget_holds_more_blocks_of_int8(monkeypatch):
     model = load()
     monkeypatch.setattr(model.device, "cache_budget", lambda: 60 * 12 * model.cache_bytes_per_block(16) // 32)
     assert new_runner(model, num_gpu_blocks_override=None, kv_cache_dtype="int8").num_blocks == 60
+    config = EngineConfig(model="tiny", block_size=16, kv_cache_dtype="int8").resolved(model_limit=2048)
+    assert fit_to_memory(model, config).max_model_len == 60 * 16
 
 
 def test_a_budget_below_one_full_sequence_is_an_error_that_names_the_length_that_fits(monkeypatch):
