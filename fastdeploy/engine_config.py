@@ -45,6 +45,8 @@ class EngineConfig:
         "w8a8", "w4a8": the same with activations in int8.
     seed: the origin of the seeds of requests that name none.
     enable_prefix_caching: keep the KV blocks of earlier tokens, and spare prompts that begin alike their computation.
+    enforce_eager: launch each kernel of a decode step anew, instead of replaying the recorded step: the same tokens,
+        slower; for finding faults and for comparisons.
     reasoning_parser: splits what the model thinks (reasoning_content) from what it answers (text): "qwen3", "ernie-x1"
         or "deepseek_r1", for the markers that such models write. None: all is text.
     chat_template: Jinja source or the path of a file, for `LLM.chat` to use instead of the tokenizer's own template.
@@ -65,6 +67,7 @@ class EngineConfig:
     quantization: str | None = None
     seed: int = 0
     enable_prefix_caching: bool = True
+    enforce_eager: bool = False
     reasoning_parser: str | None = None
     chat_template: str | None = None
     tensor_parallel_size: int = 1
@@ -86,7 +89,8 @@ class EngineConfig:
         self._check_choice("load_format", LOAD_FORMATS)
         if self.quantization is not None:
             self._check_choice("quantization", QUANTIZATIONS)
-        self._check_choice("enable_prefix_caching", (True, False))
+        for field in ("enable_prefix_caching", "enforce_eager"):
+            self._check_choice(field, (True, False))
         if self.reasoning_parser is not None:
             self._check_choice("reasoning_parser", tuple(REASONING_PARSERS))
         if self.chat_template is not None:

