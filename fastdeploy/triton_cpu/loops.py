@@ -179,6 +179,8 @@ class LoopNest:
         return self._delinearised(linear(value.type.shape, index), shape)
 
     def _delinearised(self, position: Term, shape: tuple[int, ...]) -> Index:
+        if len(shape) == 1:
+            return (Term(f"({position.text})", position.level),)
         position = self.temporary("i32", position.text, position.level)
         terms, step = [], 1
         for extent in reversed(shape):
