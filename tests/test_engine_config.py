@@ -86,3 +86,17 @@ def test_resolved_lengths_are_numbers_within_the_models_limit() -> None:
 def test_a_length_above_the_models_limit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"max_model_len=4096\): must be at most 2048"):
         EngineConfig("some-model", max_model_len=4096).resolved(model_limit=2048)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "quantization"),
+    [
+        ({}, "auto"),
+        ({"dtype": "float32"}, None),
+        ({"dtype": "bfloat16", "quantization": "auto"}, None),
+        ({"dtype": "float32", "quantization": "w8a8"}, "w8a8"),
+        ({"quantization": None}, None),
+    ],
+)
+def test_a_dtype_by_name_asks_for_floats_where_no_quantization_is_named(keywords: dict, quantization: object) -> None:
+    assert EngineConfig("some-model", **keywords).resolved(2048).quantization == quantization

@@ -526,7 +526,7 @@ def test_one_line_of_facts_is_logged_at_start(llm: LLM, caplog: pytest.LogCaptur
     assert facts == {
         "device": "pocket",
         "dtype": "bfloat16",
-        "quantization": None,
+        "quantization": "auto",
         "kv_cache_dtype": "int8",
         "max_model_len": 50,
         "total_block_num": 20,

@@ -7,7 +7,7 @@
 the residual stream per norm.
 
 Layout: x, out, residual, delta [T, K] row-major; weight [K] float32. All arithmetic is fp32. `out` may be
-`QuantisedRows`: for a linear layer that takes int8, groups of 32 are quantised before they leave the registers.
+`QuantisedRows`: for a linear layer that takes integers, groups of 32 are quantised before they leave the registers.
 
     one program = one row          | BLOCK | BLOCK | BLOCK | ... |     K elements
 
@@ -28,7 +28,7 @@ from fastdeploy.kernels.quantised import QuantisedRows, store_quantised
 
 @triton.jit
 def _rms_norm_kernel(
-    out, out_scales, out_sums, x, residual, delta, weight, eps, K: tl.constexpr, BLOCK: tl.constexpr
+    out, out_scales, out_sums, out_low, x, residual, delta, weight, eps, K: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * K
     lanes = tl.arange(0, BLOCK)
@@ -49,7 +49,8 @@ def _rms_norm_kernel(
         if out_scales is None:
             tl.store(out + row + columns, normed.to(out.dtype.element_ty), mask=inside)
         else:
-            store_quantised(out, out_scales, out_sums, normed, tl.program_id(0).to(tl.int64), start, K, BLOCK)
+            row_index = tl.program_id(0).to(tl.int64)
+            store_quantised(out, out_scales, out_sums, out_low, normed, row_index, start, K, BLOCK)
 
 
 @triton.jit
@@ -115,7 +116,7 @@ def _check(out: Any, weight: TensorView, **inputs: TensorView) -> None:
 
 def _launch(out: Any, *arguments: Any) -> None:
     count, width = out.shape
-    written = (out.values, out.scales, out.sums) if isinstance(out, QuantisedRows) else (view(out), None, None)
+    written = out.tensors if isinstance(out, QuantisedRows) else (view(out), None, None, None)
     launch(_rms_norm_kernel, (count,), *written, *arguments, K=width, **tiles(target(), width))
 
 

@@ -10,6 +10,9 @@ of integers, which sum up exactly, and the scales are applied once per group:
 
     y[t, n] = sum_g  x_scale[t, g] d[n, g] (xq[t] . q[n])_g  +  x_sum[t, g] m[n, g],       x_sum = x_scale * sum_g xq
 
+Where int8 is too coarse, xq is an integer of 16 bits in two int8, 256 high + low. Both meet the same weights, which are
+read once: as fast as int8 where memory is the bound, 1.6 times its time where arithmetic is.
+
 Activations that stay floats meet the weights as the floats that these formulas give: what a float32 `LinearWeight` of
 the same numbers computes, bit by bit on a CPU, from a sixth or a quarter of the bytes.
 
@@ -23,7 +26,7 @@ because that is what a CPU multiplies and adds at once (x86: vpdpbusd). N is pad
 
     q8 data  [N/16, K/32, 8, 16, 4] int8       byte (g, r, n, b) = q[n, 32g + 4r + b]
     scales, minimums  [N/16, K/32, 16] float16
-    activations: values [T, K] int8, scales and sums [T, K/32] float32, row-major
+    activations: values (and low) [T, K] int8, scales and sums [T, K/32] float32, row-major
 
 One program computes BLOCK_M rows of x times BLOCK_N features and walks all groups: the order of the float sum is fixed,
 so a row does not depend on the number of rows. Programs of one tile of features follow each other, so that its weights
@@ -63,6 +66,7 @@ class QuantisedWeight:
     """The weight of y = x @ W.T (+ bias), W being [out_features, in_features], in 4 or 8 bits.
 
     data, scales, minimums: see `packed_fields`; `minimums` is None for q8.  bias: [out_features] float32 or None.
+    wide_inputs: activations that are quantised for this layer take 16 bits.
     """
 
     data: TensorView
@@ -71,6 +75,7 @@ class QuantisedWeight:
     out_features: int
     in_features: int
     bias: TensorView | None = None
+    wide_inputs: bool = False
 
     def __post_init__(self) -> None:
         for name, (shape, dtype) in packed_fields(self.kind, self.out_features, self.in_features).items():
@@ -86,18 +91,22 @@ class QuantisedWeight:
 
 @dataclass(frozen=True)
 class QuantisedRows:
-    """Activations in int8.
+    """Activations in 8 or 16 bits: the integers are `values`, or 256 values + low.
 
-    values: [T, K] int8.  scales: [T, K/32] float32.  sums: [T, K/32] float32, of a group's values, times its scale.
+    values, low: [T, K] int8.  scales: [T, K/32] float32.  sums: [T, K/32] float32, of a group's integers, times its
+    scale.  low: None for 8 bits.
     """
 
     values: TensorView
     scales: TensorView
     sums: TensorView
+    low: TensorView | None = None
 
     def __post_init__(self) -> None:
         rows, width = self.values.shape
         expect("values", self.values, (rows, width), "int8")
+        if self.low is not None:
+            expect("low", self.low, (rows, width), "int8")
         expect("scales", self.scales, (rows, groups(width)), "float32")
         expect("sums", self.sums, (rows, groups(width)), "float32")
 
@@ -106,9 +115,15 @@ class QuantisedRows:
         """[T, K], as of the floats that these were."""
         return self.values.shape
 
+    @property
+    def tensors(self) -> tuple[TensorView | None, ...]:
+        """As `store_quantised` takes them."""
+        return self.values, self.scales, self.sums, self.low
+
     def rows(self, count: int) -> "QuantisedRows":
         """The first `count` rows, no copy."""
-        return QuantisedRows(self.values.rows(count), self.scales.rows(count), self.sums.rows(count))
+        low = None if self.low is None else self.low.rows(count)
+        return QuantisedRows(self.values.rows(count), self.scales.rows(count), self.sums.rows(count), low)
 
 
 def groups(width: int) -> int:
@@ -129,55 +144,60 @@ def packed_fields(kind: str, out_features: int, in_features: int) -> dict[str, t
     return {"data": ((tiles, per_row, 8, TILE, 4), "int8"), "scales": per_group}
 
 
-def rows_fields(rows: int, width: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of the tensors of `QuantisedRows`, by name."""
+def rows_fields(rows: int, width: int, wide: bool = False) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of the tensors of `QuantisedRows`, by name; `wide` for 16 bits."""
     per_group = ((rows, groups(width)), "float32")
-    return {"values": ((rows, width), "int8"), "scales": per_group, "sums": per_group}
+    bytes_ = dict.fromkeys(("values", "low") if wide else ("values",), ((rows, width), "int8"))
+    return {**bytes_, "scales": per_group, "sums": per_group}
 
 
-# Activations to int8
+# Activations to integers
 
 
 @triton.jit
-def quantised(values):
-    """(int8 values, scales, sums) of float32 `values`, one group in each row of the tile [GROUPS, 32].
+def quantised(values, MOST: tl.constexpr):
+    """(integers, scales, sums) of float32 `values`, one group in each row of the tile [GROUPS, 32].
 
-    The largest magnitude of a group becomes 127. Rounding is to nearest, halves away from zero. A group with NaN or
-    infinities has the scale NaN: int8 has no way to say so, and tl.max looks past them.
+    The largest magnitude of a group becomes MOST. Rounding is to nearest, halves away from zero. A group with NaN or
+    infinities has the scale NaN: integers have no way to say so, and tl.max looks past them.
     """
     largest = tl.max(tl.abs(values), axis=1)
     # Below 1e-30 the reciprocal nears float32's end, and to every weight that there is they are zeros.
-    inverse = tl.where(largest > 1e-30, 127.0 / largest, 0.0)
+    inverse = tl.where(largest > 1e-30, MOST / largest, 0.0)
     scaled = values * inverse[:, None]
     integers = (scaled + tl.where(scaled < 0, -0.5, 0.5)).to(tl.int32)
-    scales = largest * (1.0 / 127.0) + tl.sum(values * 0.0, axis=1)  # NaN for those, else 0
-    return integers.to(tl.int8), scales, tl.sum(integers, axis=1).to(tl.float32) * scales
+    scales = largest * (1.0 / MOST) + tl.sum(values * 0.0, axis=1)  # NaN for those, else 0
+    return integers, scales, tl.sum(integers, axis=1).to(tl.float32) * scales
 
 
 @triton.jit
-def store_quantised(values, scales, sums, x, row, start, K: tl.constexpr, BLOCK: tl.constexpr):
+def store_quantised(values, scales, sums, low, x, row, start, K: tl.constexpr, BLOCK: tl.constexpr):
     """Quantise float32 x [BLOCK], the elements of `row` from `start` on, and store what lies inside of the row."""
     group = start // 32 + tl.arange(0, BLOCK // 32)
     inside = group < K // 32 if K % BLOCK != 0 else tl.full([BLOCK // 32], True, tl.int1)
-    q, scale, total = quantised(tl.reshape(x, [BLOCK // 32, 32]))
+    MOST: tl.constexpr = 127.0 if low is None else 127.0 * 256.0
+    integers, scale, total = quantised(tl.reshape(x, [BLOCK // 32, 32]), MOST)
     offsets = row * K + group[:, None] * 32 + tl.arange(0, 32)[None, :]
-    tl.store(values + offsets, q, mask=inside[:, None])
+    if low is not None:
+        tl.store(low + offsets, integers.to(tl.int8), mask=inside[:, None])  # the low byte, as a signed number
+        integers = (integers + 128) >> 8
+    tl.store(values + offsets, integers.to(tl.int8), mask=inside[:, None])
     tl.store(scales + row * (K // 32) + group, scale, mask=inside)
     tl.store(sums + row * (K // 32) + group, total, mask=inside)
 
 
 @triton.jit
-def _quantise_kernel(values, scales, sums, x, K: tl.constexpr, BLOCK: tl.constexpr):
+def _quantise_kernel(values, scales, sums, low, x, K: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
     columns = start + tl.arange(0, BLOCK)
     inside = columns < K if K % BLOCK != 0 else tl.full([BLOCK], True, tl.int1)
     x_chunk = tl.load(x + row * K + columns, mask=inside, other=0.0).to(tl.float32)
-    store_quantised(values, scales, sums, x_chunk, row, start, K, BLOCK)
+    store_quantised(values, scales, sums, low, x_chunk, row, start, K, BLOCK)
 
 
 def quantise(out: QuantisedRows, x: Any) -> None:
-    """out = x in int8.
+    """out = x in 8 or 16 bits, as `out` has memory for.
 
     Args:
         out: [T, K].
@@ -187,7 +207,7 @@ def quantise(out: QuantisedRows, x: Any) -> None:
     rows, width = out.shape
     expect("x", x, (rows, width), *FLOATS)
     block = row_block(target(), width, limit=512)
-    launch(_quantise_kernel, (rows, cdiv(width, block)), out.values, out.scales, out.sums, x, K=width, BLOCK=block)
+    launch(_quantise_kernel, (rows, cdiv(width, block)), *out.tensors, x, K=width, BLOCK=block)
 
 
 # Products
@@ -195,7 +215,7 @@ def quantise(out: QuantisedRows, x: Any) -> None:
 
 @triton.jit(do_not_specialize=["rows"])
 def _q4_int8_kernel(
-    y, x, x_scales, x_sums, weight, scales, minimums, bias, rows, N, K,
+    y, x, x_scales, x_sums, x_low, weight, scales, minimums, bias, rows, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -203,6 +223,8 @@ def _q4_int8_kernel(
     k = tl.arange(0, 16)  # half a group: the low nibbles, then the high ones
     row = tl.minimum(m, rows - 1).to(tl.int64)  # rows past the end read the last one: cheaper than a mask in the loop
     x_tile = x + row[:, None] * K + k[None, :]  # [BLOCK_M, 16]
+    if x_low is not None:
+        low_tile = x_low + row[:, None] * K + k[None, :]
     weight_tile = weight + _tile(n, N)[None, :] * (K * 8) + (k // 4 * 64 + k % 4)[:, None] + (n % 16 * 4)[None, :]
     group_scales = scales + _tile(n, N) * (K // 2) + n % 16  # [BLOCK_N]
     group_minimums = minimums + _tile(n, N) * (K // 2) + n % 16
@@ -211,8 +233,13 @@ def _q4_int8_kernel(
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for _ in range(0, K // 32):
         pairs = tl.load(weight_tile)  # [16, BLOCK_N]
-        dots = tl.dot(tl.load(x_tile), (pairs & 15).to(tl.int8), out_dtype=tl.int32)
-        dots = tl.dot(tl.load(x_tile + 16), (pairs >> 4).to(tl.int8), dots, out_dtype=tl.int32)
+        first, second = (pairs & 15).to(tl.int8), (pairs >> 4).to(tl.int8)
+        dots = tl.dot(tl.load(x_tile), first, out_dtype=tl.int32)
+        dots = tl.dot(tl.load(x_tile + 16), second, dots, out_dtype=tl.int32)
+        if x_low is not None:
+            dots = tl.dot(tl.load(low_tile), first, dots << 8, out_dtype=tl.int32)
+            dots = tl.dot(tl.load(low_tile + 16), second, dots, out_dtype=tl.int32)
+            low_tile += 32
         sums += dots.to(tl.float32) * (tl.load(row_scales)[:, None] * tl.load(group_scales).to(tl.float32)[None, :])
         sums += tl.load(row_sums)[:, None] * tl.load(group_minimums).to(tl.float32)[None, :]
         x_tile += 32
@@ -226,19 +253,25 @@ def _q4_int8_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _q8_int8_kernel(
-    y, x, x_scales, weight, scales, bias, rows, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    y, x, x_scales, x_low, weight, scales, bias, rows, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     k = tl.arange(0, 32)
     row = tl.minimum(m, rows - 1).to(tl.int64)
     x_tile = x + row[:, None] * K + k[None, :]  # [BLOCK_M, 32]
+    if x_low is not None:
+        low_tile = x_low + row[:, None] * K + k[None, :]
     weight_tile = weight + _tile(n, N)[None, :] * (K * 16) + (k // 4 * 64 + k % 4)[:, None] + (n % 16 * 4)[None, :]
     group_scales = scales + _tile(n, N) * (K // 2) + n % 16
     row_scales = x_scales + row * (K // 32)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for _ in range(0, K // 32):
-        dots = tl.dot(tl.load(x_tile), tl.load(weight_tile), out_dtype=tl.int32)
+        values = tl.load(weight_tile)
+        dots = tl.dot(tl.load(x_tile), values, out_dtype=tl.int32)
+        if x_low is not None:
+            dots = tl.dot(tl.load(low_tile), values, dots << 8, out_dtype=tl.int32)
+            low_tile += 32
         sums += dots.to(tl.float32) * (tl.load(row_scales)[:, None] * tl.load(group_scales).to(tl.float32)[None, :])
         x_tile += 32
         weight_tile += 512
@@ -311,7 +344,7 @@ def quantised_linear(out: Any, x: Any, weight: QuantisedWeight) -> None:
     Args:
         out: [T, out_features], any float type.
         x: [T, in_features], `QuantisedRows` or any float type.
-        weight: as packed by `pack_blocks`.
+        weight: as packed by `pack_blocks` or `pack_floats`.
     """
     out, rows = view(out), x.shape[0]
     expect("out", out, (rows, weight.out_features), *FLOATS)
@@ -329,10 +362,11 @@ def quantised_linear(out: Any, x: Any, weight: QuantisedWeight) -> None:
         return
     expect("x", x.values, (rows, weight.in_features), "int8")
     if weight.minimums is None:
-        launch(_q8_int8_kernel, grid, out, x.values, x.scales, weight.data, weight.scales, weight.bias, *sizes, **rule)
+        tensors = (out, x.values, x.scales, x.low, weight.data, weight.scales, weight.bias)
+        launch(_q8_int8_kernel, grid, *tensors, *sizes, **rule)
     else:
         packed = (weight.data, weight.scales, weight.minimums, weight.bias)
-        launch(_q4_int8_kernel, grid, out, x.values, x.scales, x.sums, *packed, *sizes, **rule)
+        launch(_q4_int8_kernel, grid, out, *x.tensors, *packed, *sizes, **rule)
 
 
 def _words(data: TensorView) -> TensorView:
@@ -385,13 +419,62 @@ def pack_blocks(weight: QuantisedWeight, blocks: Any, storage: str, row_offset: 
     expect(f"{storage} blocks", blocks, (count, groups(weight.in_features), size), "uint16")
     if (storage == "Q8_0") != (weight.kind == "q8"):
         raise ValueError(f"blocks of {storage} cannot be packed as {weight.kind}")
-    if not 0 <= row_offset <= weight.out_features - count:
-        raise ValueError(f"rows {row_offset} to {row_offset + count} of a weight with {weight.out_features} rows")
-    tiles_n = cdiv(row_offset % TILE + count, TILE) if count else 0
     packed = (_halfwords(weight.data), weight.scales, weight.minimums)
     sizes = (count, row_offset, groups(weight.in_features))
     head = 2 if storage == "Q4_1" else 1
-    launch(_pack_kernel, (tiles_n, sizes[2]), *packed, blocks, *sizes, BLOCK=size, HEAD=head)
+    launch(_pack_kernel, _packing_grid(weight, count, row_offset), *packed, blocks, *sizes, BLOCK=size, HEAD=head)
+
+
+@triton.jit(do_not_specialize=["count", "row_offset"])
+def _pack_floats_kernel(data, scales, minimums, rows, count, row_offset, GROUPS):
+    """One tile and group, its first and its second half side by side: the nibbles of a byte come from both."""
+    n = (row_offset // 16 + tl.program_id(0)) * 16 + tl.arange(0, 16)  # [16] rows of W
+    group = tl.program_id(1)
+    inside = (n >= row_offset) & (n < row_offset + count)
+    k = tl.arange(0, 16)
+    elements = rows + ((n - row_offset).to(tl.int64) * GROUPS + group)[:, None] * 32 + k[None, :]  # [16, 16]
+    first = tl.load(elements, mask=inside[:, None], other=0.0).to(tl.float32)
+    second = tl.load(elements + 16, mask=inside[:, None], other=0.0).to(tl.float32)
+    tile = (n // 16).to(tl.int64) * GROUPS + group
+    place = data + tile[:, None] * (512 if minimums is None else 256) + (n % 16 * 4)[:, None]
+    place += (k // 4 * 64 + k % 4)[None, :]
+    if minimums is None:
+        scale = tl.maximum(tl.max(tl.abs(first), axis=1), tl.max(tl.abs(second), axis=1)) / 127.0
+        inverse = tl.where(scale == 0.0, 0.0, 1.0 / scale)[:, None]
+        tl.store(place, (first * inverse + tl.where(first < 0, -0.5, 0.5)).to(tl.int8), mask=inside[:, None])
+        tl.store(place + 256, (second * inverse + tl.where(second < 0, -0.5, 0.5)).to(tl.int8), mask=inside[:, None])
+    else:
+        least = tl.minimum(tl.min(first, axis=1), tl.min(second, axis=1))
+        scale = (tl.maximum(tl.max(first, axis=1), tl.max(second, axis=1)) - least) / 15.0
+        inverse = tl.where(scale == 0.0, 0.0, 1.0 / scale)[:, None]
+        low = tl.minimum(((first - least[:, None]) * inverse + 0.5).to(tl.int32), 15)
+        high = tl.minimum(((second - least[:, None]) * inverse + 0.5).to(tl.int32), 15)
+        tl.store(place, (low | (high << 4)).to(tl.uint8), mask=inside[:, None])
+        tl.store(minimums + tile * 16 + n % 16, least.to(tl.float16), mask=inside)
+    tl.store(scales + tile * 16 + n % 16, scale.to(tl.float16), mask=inside)
+
+
+def pack_floats(weight: QuantisedWeight, rows: Any, row_offset: int = 0) -> None:
+    """Quantise rows [row_offset, row_offset + n) of a weight and lay them out; other rows keep their values.
+
+    Scales, minimums and rounding are those of GGUF's Q4_1 for q4, of Q8_0 for q8.
+
+    Args:
+        weight: q4 or q8.
+        rows: [n, K], any float type.
+    """
+    rows = view(rows)
+    count = rows.shape[0]
+    expect("rows", rows, (count, weight.in_features), *FLOATS)
+    packed, sizes = (weight.data, weight.scales, weight.minimums), (count, row_offset, groups(weight.in_features))
+    launch(_pack_floats_kernel, _packing_grid(weight, count, row_offset), *packed, rows, *sizes)
+
+
+def _packing_grid(weight: QuantisedWeight, count: int, row_offset: int) -> tuple[int, int]:
+    """A program for each tile and group that rows [row_offset, row_offset + count) touch."""
+    if not 0 <= row_offset <= weight.out_features - count:
+        raise ValueError(f"rows {row_offset} to {row_offset + count} of a weight with {weight.out_features} rows")
+    return (cdiv(row_offset % TILE + count, TILE) if count else 0, groups(weight.in_features))
 
 
 def _halfwords(data: TensorView) -> TensorView:
@@ -425,13 +508,13 @@ def dequantise_reference(q: np.ndarray, scales: np.ndarray, minimums: np.ndarray
     return q * np.repeat(scales.astype(np.float64), GROUP, axis=1) + least
 
 
-def quantise_reference(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The specification of `quantise`: int8 values and float64 scales."""
+def quantise_reference(x: np.ndarray, most: int = 127) -> tuple[np.ndarray, np.ndarray]:
+    """The specification of `quantise`: integers up to `most`, 127 * 256 for 16 bits, and float64 scales."""
     grouped = x.astype(np.float64).reshape(len(x), -1, GROUP)
     largest = np.abs(grouped).max(axis=2)
-    factors = np.divide(127, largest, out=np.zeros_like(largest), where=largest > 1e-30)
+    factors = np.divide(most, largest, out=np.zeros_like(largest), where=largest > 1e-30)
     scaled = grouped * factors[..., None]
-    return np.trunc(scaled + np.copysign(0.5, scaled)).astype(np.int8).reshape(x.shape), largest / 127
+    return np.trunc(scaled + np.copysign(0.5, scaled)).astype(np.int16).reshape(x.shape), largest / most
 
 
 def quantised_linear_reference(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:

@@ -12,6 +12,7 @@ What a linear layer's weights become, by `quantization` and by what the file hol
     "wint8", "w8a8"          q4            q8      q8, converted            q8            floats
     "wint4", "w4a8"          q4            q8      q8, converted            q4            floats
 
+Activations become integers in "auto", "w8a8" and "w4a8"; on a GPU "auto" is "exact".
 Weights that lie in one matrix (q, k and v; gate and up) need one kind: if the file has them in several, it is q8.
 """
 
@@ -30,7 +31,14 @@ from tqdm import tqdm
 from fastdeploy.device import DTYPE_BYTES, GIB, Device
 from fastdeploy.kernels.launch import TensorView, target, view
 from fastdeploy.kernels.linear import LinearWeight, Weight, default_panel, pack, packed_shape
-from fastdeploy.kernels.quantised import BLOCK_HALFWORDS, GROUP, QuantisedWeight, pack_blocks, packed_fields
+from fastdeploy.kernels.quantised import (
+    BLOCK_HALFWORDS,
+    GROUP,
+    QuantisedWeight,
+    pack_blocks,
+    pack_floats,
+    packed_fields,
+)
 from fastdeploy.models.weights import Checkpoint, RawTensor
 
 logger = logging.getLogger("fastdeploy")
@@ -77,6 +85,8 @@ class WeightLoader:
     def __init__(self, checkpoint: Checkpoint, device: Device, dtype: str, quantization: str | None = None) -> None:
         self.device = device
         self.dtype = dtype
+        if quantization == "auto" and not target().is_cpu:
+            quantization = "exact"  # half a group of nibbles makes a tl.dot of K = 16; for int8 GPUs begin with 32
         self.mode = MODES[quantization]
         self._checkpoint = checkpoint
         self._panel = default_panel(target())
@@ -96,11 +106,17 @@ class WeightLoader:
         return view(out)
 
     def linear(
-        self, modules: Sequence[str], in_features: int, out_features: Sequence[int], bias: bool = False
+        self,
+        modules: Sequence[str],
+        in_features: int,
+        out_features: Sequence[int],
+        bias: bool = False,
+        wide_inputs: bool = False,
     ) -> Weight:
         """The tensors "<module>.weight", [out_features[i], in_features] each, one below the other as one packed weight.
 
-        With `bias`, the tensors "<module>.bias", [out_features[i]] each, come with them.
+        With `bias`, the tensors "<module>.bias", [out_features[i]] each, come with them. `wide_inputs`: activations
+        that are quantised for this layer take 16 bits, not 8.
         """
         names = [f"{module}.weight" for module in modules]
         for name, rows in zip(names, out_features, strict=True):
@@ -108,7 +124,7 @@ class WeightLoader:
         biases = self.vector([f"{module}.bias" for module in modules], out_features) if bias else None
         kind = self._kind(names)
         self._kinds |= dict.fromkeys(names, kind)
-        weight = self._allocate(kind, sum(out_features), in_features, biases)
+        weight = self._allocate(kind, sum(out_features), in_features, biases, wide_inputs)
         row = 0
         for name, rows in zip(names, out_features, strict=True):
             if isinstance(weight, QuantisedWeight):
@@ -144,15 +160,16 @@ class WeightLoader:
         kinds = {KEPT.get(storage) for storage in storages}
         return "q4" if kinds == {"q4"} else "q8"
 
-    def _allocate(self, kind: str | None, out_features: int, in_features: int, bias: TensorView | None) -> Weight:
+    def _allocate(
+        self, kind: str | None, out_features: int, in_features: int, bias: TensorView | None, wide_inputs: bool
+    ) -> Weight:
         if kind is None:
             data = view(self.device.empty(packed_shape(out_features, in_features, self._panel), self.dtype))
             return LinearWeight(data, out_features, in_features, self._panel, bias)
         fields = packed_fields(kind, out_features, in_features).items()
         memory = {name: view(self.device.empty(shape, dtype)) for name, (shape, dtype) in fields}
-        return QuantisedWeight(
-            memory["data"], memory["scales"], memory.get("minimums"), out_features, in_features, bias
-        )
+        packed = (memory["data"], memory["scales"], memory.get("minimums"))
+        return QuantisedWeight(*packed, out_features, in_features, bias, wide_inputs)
 
     def _ask(self, name: str, shape: tuple[int, ...]) -> None:
         if name in self._shapes:
@@ -175,21 +192,19 @@ class WeightLoader:
             bar.update(self._nbytes(name) * (stop - start) // rows)
 
     def _read_quantised(self, out: QuantisedWeight, name: str, first_row: int, bar: tqdm) -> None:
-        from gguf import GGMLQuantizationType, quants  # 70 ms that float checkpoints need not wait for
-
         rows, columns = self._shapes[name]
-        stored = self._checkpoint.storage(name)
-        storage = stored if KEPT.get(stored) == out.kind else MADE[out.kind]
+        storage = self._checkpoint.storage(name)
         step = max(1, SLICE_ELEMENTS // columns)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            if storage == stored:
-                blocks = self._checkpoint.read_blocks(name, start, stop)
+            if KEPT.get(storage) == out.kind:
+                blocks = self._checkpoint.read_blocks(name, start, stop).view(np.uint16)
+                blocks = blocks.reshape(stop - start, columns // GROUP, BLOCK_HALFWORDS[storage])
+                pack_blocks(out, view(self.device.from_numpy(blocks), "uint16"), storage, first_row + start)
             else:
-                values = _as_float32(self._checkpoint.read_rows(name, start, stop))
-                blocks = quants.quantize(values, GGMLQuantizationType[storage])
-            halfwords = blocks.view(np.uint16).reshape(stop - start, columns // GROUP, BLOCK_HALFWORDS[storage])
-            pack_blocks(out, view(self.device.from_numpy(halfwords), "uint16"), storage, first_row + start)
+                part = self._checkpoint.read_rows(name, start, stop)
+                values = self.device.from_numpy(np.ascontiguousarray(part.array))
+                pack_floats(out, view(values, part.dtype), first_row + start)
             bar.update(self._nbytes(name) * (stop - start) // rows)
 
     def _nbytes(self, name: str) -> int:

@@ -28,6 +28,7 @@ from fastdeploy.kernels.quantised import (
     QuantisedRows,
     QuantisedWeight,
     pack_blocks,
+    pack_floats,
     packed_fields,
     quantise,
     rows_fields,
@@ -109,13 +110,14 @@ def run_quantised(kind):
     weight = QuantisedWeight(packed["data"], packed["scales"], packed.get("minimums"), 1536, 576)
     linear(tensor(TOKENS, 1536), tensor(TOKENS, 576), weight)
     embedding(tensor(TOKENS, 576), tensor(TOKENS, dtype="int32"), weight)
+    pack_floats(weight, tensor(1536, 576))
     for storage in KEPT:
         if KEPT[storage] == kind:
             pack_blocks(weight, tensor(1536, 18, BLOCK_HALFWORDS[storage], dtype="uint16"), storage)
 
 
-def run_quantise(width):
-    fields = rows_fields(TOKENS, width)
+def run_quantise(width, wide):
+    fields = rows_fields(TOKENS, width, wide)
     out = QuantisedRows(**{name: tensor(*shape, dtype=dtype) for name, (shape, dtype) in fields.items()})
     x, gain = tensor(TOKENS, width), tensor(width, dtype="float32")
     quantise(out, x)
@@ -199,7 +201,8 @@ LAUNCHES = {
     "pack": run_pack,
     "quantised linear, q4": lambda: run_quantised("q4"),
     "quantised linear, q8": lambda: run_quantised("q8"),
-    "quantise": lambda: run_quantise(576),
+    "quantise, 8 bits": lambda: run_quantise(576, wide=False),
+    "quantise, 16 bits": lambda: run_quantise(576, wide=True),
     "norms, 576": lambda: run_norms(576),
     "norms, 8192": lambda: run_norms(8192),
     "gathers": run_gathers,

@@ -15,6 +15,7 @@ from fastdeploy.kernels.quantised import (
     QuantisedWeight,
     dequantise_reference,
     pack_blocks,
+    pack_floats,
     pack_reference,
     packed_fields,
     per_group_reference,
@@ -71,16 +72,22 @@ def weight_of(arrays, rows, width, bias=None):
     return QuantisedWeight(views["data"], views["scales"], views.get("minimums"), rows, width, bias)
 
 
-def blank_rows(blank, rows, width):
-    stored = {name: blank(shape, dtype) for name, (shape, dtype) in rows_fields(rows, width).items()}
+def blank_rows(blank, rows, width, wide=False):
+    stored = {name: blank(shape, dtype) for name, (shape, dtype) in rows_fields(rows, width, wide).items()}
     return QuantisedRows(**{name: array.view for name, array in stored.items()}), stored
 
 
-def int8_rows(blank, x):
-    """x [T, K] in int8, and the values that it then has."""
-    rows, stored = blank_rows(blank, *x.memory.shape)
+def integers_in(stored):
+    """The integers of `QuantisedRows`: 8 bits, or 16 in two bytes."""
+    high = stored["values"].memory.astype(np.int64)
+    return 256 * high + stored["low"].memory if "low" in stored else high
+
+
+def quantised_rows(blank, x, wide=False):
+    """x [T, K] in 8 or 16 bits, and the values that it then has."""
+    rows, stored = blank_rows(blank, *x.memory.shape, wide)
     quantise(rows, x.view)
-    return rows, dequantise_reference(stored["values"].memory, stored["scales"].memory)
+    return rows, dequantise_reference(integers_in(stored), stored["scales"].memory)
 
 
 def integers_of(storage, blocks):
@@ -122,19 +129,45 @@ def test_slices_packed_one_by_one_make_the_whole(cuts, storage, rng):
     np.testing.assert_array_equal(arrays["scales"], per_group_reference(scales))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("storage", ["Q4_1", "Q8_0"])
+@pytest.mark.parametrize("rows, width, cuts", [(16, 32, []), (64, 576, [5, 37]), (37, 96, [1, 20])])
+def test_floats_are_packed_as_gguf_quantises_them(rows, width, cuts, storage, dtype, normal):
+    matrix = normal(rows, width, dtype=dtype)
+    matrix.memory[3] = matrix.memory[3, 0]  # a row of equal values
+    fields = packed_fields(KIND[storage], rows, width)
+    arrays = {name: np.zeros(shape, kind) for name, (shape, kind) in fields.items()}
+    for start, stop in zip([0, *cuts], [*cuts, rows], strict=True):
+        part = view(np.ascontiguousarray(matrix.memory[start:stop]), matrix.view.dtype)
+        pack_floats(weight_of(arrays, rows, width), part, row_offset=start)
+    q, scales, minimums = integers_of(storage, blocks_of(storage, matrix.values.astype(np.float32)))
+    np.testing.assert_array_equal(arrays["scales"], per_group_reference(scales))
+    if minimums is not None:
+        np.testing.assert_array_equal(arrays["minimums"], per_group_reference(minimums))
+    expected = pack_reference(q)
+    if storage == "Q4_1":  # nibble by nibble
+        found, expected = (np.stack([data & 15, data >> 4]).astype(int) for data in (arrays["data"], expected))
+    else:
+        found = arrays["data"].astype(int)
+    assert np.abs(found - expected).max() <= 1
+    assert (found != expected).mean() < 2e-3  # halves that one fused multiply-add rounds the other way
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rows, width", [(1, 32), (5, 576), (3, 1536)])
-def test_activations_are_rounded_to_the_nearest_of_255_steps(rows, width, dtype, normal, blank):
+@pytest.mark.parametrize("wide, most, halves", [(False, 127, 1e-3), (True, 127 * 256, 5e-3)])
+def test_activations_are_rounded_to_the_nearest_step(wide, most, halves, rows, width, dtype, normal, blank):
     x = normal(rows, width, dtype=dtype)
-    out, stored = blank_rows(blank, rows, width)
+    out, stored = blank_rows(blank, rows, width, wide)
     quantise(out, x.view)
-    values, scales = quantise_reference(x.values)
+    integers, scales = quantise_reference(x.values, most)
     np.testing.assert_allclose(stored["scales"].memory, scales, rtol=1e-6)
-    assert (stored["values"].memory != values).mean() < 1e-3  # halves that float32 rounds the other way
+    found = integers_in(stored)
+    assert (found != integers).mean() < halves  # which float32 rounds the other way
     expanded = np.repeat(scales, 32, axis=1)
-    assert (np.abs(stored["values"].memory * expanded - x.values) <= expanded * 0.5001).all()
-    sums = stored["values"].memory.reshape(rows, -1, 32).sum(2, dtype=np.int64) * stored["scales"].memory
-    np.testing.assert_allclose(stored["sums"].memory, sums, rtol=1e-6)
+    assert (np.abs(found * expanded - x.values) <= expanded * (0.5001 if most == 127 else 0.51)).all()
+    sums = found.reshape(rows, -1, 32).sum(2) * stored["scales"].memory
+    np.testing.assert_allclose(stored["sums"].memory, sums, rtol=1e-6, atol=1e-6)
 
 
 def test_zeros_and_vanishing_activations_become_zeros(store, blank):
@@ -145,25 +178,27 @@ def test_zeros_and_vanishing_activations_become_zeros(store, blank):
     assert np.isfinite(stored["sums"].memory).all()
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_no_number_comes_out_as_nan_in_its_own_row(bad, storage, normal, packed, store, blank):
+def test_what_is_no_number_comes_out_as_nan_in_its_own_row(bad, storage, wide, normal, packed, store, blank):
     values = normal(3, 64).values.copy()
     values[1, 40] = bad
-    x, out = blank_rows(blank, 3, 64)[0], blank((3, 20))
+    x, out = blank_rows(blank, 3, 64, wide)[0], blank((3, 20))
     quantise(x, store(values).view)
     linear(out.view, x, packed(storage, 20, 64).weight)
     np.testing.assert_array_equal(np.isnan(out.values), np.repeat([[False], [True], [False]], 20, axis=1))
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("rows, out_features, in_features", [(1, 96, 576), (3, 33, 64), (70, 130, 96), (8, 16, 1536)])
-def test_int8_product_agrees_with_numpy_on_the_quantised_values(
-    rows, out_features, in_features, storage, normal, packed, blank
+def test_integer_product_agrees_with_numpy_on_the_quantised_values(
+    rows, out_features, in_features, storage, wide, normal, packed, blank
 ):
     bias = np.linspace(-1, 1, out_features) if rows == 3 else None
     weight = packed(storage, out_features, in_features, bias)
-    x, values = int8_rows(blank, normal(rows, in_features))
+    x, values = quantised_rows(blank, normal(rows, in_features), wide)
     out = blank((rows, out_features))
     quantised_linear(out.view, x, weight.weight)
     expected = quantised_linear_reference(values, weight.values, bias)
@@ -185,15 +220,15 @@ def test_float_product_has_the_bits_of_the_dequantised_matrix(
     np.testing.assert_array_equal(out.memory, expected.memory)
 
 
-@pytest.mark.parametrize("int8", [True, False])
+@pytest.mark.parametrize("bits", [8, 16, 32])
 @pytest.mark.parametrize("storage", ["Q4_1", "Q8_0"])
-def test_a_row_has_the_same_bits_in_every_batch(storage, int8, normal, packed, blank, store):
+def test_a_row_has_the_same_bits_in_every_batch(storage, bits, normal, packed, blank, store):
     x, weight = normal(70, 576), packed(storage, 100, 576).weight
 
     def product(rows):
         chosen = store(x.memory[rows])
         out = blank((len(chosen.memory), 100))
-        linear(out.view, int8_rows(blank, chosen)[0] if int8 else chosen.view, weight)
+        linear(out.view, chosen.view if bits == 32 else quantised_rows(blank, chosen, bits == 16)[0], weight)
         return out.memory
 
     whole = product(slice(0, 70))
@@ -232,22 +267,24 @@ def test_embedding_from_a_quantised_table(rows, width, storage, rng, packed, sto
     np.testing.assert_array_equal(out.values, embedding_reference(ids.memory, table.values))
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("width", [64, 96, 576, 1536])
-def test_norms_and_gate_quantise_what_they_would_write_as_floats(width, normal, blank):
+def test_norms_and_gate_quantise_what_they_would_write_as_floats(width, wide, normal, blank):
     def assert_quantised(write):
         floats = blank((5, width))
         write(floats.view)
-        rows, stored = blank_rows(blank, 5, width)
+        rows, stored = blank_rows(blank, 5, width, wide)
         write(rows)
-        expected, expected_stored = blank_rows(blank, 5, width)
+        expected, expected_stored = blank_rows(blank, 5, width, wide)
         quantise(expected, floats.view)
         np.testing.assert_allclose(stored["scales"].memory, expected_stored["scales"].memory, rtol=1e-6)
-        different = stored["values"].memory.astype(int) - expected_stored["values"].memory
+        different = integers_in(stored) - integers_in(expected_stored)
         assert np.abs(different).max() <= 1 and (different != 0).mean() < 1e-2
         np.testing.assert_allclose(
             stored["sums"].memory,
-            stored["values"].memory.reshape(5, -1, 32).sum(2, dtype=np.int64) * stored["scales"].memory,
+            integers_in(stored).reshape(5, -1, 32).sum(2) * stored["scales"].memory,
             rtol=1e-6,
+            atol=1e-6,
         )
 
     x, gain, gate_up = normal(5, width), normal(width), normal(5, 2 * width)

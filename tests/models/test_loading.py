@@ -195,6 +195,6 @@ def test_layers_that_are_no_multiple_of_a_group_stay_floats():
     assert isinstance(model.layers[0].qkv, LinearWeight)
 
 
-def test_by_default_everything_becomes_floats():
+def test_without_quantization_everything_becomes_floats():
     source = quantised_checkpoint(random_tensors(GROUPED), {"proj.weight": "Q4_1"})
     assert isinstance(load(source).layers[0].qkv, LinearWeight)
