@@ -1,4 +1,4 @@
-"""The only room that knows Paddle's devices: allocation, copies, memory, recording.
+"""The only room that knows Paddle's devices: allocation, copies, memory, recording, collectives.
 
 Everything above asks a `Device` for memory and gets Paddle tensors; everything below (the kernels) sees them through
 DLPack only. A step of the engine meets its device in three places:
@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import mmap
+import os
 import re
 import warnings
 from abc import ABC, abstractmethod
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+
+from fastdeploy.kernels.launch import TensorView, expect
 
 
 @contextmanager
@@ -38,11 +41,13 @@ def _unchanged_root_logger() -> Iterator[None]:
 
 
 with warnings.catch_warnings(), _unchanged_root_logger():
+    os.environ.setdefault("GLOG_minloglevel", "1")  # Paddle tells of every socket that it opens
     warnings.simplefilter("ignore")  # Paddle warns of a missing ccache, which only its own custom operators use
     import paddle
 
 GIB = 1 << 30
 CACHE_LINE = 64
+SILENCE_SECONDS = 30  # that a rank waits for another; for gloo's collectives Paddle has fixed the same
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -131,7 +136,7 @@ class Device(ABC):
 
     @abstractmethod
     def cache_budget(self) -> int:
-        """Bytes that the KV cache may take at most, of what is free now."""
+        """Bytes that this process's KV cache may take at most, of what is free now."""
 
     @abstractmethod
     def capture(self) -> AbstractContextManager[Plan]:
@@ -146,6 +151,51 @@ class Device(ABC):
         """The device in words, for the line logged at start."""
 
 
+class Group:
+    """The processes (ranks) that compute one model together, and what they tell each other in the middle of a step.
+
+    rank: this process's number, from 0. size: how many there are. address: host and port where rank 0 listens. All
+    ranks make their Group at the same time; it returns when they have found each other. Raises RuntimeError after
+    30 s without them, later too: a rank that has died is noticed at once, one that is silent after 30 s.
+
+    One process may be in several groups. So this is Paddle's process group itself, not paddle.distributed's global one.
+    """
+
+    def __init__(self, rank: int, size: int, address: tuple[str, int]) -> None:
+        from paddle.base import core
+
+        self.rank = rank
+        self.size = size
+        os.environ["PADDLE_TRAINER_ID"] = str(rank)  # Paddle asks for it, to name the rank in its logs
+        self._store = core.TCPStore(*address, rank == 0, size, SILENCE_SECONDS)
+        number = address[1]  # of the group; Paddle wants another one for each group of a process
+        self._group = core.ProcessGroupGloo.create(self._store, rank, size, number)
+
+    def publish(self, name: str, text: str) -> None:
+        """Tell the other ranks something, outside of steps."""
+        self._store.set(name, text)
+
+    def published(self, name: str) -> str:
+        """What a rank has published under this name; waits for it, 30 s at most."""
+        return self._store.get(name).decode()
+
+    def all_gather(self, out: TensorView, x: TensorView) -> None:
+        """out [size, ...] = the `x` of all ranks, in their order. Recorded where launches are recorded."""
+        from fastdeploy.triton_cpu import runtime
+
+        expect("out", out, (self.size, *x.shape), x.dtype)
+        expect("x", x, x.shape)
+        # gloo gathers bytes rightly in any type (its sums of float16 are wrong, which is why nobody asks it for sums).
+        everything, own = _bytes_of(out), _bytes_of(x)
+        runtime.call(lambda: self._group.all_gather_into_tensor(everything, own, True).wait())
+
+
+def _bytes_of(tensor: TensorView) -> paddle.Tensor:
+    """The memory of a contiguous view on the host as a Paddle tensor."""
+    array = np.ctypeslib.as_array((ctypes.c_uint8 * tensor.nbytes).from_address(tensor.pointer))
+    return paddle.from_dlpack(array)
+
+
 class CPUDevice(Device):
     """The host's processors, Triton kernels run by `fastdeploy.triton_cpu`.
 
@@ -155,10 +205,13 @@ class CPUDevice(Device):
 
     name = "cpu"
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: int = 1) -> None:
         from fastdeploy import triton_cpu
+        from fastdeploy.triton_cpu import runtime
 
         triton_cpu.activate()
+        runtime.share_cores(ranks)
+        self._ranks = ranks
         release_library_pages()
         if not paddle.in_dynamic_mode():  # Paddle 3.3 is in it only on the thread that imported Paddle first
             paddle.disable_static()
@@ -187,7 +240,7 @@ class CPUDevice(Device):
 
     def cache_budget(self) -> int:
         """A quarter of the free memory: the host is shared with everything else that its owner runs."""
-        return self.free_memory() // 4
+        return self.free_memory() // 4 // self._ranks
 
     def num_threads(self) -> int:
         """Threads that a kernel is spread over."""
@@ -207,9 +260,9 @@ class CPUDevice(Device):
         return f"CPU ({_processor_name()}), {self.num_threads()} threads, {self.free_memory() / GIB:.1f} GiB free"
 
 
-def open_device() -> Device:
-    """The device that this process computes on."""
-    return CPUDevice()
+def open_device(ranks: int = 1) -> Device:
+    """The device that this process computes on, as one of `ranks` processes on this machine."""
+    return CPUDevice(ranks)
 
 
 def available_memory(root: Path = Path("/")) -> int:

@@ -53,7 +53,8 @@ class EngineConfig:
     reasoning_parser: splits what the model thinks (reasoning_content) from what it answers (text): "qwen3", "ernie-x1"
         or "deepseek_r1", for the markers that such models write. None: all is text.
     chat_template: Jinja source or the path of a file, for `LLM.chat` to use instead of the tokenizer's own template.
-    tensor_parallel_size: number of devices that share the model; only 1 so far.
+    tensor_parallel_size: number of processes (ranks) that share the model, each with its part of every weight. This one
+        starts, and ends, the others. On a CPU they divide its cores; FASTDEPLOY_NUM_THREADS is each one's number.
     """
 
     model: str
@@ -102,9 +103,6 @@ class EngineConfig:
         if share == 0:
             raise ValueError(complaint("LLM", "gpu_memory_utilization", 0, "must be above 0 and at most 1"))
         object.__setattr__(self, "gpu_memory_utilization", share)
-        if self.tensor_parallel_size != 1:
-            must = "must be 1: this version runs on one device"
-            raise ValueError(complaint("LLM", "tensor_parallel_size", self.tensor_parallel_size, must))
 
     def _check_path(self, field: str, value: object) -> None:
         if not isinstance(value, (str, os.PathLike)):

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from fastdeploy.engine.engine import Engine
@@ -25,8 +25,9 @@ from fastdeploy.prompts import Prompt, PromptReader, template_variables
 from fastdeploy.sampling_params import SamplingParams, sampling_defaults
 
 if TYPE_CHECKING:
-    from fastdeploy.config import ModelConfig
+    from fastdeploy.engine.parallel import Leader
     from fastdeploy.engine.runner import Runner
+    from fastdeploy.models.weights import Checkpoint
     from fastdeploy.tokenizer import Tokenizer
 
 logger = logging.getLogger("fastdeploy")
@@ -44,42 +45,49 @@ Tools = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
 class Loaded:
     """A model on its device, and what came with it."""
 
-    config: ResolvedConfig
-    model_config: ModelConfig
-    generation_config: Mapping[str, Any]
+    checkpoint: Checkpoint
     tokenizer: Tokenizer
     runner: Runner
-    device: str  # in words
-    dtype: str
+    leader: Leader | None  # of the other ranks
 
 
 def load(given: EngineConfig) -> Loaded:
     """Open the checkpoint, read its weights onto the device and allocate the KV cache."""
-    # Imported here, because Paddle and Triton take seconds to load: bad keywords and missing files shall not wait.
-    from fastdeploy.models.dummy import open_dummy
-    from fastdeploy.models.weights import Checkpoint, open_checkpoint
+    # Imported here, because they take time to load, Paddle and Triton seconds: bad keywords shall not wait.
+    from fastdeploy.engine.parallel import lead_ranks
+    from fastdeploy.models import open_model
+    from fastdeploy.models.sharding import check_divisible
     from fastdeploy.tokenizer import load_tokenizer
 
-    checkpoint: Checkpoint
-    if given.load_format == "dummy":
-        checkpoint = open_dummy(given.model, given.seed)
-    else:
-        checkpoint = open_checkpoint(given.model)
+    checkpoint = open_model(given.model, given.load_format, given.seed)
+    check_divisible(checkpoint.config, given.tensor_parallel_size)
     config = given.resolved(checkpoint.config.max_position_embeddings)
     tokenizer = load_tokenizer(config.tokenizer or checkpoint)
+    leader = lead_ranks(config) if config.tensor_parallel_size > 1 else None
+    try:
+        runner = _load_runner(checkpoint, config, leader, fit=given.max_model_len is None)
+    except BaseException:
+        if leader is not None:
+            leader.close()
+        raise
+    return Loaded(checkpoint, tokenizer, runner, leader)
 
+
+def _load_runner(checkpoint: Checkpoint, config: ResolvedConfig, leader: Leader | None, fit: bool) -> Runner:
+    """The model, or rank 0's part of it, on its device. fit: lower max_model_len to what the KV cache has room for."""
     from fastdeploy.device import open_device
     from fastdeploy.engine.runner import Runner, fit_to_memory
     from fastdeploy.models import load_model
 
-    device = open_device()
-    model = load_model(checkpoint, device, config.dtype, config.max_model_len, config.quantization)
-    if given.max_model_len is None:
+    device = open_device(config.tensor_parallel_size)
+    group = None if leader is None else leader.group()
+    model = load_model(checkpoint, device, config.dtype, config.max_model_len, config.quantization, group=group)
+    if fit:
         config = fit_to_memory(model, config)
-    runner = Runner(model, config)
-    return Loaded(
-        config, checkpoint.config, checkpoint.generation_config, tokenizer, runner, device.describe(), model.dtype
-    )
+    runner = Runner(model, config, leader)
+    if leader is not None:
+        leader.await_runners(replace(config, num_gpu_blocks_override=runner.num_blocks))
+    return runner
 
 
 class LLM:
@@ -103,8 +111,8 @@ class LLM:
     def __init__(self, model: str | None = None, **keywords: Any) -> None:
         # EngineConfig refuses None, but first tells of LLM(modle=...) what it should have been.
         loaded = load(EngineConfig(model, **keywords))  # type: ignore[arg-type]
-        config, model_config, tokenizer = loaded.config, loaded.model_config, loaded.tokenizer
-        num_blocks = loaded.runner.num_blocks
+        runner, model_config, tokenizer = loaded.runner, loaded.checkpoint.config, loaded.tokenizer
+        config, num_blocks = runner.config, runner.num_blocks
         scheduler = Scheduler(
             num_blocks,
             config.block_size,
@@ -114,10 +122,11 @@ class LLM:
         )
         self.config = config
         self.tokenizer = tokenizer
-        self.engine = Engine(scheduler, loaded.runner)
+        self.engine = Engine(scheduler, runner)
+        self._leader = loaded.leader
         self.facts = {
-            "device": loaded.device,
-            "dtype": loaded.dtype,
+            "device": runner.device.describe(),
+            "dtype": runner.model.dtype,
             "quantization": config.quantization,
             "kv_cache_dtype": loaded.runner.kv_cache_dtype,
             "max_model_len": config.max_model_len,
@@ -127,7 +136,7 @@ class LLM:
         vocab_size = model_config.vocab_size
         eos_token_ids = frozenset([*model_config.eos_token_ids, *tokenizer.eos_token_ids])
         self.reader = PromptReader(tokenizer, vocab_size, config.max_model_len)
-        defaults = sampling_defaults(loaded.generation_config)
+        defaults = sampling_defaults(loaded.checkpoint.generation_config)
         self.intake = Intake(config, tokenizer, vocab_size, eos_token_ids, defaults)
         logger.info("%s ready: %s", config.model, ", ".join(f"{name} {value}" for name, value in self.facts.items()))
 
@@ -139,6 +148,8 @@ class LLM:
     def close(self) -> None:
         """Free the memory of the model and the KV cache. Calls under way and later ones raise RuntimeError."""
         self.engine.close()
+        if self._leader is not None:
+            self._leader.close()
 
     def __enter__(self) -> LLM:
         return self

@@ -12,6 +12,7 @@ import fastdeploy.llm
 from fastdeploy import LLM, CompletionOutput, RequestOutput, SamplingParams
 from fastdeploy.engine.request import Request
 from fastdeploy.engine.scheduler import ScheduledBatch, StepOutput
+from fastdeploy.engine_config import ResolvedConfig
 from tests.triton_cpu.arrays import run_python
 
 EOS = 256
@@ -58,8 +59,10 @@ class AnsweringRunner:
     that begins with "say " gets the rest of the prompt."""
 
     num_blocks, kv_cache_dtype = 20, "int8"
+    device, model = SimpleNamespace(describe=lambda: "pocket"), SimpleNamespace(dtype="bfloat16")
 
-    def __init__(self) -> None:
+    def __init__(self, config: ResolvedConfig) -> None:
+        self.config = config
         self.batches: list[list[int]] = []
         self.requests: list[Request] = []  # in the order of their first tokens
 
@@ -90,8 +93,9 @@ class AnsweringRunner:
 def make_llm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LLM]:
     def load(config: fastdeploy.llm.EngineConfig) -> fastdeploy.llm.Loaded:
         model_config = SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
-        config = config.resolved(model_limit=1000)
-        return fastdeploy.llm.Loaded(config, model_config, {}, ByteTokenizer(), AnsweringRunner(), "pocket", "bfloat16")
+        checkpoint = SimpleNamespace(config=model_config, generation_config={})
+        runner = AnsweringRunner(config.resolved(model_limit=1000))
+        return fastdeploy.llm.Loaded(checkpoint, ByteTokenizer(), runner, leader=None)
 
     monkeypatch.setattr(fastdeploy.llm, "load", load)
     small = {"max_model_len": 100, "block_size": 16, "max_num_seqs": 4, "max_num_batched_tokens": 32}

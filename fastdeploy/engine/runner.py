@@ -14,6 +14,9 @@ area. A step of A (one token at position 70), B (one at 5) and C (a chunk of 3 f
 A step in which every sequence decodes is recorded the first time its shape (number of sequences, bucket of context
 lengths) comes up and replayed ever after: its Python costs no more than filling the arrays.
 
+Where ranks share the model (parallel.py), rank 0 does all of this and the others make the same launches on the same
+inputs, as it tells them: the methods of "What every rank does".
+
 Logprobs of prompt tokens need the logits of (nearly) all rows. They are computed in slabs of a few rows, each reduced
 to logprobs before the next: never more than a slab of logits exists.
 """
@@ -21,8 +24,10 @@ to logprobs before the next: never more than a slab of logits exists.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -36,6 +41,9 @@ from fastdeploy.kernels.attention import SPLIT, AttentionBatch
 from fastdeploy.kernels.launch import view
 from fastdeploy.models.decoder import Decoder, StepInputs
 
+if TYPE_CHECKING:
+    from fastdeploy.engine.parallel import Leader
+
 logger = logging.getLogger("fastdeploy")
 
 SLAB = 64  # rows of prompt logprobs at a time: enough for a linear layer's full speed
@@ -47,8 +55,10 @@ class Runner:
     Args:
         model: the decoder, its weights loaded.
         config: resolved for this model.
+        leader: of the other ranks, for rank 0 where there are any.
 
     Attributes:
+        config: as given.
         num_blocks: blocks in the KV cache, numbered from 0; the scheduler hands them out.
         kv_cache_dtype: what they are stored in.
 
@@ -56,8 +66,10 @@ class Runner:
     fit into memory.
     """
 
-    def __init__(self, model: Decoder, config: ResolvedConfig) -> None:
+    def __init__(self, model: Decoder, config: ResolvedConfig, leader: Leader | None = None) -> None:
         self.model = model
+        self.config = config
+        self._leader = leader
         self.device = model.device
         self.block_size = config.block_size
         self.max_tokens = min(config.max_num_batched_tokens, config.max_num_seqs * config.max_model_len)
@@ -96,17 +108,18 @@ class Runner:
         self._fill_block_tables(items)
         num_splits = self._num_splits(contexts[: batch.num_decodes])
         output = StepOutput([None] * len(items))
-        if ends[-1] == len(due) and not self._enforce_eager:
-            self._staging.upload()
-            self._replay_decode(len(due), num_splits)
-        else:
-            self._staging.host["logits_rows"][: len(due)] = [ends[index] - 1 for index in due]
-            prompt_rows = self._fill_prompt_rows(items, ends)
-            self._staging.upload()
-            longest = max(item.num_tokens for item in items)
-            self._attend(ends[-1], len(items), batch.num_decodes, longest, num_splits)
-            output.prompt_logprobs = self._prompt_logprobs(items, prompt_rows)
-            self._project(len(due), "logits_rows")
+        with nullcontext() if self._leader is None else self._leader.step():
+            if ends[-1] == len(due) and not self._enforce_eager:
+                self._send(len(due), len(due))
+                self._on_all_ranks("replay_decode", len(due), num_splits)
+            else:
+                self._staging.host["logits_rows"][: len(due)] = [ends[index] - 1 for index in due]
+                prompt_rows = self._fill_prompt_rows(items, ends)
+                self._send(ends[-1], len(items), logits_rows=len(due), prompt_rows=len(prompt_rows))
+                longest = max(item.num_tokens for item in items)
+                self._on_all_ranks("attend", ends[-1], len(items), batch.num_decodes, longest, num_splits)
+                output.prompt_logprobs = self._prompt_logprobs(items, prompt_rows)
+                self._on_all_ranks("project", len(due), "logits_rows", 0)
         self._num_logits = len(due)
         if due:
             self._sample([items[index].request for index in due], due, output)
@@ -184,9 +197,35 @@ class Runner:
         self._staging.host["prompt_rows"][: len(rows)] = rows
         return places
 
-    # The step
+    # The step, in common with the other ranks
 
-    def _replay_decode(self, num_seqs: int, num_splits: int) -> None:
+    def _send(self, num_tokens: int, num_seqs: int, **rows: int) -> None:
+        """Bring the step's inputs to all devices; `rows` says how many entries of other fields are used."""
+        if self._leader is not None:
+            used = {
+                **dict.fromkeys(("ids", "positions", "slots"), num_tokens),
+                **dict.fromkeys(("context_lens", "block_tables"), num_seqs),
+                "cu_seqlens": num_seqs + 1,
+                **rows,
+            }
+            self._leader.tell("receive", {name: self._staging.host[name][:count] for name, count in used.items()})
+        self._staging.upload()
+
+    def _on_all_ranks(self, method: str, *arguments: int | str) -> None:
+        """Call one of the methods of "What every rank does" on every rank."""
+        if self._leader is not None:
+            self._leader.tell(method, *arguments)
+        getattr(self, method)(*arguments)
+
+    # What every rank does
+
+    def receive(self, inputs: Mapping[str, np.ndarray]) -> None:
+        """Take a step's inputs, the used part of each field, from rank 0."""
+        for name, values in inputs.items():
+            self._staging.host[name][: len(values)] = values
+        self._staging.upload()
+
+    def replay_decode(self, num_seqs: int, num_splits: int) -> None:
         """A step of one token and one sample for each sequence, up to the logits."""
         plan = self._plans.get((num_seqs, num_splits))
         if plan is None:
@@ -196,10 +235,10 @@ class Runner:
         plan.replay()
 
     def _decode(self, num_seqs: int, num_splits: int) -> None:
-        self._attend(num_seqs, num_seqs, num_decodes=num_seqs, longest=1, num_splits=num_splits)
+        self.attend(num_seqs, num_seqs, num_decodes=num_seqs, longest=1, num_splits=num_splits)
         self.model.project(self._logits_view.rows(num_seqs), None, self._activations)
 
-    def _attend(self, num_tokens: int, num_seqs: int, num_decodes: int, longest: int, num_splits: int) -> None:
+    def attend(self, num_tokens: int, num_seqs: int, num_decodes: int, longest: int, num_splits: int) -> None:
         """Launch the kernels of a step whose inputs have been filled in, up to the last layer's attention."""
         inputs = self._inputs
         attention = AttentionBatch(
@@ -220,11 +259,13 @@ class Runner:
         )
         self.model.attend(step, self._cache, self._activations)
 
-    def _project(self, count: int, rows: str, start: int = 0) -> None:
+    def project(self, count: int, rows: str, start: int) -> None:
         """The logits of `count` rows of the step, listed in the input `rows` from `start` on."""
         if count:
             listed = self._inputs[rows].rows(count, start)
             self.model.project(self._logits_view.rows(count), listed, self._activations)
+
+    # What becomes of the logits
 
     def _sample(self, requests: Sequence[Request], due: Sequence[int], output: StepOutput) -> None:
         """Sample a token for each request, of item due[i], and read its logprobs if anybody wants some."""
@@ -246,7 +287,7 @@ class Runner:
         found: dict[int, list[TokenLogprobs]] = {}
         for start in range(0, len(places), SLAB):
             slab = places[start : start + SLAB]
-            self._project(len(slab), "prompt_rows", start)
+            self._on_all_ranks("project", len(slab), "prompt_rows", start)
             requests = [items[index].request for index, _ in slab]
             tokens = [request.token_ids[position + 1] for request, (_, position) in zip(requests, slab, strict=True)]
             numbers = [request.sampling_params.prompt_logprobs or 0 for request in requests]

@@ -61,6 +61,11 @@ class TensorView:
         """The address; by this method Triton recognises a tensor argument."""
         return self.pointer
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return prod(self.shape) * ITEM_SIZES[self.dtype]
+
     def rows(self, count: int, start: int = 0) -> "TensorView":
         """Rows [start, start + count) of the first dimension, no copy. ValueError if there are not that many."""
         if not 0 <= start <= start + count <= self.shape[0]:

@@ -5,9 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastdeploy.device import Device
+    from fastdeploy.device import Device, Group
     from fastdeploy.models.decoder import Decoder
     from fastdeploy.models.weights import Checkpoint
+
+
+def open_model(name_or_path: str, load_format: str, seed: int) -> Checkpoint:
+    """The checkpoint that an `EngineConfig` means by `model`, `load_format` and `seed`."""
+    from fastdeploy.models.dummy import open_dummy
+    from fastdeploy.models.weights import open_checkpoint
+
+    return open_dummy(name_or_path, seed) if load_format == "dummy" else open_checkpoint(name_or_path)
 
 
 def load_model(
@@ -17,8 +25,9 @@ def load_model(
     max_positions: int,
     quantization: str | None = None,
     progress: bool = True,
+    group: Group | None = None,
 ) -> Decoder:
-    """Build the model that a checkpoint holds and read its weights onto `device`.
+    """Build the model that a checkpoint holds and read its weights, or this rank's part of them, onto `device`.
 
     Args:
         checkpoint: as `weights.open_checkpoint` gives it.
@@ -28,6 +37,7 @@ def load_model(
         max_positions: the longest sequence in tokens.
         quantization: None, "auto", "exact", "wint8", "wint4", "w8a8" or "w4a8", see `EngineConfig`.
         progress: whether to show a progress bar.
+        group: the ranks that share the model, if there are several.
 
     Raises ValueError if we don't have the architecture or the tensors don't fit it, MemoryError if there is no room.
     """
@@ -35,6 +45,7 @@ def load_model(
     from fastdeploy.models.llama import Llama
     from fastdeploy.models.loading import WeightLoader
     from fastdeploy.models.qwen import Qwen2, Qwen3
+    from fastdeploy.models.sharding import WHOLE, Shard
 
     families: dict[str, type[Decoder]] = {
         "LlamaForCausalLM": Llama,
@@ -47,7 +58,8 @@ def load_model(
         raise ValueError(
             f"{checkpoint.path}: architecture {config.architecture!r}; those we have are {', '.join(families)}"
         )
-    loader = WeightLoader(checkpoint, device, config.dtype if dtype == "auto" else dtype, quantization)
-    model = families[config.architecture](config, loader, max_positions)
+    shard = WHOLE if group is None else Shard(group.rank, group.size)
+    loader = WeightLoader(checkpoint, device, config.dtype if dtype == "auto" else dtype, quantization, shard)
+    model = families[config.architecture](config, loader, max_positions, group)
     loader.load(progress)
     return model

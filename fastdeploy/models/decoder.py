@@ -13,18 +13,21 @@ sums x + ... are done by the norm that follows them (`add_rms_norm`), so a layer
 T is cut to R after the last layer's attention, where the other rows have done their work: the keys and values are in
 the cache. So a step is `attend`, and then `project` for the rows whose logits are wanted, all at once or slab by slab.
 
-Both do nothing but launch kernels on memory that was allocated before: a step can be recorded and replayed.
+Both do nothing but launch kernels, and gather what other ranks have computed, on memory that was allocated before: a
+step can be recorded and replayed. How ranks divide a model among them: `sharding.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod, sqrt
+from typing import TYPE_CHECKING
 
 from fastdeploy.config import ModelConfig
 from fastdeploy.device import Device
 from fastdeploy.kernels.activation import silu_mul
 from fastdeploy.kernels.attention import AttentionBatch, paged_attention, workspace_shape
+from fastdeploy.kernels.collective import join_columns, sum_parts
 from fastdeploy.kernels.embedding import embedding, gather_rows
 from fastdeploy.kernels.launch import ITEM_SIZES, TensorView, view
 from fastdeploy.kernels.linear import Weight, linear
@@ -32,6 +35,9 @@ from fastdeploy.kernels.norm import add_rms_norm, rms_norm
 from fastdeploy.kernels.quantised import GROUP, QuantisedRows, QuantisedWeight, quantise, rows_fields
 from fastdeploy.kernels.rope import HeadLayout, HeadNorms, KVBlocks, cache_fields, rope_and_cache, rope_tables
 from fastdeploy.models.loading import WeightLoader
+
+if TYPE_CHECKING:
+    from fastdeploy.device import Group
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,8 @@ class Activations:
     kept_attended: TensorView  # the rows of `attended` that `project` was asked for, [R, heads * head_dim]
     kept_residual: TensorView  # the rows of `residual` that it was asked for, [R, hidden]
     workspace: TensorView  # attention's float32 scratch for contexts split over programs
+    own_logits: TensorView | None  # this rank's columns of the logits, [R, vocabulary / ranks] float32
+    parts: TensorView | None  # what all ranks have computed, side by side: of delta, or of the logits
 
     def rows(self, count: int) -> Activations:
         """The same memory, the parts with a row per token cut to `count` rows."""
@@ -133,24 +141,31 @@ class Decoder:
         config: what the checkpoint says of itself.
         weights: gives the memory of every weight, to be filled once the whole model has been declared.
         max_positions: the longest sequence in tokens, for the rotary tables.
+        group: the ranks that share the model, of which the weights are one's; None for one that has all of it.
     """
 
     normalises_heads = False
 
-    def __init__(self, config: ModelConfig, weights: WeightLoader, max_positions: int) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: WeightLoader, max_positions: int, group: Group | None = None
+    ) -> None:
         self.config = config
+        self.group = group
         self.device: Device = weights.device
         self.dtype = weights.dtype
         self.int8_activations = weights.mode.int8_activations
-        self.heads = HeadLayout(config.num_heads, config.num_kv_heads, config.head_dim, config.rope_interleaved)
+        shard = weights.shard
+        num_heads, num_kv_heads = len(shard.of(config.num_heads)), len(shard.of_kv_heads(config.num_kv_heads))
+        self.heads = HeadLayout(num_heads, num_kv_heads, config.head_dim, config.rope_interleaved)
         self.scale = 1.0 / sqrt(config.head_dim)
-        vocabulary = [config.vocab_size]
-        self.embedding = weights.linear(["model.embed_tokens"], config.hidden_size, vocabulary, wide_inputs=True)
+        self.intermediate_size = len(shard.of(config.intermediate_size))
+        self.tokens = shard.of_vocabulary(config.vocab_size)
+        self.embedding = self.read_table("model.embed_tokens", weights)
         self.layers = [self.read_layer(f"model.layers.{index}", weights) for index in range(config.num_layers)]
         self.final_norm = weights.vector(["model.norm.weight"], [config.hidden_size])
         self.lm_head = self.embedding
         if not config.tie_word_embeddings:
-            self.lm_head = weights.linear(["lm_head"], config.hidden_size, vocabulary, wide_inputs=True)
+            self.lm_head = self.read_table("lm_head", weights)
         tables = rope_tables(config.head_dim, max_positions, config.rope_theta, config.rope_scaling)
         self.cos, self.sin = (view(self.device.from_numpy(table)) for table in tables)
 
@@ -158,22 +173,35 @@ class Decoder:
         """Which linear layers add a bias. A family overrides this where it differs."""
         return Biases()
 
+    def read_table(self, module: str, weights: WeightLoader) -> Weight:
+        """Read a matrix with a row for every token."""
+        size = self.config.vocab_size
+        width = weights.shard.vocabulary_width(size)
+        return weights.linear(
+            [module], self.config.hidden_size, [size], rows=[self.tokens], padded_rows=width, wide_inputs=True
+        )
+
     def read_layer(self, prefix: str, weights: WeightLoader) -> Layer:
         """Read the weights of the layer whose tensors' names begin with `prefix`."""
-        config, heads, biases = self.config, self.heads, self.biases()
-        hidden, intermediate = config.hidden_size, config.intermediate_size
-        q_width, kv_width = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim
+        config, shard, biases = self.config, weights.shard, self.biases()
+        hidden, intermediate, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+        q_width, kv_width = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        q_rows = features(shard.of(config.num_heads), head_dim)
+        kv_rows = features(shard.of_kv_heads(config.num_kv_heads), head_dim)
+        mlp_rows = shard.of(intermediate)
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-        qkv = [f"{attention}.{name}_proj" for name in "qkv"]
-        gate_up = [f"{mlp}.gate_proj", f"{mlp}.up_proj"]
+        qkv, gate_up = [f"{attention}.{name}_proj" for name in "qkv"], [f"{mlp}.gate_proj", f"{mlp}.up_proj"]
+        widths, rows = [q_width, kv_width, kv_width], [q_rows, kv_rows, kv_rows]
         return Layer(
             attention_norm=weights.vector([f"{prefix}.input_layernorm.weight"], [hidden]),
-            qkv=weights.linear(qkv, hidden, [q_width, kv_width, kv_width], biases.qkv, wide_inputs=True),
+            qkv=weights.linear(qkv, hidden, widths, biases.qkv, rows, wide_inputs=True),
             head_norms=self.read_head_norms(attention, weights) if self.normalises_heads else None,
-            attention_output=weights.linear([f"{attention}.o_proj"], q_width, [hidden], biases.attention_output),
+            attention_output=weights.linear(
+                [f"{attention}.o_proj"], q_width, [hidden], biases.attention_output, columns=q_rows
+            ),
             mlp_norm=weights.vector([f"{prefix}.post_attention_layernorm.weight"], [hidden]),
-            gate_up=weights.linear(gate_up, hidden, [intermediate, intermediate], biases.mlp),
-            down=weights.linear([f"{mlp}.down_proj"], intermediate, [hidden], biases.mlp),
+            gate_up=weights.linear(gate_up, hidden, [intermediate] * 2, biases.mlp, [mlp_rows] * 2),
+            down=weights.linear([f"{mlp}.down_proj"], intermediate, [hidden], biases.mlp, columns=mlp_rows),
         )
 
     def read_head_norms(self, attention: str, weights: WeightLoader) -> HeadNorms:
@@ -218,18 +246,22 @@ class Decoder:
             rows = QuantisedRows(**{name: view(device.empty(shape, type_)) for name, (shape, type_) in fields})
             return LinearInput(matrix(max_tokens, width), replace(rows, low=None), rows if wide else None)
 
-        q_width = heads.num_heads * heads.head_dim
+        q_width, ranks = heads.num_heads * heads.head_dim, 1 if self.group is None else self.group.size
+        logits_width = self.embedding.out_features
+        parts = max(max_tokens * config.hidden_size, max_rows * logits_width)
         return Activations(
             hidden=linear_input(config.hidden_size, wide=True),
             residual=matrix(max_tokens, config.hidden_size),
             delta=matrix(max_tokens, config.hidden_size),
             qkv=matrix(max_tokens, heads.qkv_width),
             attended=linear_input(q_width),
-            gate_up=matrix(max_tokens, 2 * config.intermediate_size),
-            activated=linear_input(config.intermediate_size),
+            gate_up=matrix(max_tokens, 2 * self.intermediate_size),
+            activated=linear_input(self.intermediate_size),
             kept_attended=matrix(max_rows, q_width),
             kept_residual=matrix(max_rows, config.hidden_size),
             workspace=view(device.empty((prod(workspace_shape(max_seqs, heads, max_context)),), "float32")),
+            own_logits=None if ranks == 1 else view(device.empty((max_rows, logits_width), "float32")),
+            parts=None if ranks == 1 else view(device.empty((ranks * parts,), "float32")),
         )
 
     # The forward pass
@@ -238,7 +270,8 @@ class Decoder:
         """Launch the kernels of one step up to the last layer's attention. They write the cache, and leave what
         `project` goes on from in `memory`."""
         memory = memory.rows(step.num_tokens)
-        embedding(memory.residual, step.ids, self.embedding)
+        embedding(memory.residual, step.ids, self.embedding, self.tokens.start, len(self.tokens))
+        self._sum_over_ranks(memory.residual, memory)
         first = self.layers[0]
         rms_norm(memory.hidden.of(first.qkv), memory.residual, first.attention_norm, self.config.rms_norm_eps)
         for index, layer in enumerate(self.layers):
@@ -262,7 +295,13 @@ class Decoder:
             gather_rows(residual, memory.residual, rows)
         memory = replace(memory.rows(count), attended=attended, residual=residual)
         self._finish_layer(self.layers[-1], self.final_norm, self.lm_head, memory)
-        linear(logits, memory.hidden.of(self.lm_head), self.lm_head)
+        if self.group is None:
+            linear(logits, memory.hidden.of(self.lm_head), self.lm_head)
+        else:
+            assert memory.own_logits is not None  # there is a group
+            own_logits = memory.own_logits.rows(count)
+            linear(own_logits, memory.hidden.of(self.lm_head), self.lm_head)
+            join_columns(logits, self._of_all_ranks(own_logits, memory))
 
     def _attend(self, layer: Layer, step: StepInputs, cache: KVBlocks, memory: Activations) -> None:
         """hidden -> attended, and the tokens' keys and values into the cache."""
@@ -278,6 +317,7 @@ class Decoder:
         if isinstance(attended, QuantisedRows):
             quantise(attended, memory.attended.floats)
         linear(memory.delta, attended, layer.attention_output)
+        self._sum_over_ranks(memory.delta, memory)
         self._add_and_norm(memory, layer.mlp_norm, layer.gate_up)
         self._feed_forward(layer, memory)
         self._add_and_norm(memory, next_norm, next_linear)
@@ -288,8 +328,26 @@ class Decoder:
         activated = memory.activated.of(layer.down)
         silu_mul(activated, memory.gate_up)
         linear(memory.delta, activated, layer.down)
+        self._sum_over_ranks(memory.delta, memory)
+
+    def _sum_over_ranks(self, x: TensorView, memory: Activations) -> None:
+        """x = the sum of all ranks' x."""
+        if self.group is not None:
+            sum_parts(x, self._of_all_ranks(x, memory))
+
+    def _of_all_ranks(self, x: TensorView, memory: Activations) -> TensorView:
+        """Every rank's x, [ranks, ...], in memory that the next call uses again."""
+        assert self.group is not None and memory.parts is not None
+        parts = memory.parts.rows(self.group.size * prod(x.shape)).reshape(self.group.size, *x.shape)
+        self.group.all_gather(parts, x)
+        return parts
 
     def _add_and_norm(self, memory: Activations, norm: TensorView, following: Weight) -> None:
         """residual += delta; residual -> hidden, as the linear layer `following` reads it."""
         hidden = memory.hidden.of(following)
         add_rms_norm(hidden, memory.residual, memory.delta, norm, self.config.rms_norm_eps)
+
+
+def features(heads: range, head_dim: int) -> range:
+    """The features of these heads, `head_dim` each, one head after the other."""
+    return range(heads.start * head_dim, heads.stop * head_dim)

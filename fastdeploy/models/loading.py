@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,6 +39,7 @@ from fastdeploy.kernels.quantised import (
     pack_floats,
     packed_fields,
 )
+from fastdeploy.models.sharding import WHOLE, Shard
 from fastdeploy.models.weights import Checkpoint, RawTensor
 
 logger = logging.getLogger("fastdeploy")
@@ -76,14 +77,23 @@ class WeightLoader:
     Args:
         checkpoint: where the tensors come from.
         device: where the weights go.
+        shard: which part of the model they are: the models ask for rows and columns accordingly.
         dtype: what the linear layers' float weights are stored in, "float32", "bfloat16" or "float16".
         quantization: which weights are quantised, see above.
 
     Raises MemoryError if the weights can't fit.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: Device, dtype: str, quantization: str | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: Device,
+        dtype: str,
+        quantization: str | None = None,
+        shard: Shard = WHOLE,
+    ) -> None:
         self.device = device
+        self.shard = shard
         self.dtype = dtype
         if quantization == "auto" and not target().is_cpu:
             quantization = "exact"  # half a group of nibbles makes a tl.dot of K = 16; for int8 GPUs begin with 32
@@ -91,18 +101,23 @@ class WeightLoader:
         self._checkpoint = checkpoint
         self._panel = default_panel(target())
         self._shapes: dict[str, tuple[int, ...]] = {}  # of the tensors asked for
+        self._shares: dict[str, float] = {}  # what part of each tensor this rank takes
         self._reads: list[Callable[[tqdm], None]] = []  # what `load` has to do, in the order asked for
         matrices = [name for name in checkpoint.names() if len(checkpoint.shape(name)) == 2]
         # What each weight becomes, first as if it were alone in its matrix: "q4", "q8", or None for floats.
         self._kinds = {name: self._kind([name]) for name in matrices}
         self._check_memory()
 
-    def vector(self, names: Sequence[str], sizes: Sequence[int]) -> TensorView:
-        """The tensors [sizes[i]] one after the other, as float32: norm weights and biases are too small to round."""
-        out = self.device.empty((sum(sizes),), "float32")
-        for name, size in zip(names, sizes, strict=True):
-            self._ask(name, (size,))
-        self._reads.append(partial(self._read_vector, out, names))
+    def vector(self, names: Sequence[str], sizes: Sequence[int], rows: Sequence[range] | None = None) -> TensorView:
+        """The tensors [sizes[i]] one after the other, as float32: norm weights and biases are too small to round.
+
+        rows: the elements to take of each; all, if not given.
+        """
+        taken = [range(size) for size in sizes] if rows is None else rows
+        out = self.device.empty((sum(map(len, taken)),), "float32")
+        for name, size, part in zip(names, sizes, taken, strict=True):
+            self._ask(name, (size,), len(part) / size)
+        self._reads.append(partial(self._read_vector, out, names, taken))
         return view(out)
 
     def linear(
@@ -111,27 +126,40 @@ class WeightLoader:
         in_features: int,
         out_features: Sequence[int],
         bias: bool = False,
+        rows: Sequence[range] | None = None,
+        columns: range | None = None,
+        padded_rows: int = 0,
         wide_inputs: bool = False,
     ) -> Weight:
         """The tensors "<module>.weight", [out_features[i], in_features] each, one below the other as one packed weight.
 
-        With `bias`, the tensors "<module>.bias", [out_features[i]] each, come with them. `wide_inputs`: activations
-        that are quantised for this layer take 16 bits, not 8.
+        With `bias`, the tensors "<module>.bias", [out_features[i]] each, come with them.
+
+        rows, columns: the output features to take of each, and the input features; all, if not given. A bias is that of
+            the rows; where the columns begin later than with the first, another rank adds it.
+        padded_rows: output features of the weight at least; those without values are unspecified.
+        wide_inputs: activations that are quantised for this layer take 16 bits, not 8.
         """
         names = [f"{module}.weight" for module in modules]
-        for name, rows in zip(names, out_features, strict=True):
-            self._ask(name, (rows, in_features))
-        biases = self.vector([f"{module}.bias" for module in modules], out_features) if bias else None
-        kind = self._kind(names)
+        taken = [range(size) for size in out_features] if rows is None else rows
+        columns = range(in_features) if columns is None else columns
+        for name, size, part in zip(names, out_features, taken, strict=True):
+            self._ask(name, (size, in_features), len(part) / size * len(columns) / in_features)
+        biases = None
+        if bias:
+            biases = self.vector([f"{module}.bias" for module in modules], out_features, taken)
+        kind = self._kind(names, columns)
         self._kinds |= dict.fromkeys(names, kind)
-        weight = self._allocate(kind, sum(out_features), in_features, biases, wide_inputs)
-        row = 0
-        for name, rows in zip(names, out_features, strict=True):
+        height = max(sum(map(len, taken)), padded_rows)
+        bias_here = biases if columns.start == 0 else None
+        weight = self._allocate(kind, height, len(columns), bias_here, wide_inputs)
+        place = 0
+        for name, part in zip(names, taken, strict=True):
             if isinstance(weight, QuantisedWeight):
-                self._reads.append(partial(self._read_quantised, weight, name, row))
+                self._reads.append(partial(self._read_quantised, weight, name, part, columns, place))
             else:
-                self._reads.append(partial(self._read_matrix, weight, name, row))
-            row += rows
+                self._reads.append(partial(self._read_matrix, weight, name, part, columns, place))
+            place += len(part)
         return weight
 
     def load(self, progress: bool) -> None:
@@ -147,11 +175,12 @@ class WeightLoader:
                 read(bar)
         self._reads.clear()
 
-    def _kind(self, names: Sequence[str]) -> str | None:
+    def _kind(self, names: Sequence[str], columns: range = range(0)) -> str | None:
         """What these weights become, in one matrix: "q4", "q8", or None for floats."""
         known = [name for name in names if name in self._checkpoint]  # `load` reports the others
         storages = {self._checkpoint.storage(name) for name in known}
-        if not known or any(self._checkpoint.shape(name)[-1] % GROUP for name in known):
+        widths = [self._checkpoint.shape(name)[-1] for name in known]
+        if not known or any(edge % GROUP for edge in (*widths, columns.start, columns.stop)):
             return None
         if storages <= DTYPE_BYTES.keys():
             return None if set(names) & set(TABLES) else self.mode.floats_become
@@ -171,47 +200,58 @@ class WeightLoader:
         packed = (memory["data"], memory["scales"], memory.get("minimums"))
         return QuantisedWeight(*packed, out_features, in_features, bias, wide_inputs)
 
-    def _ask(self, name: str, shape: tuple[int, ...]) -> None:
+    def _ask(self, name: str, shape: tuple[int, ...], share: float) -> None:
         if name in self._shapes:
             raise ValueError(f"the model asks for the tensor {name!r} twice")
         self._shapes[name] = shape
+        self._shares[name] = share
         self._checkpoint.expect(name, shape)
 
-    def _read_vector(self, out: Any, names: Sequence[str], bar: tqdm) -> None:
-        values = np.concatenate([_as_float32(self._checkpoint.read(name)) for name in names])
-        self.device.write(out, values)
+    def _read_vector(self, out: Any, names: Sequence[str], rows: Sequence[range], bar: tqdm) -> None:
+        parts = [
+            _as_float32(self._checkpoint.read_rows(name, part.start, part.stop)) for name, part in zip(names, rows)
+        ]
+        self.device.write(out, np.concatenate(parts))
         bar.update(sum(map(self._nbytes, names)))
 
-    def _read_matrix(self, out: LinearWeight, name: str, first_row: int, bar: tqdm) -> None:
-        rows, columns = self._shapes[name]
-        step = max(1, SLICE_ELEMENTS // columns)
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            part = self._checkpoint.read_rows(name, start, stop)
-            pack(out.data, view(self.device.from_numpy(part.array), part.dtype), first_row + start)
-            bar.update(self._nbytes(name) * (stop - start) // rows)
+    def _slices(self, name: str, rows: range, bar: tqdm) -> Iterator[tuple[int, int]]:
+        """Cuts `rows` of a matrix into (start, stop) of a convenient size; tells the bar when each is read."""
+        step = max(1, SLICE_ELEMENTS // self._shapes[name][1])
+        for start in range(rows.start, rows.stop, step):
+            stop = min(start + step, rows.stop)
+            yield start, stop
+            bar.update(self._nbytes(name) * (stop - start) // len(rows))
 
-    def _read_quantised(self, out: QuantisedWeight, name: str, first_row: int, bar: tqdm) -> None:
-        rows, columns = self._shapes[name]
+    def _read_matrix(self, out: LinearWeight, name: str, rows: range, columns: range, place: int, bar: tqdm) -> None:
+        """Read a part of a matrix to the rows of `out` from `place` on."""
+        for start, stop in self._slices(name, rows, bar):
+            part = self._checkpoint.read_rows(name, start, stop)
+            array = np.ascontiguousarray(part.array[:, columns.start : columns.stop])
+            pack(out.data, view(self.device.from_numpy(array), part.dtype), place + start - rows.start)
+
+    def _read_quantised(
+        self, out: QuantisedWeight, name: str, rows: range, columns: range, place: int, bar: tqdm
+    ) -> None:
+        """The same, to 4 or 8 bits: as the file has them, if it has this kind."""
         storage = self._checkpoint.storage(name)
-        step = max(1, SLICE_ELEMENTS // columns)
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
+        for start, stop in self._slices(name, rows, bar):
+            first_row = place + start - rows.start
             if KEPT.get(storage) == out.kind:
                 blocks = self._checkpoint.read_blocks(name, start, stop).view(np.uint16)
-                blocks = blocks.reshape(stop - start, columns // GROUP, BLOCK_HALFWORDS[storage])
-                pack_blocks(out, view(self.device.from_numpy(blocks), "uint16"), storage, first_row + start)
+                blocks = blocks.reshape(stop - start, -1, BLOCK_HALFWORDS[storage])
+                array = np.ascontiguousarray(blocks[:, columns.start // GROUP : columns.stop // GROUP])
+                pack_blocks(out, view(self.device.from_numpy(array), "uint16"), storage, first_row)
             else:
                 part = self._checkpoint.read_rows(name, start, stop)
-                values = self.device.from_numpy(np.ascontiguousarray(part.array))
-                pack_floats(out, view(values, part.dtype), first_row + start)
-            bar.update(self._nbytes(name) * (stop - start) // rows)
+                array = np.ascontiguousarray(part.array[:, columns.start : columns.stop])
+                pack_floats(out, view(self.device.from_numpy(array), part.dtype), first_row)
 
     def _nbytes(self, name: str) -> int:
-        """Bytes that a tensor takes in memory."""
+        """Bytes that this rank's part of a tensor takes in memory."""
         kind = self._kinds.get(name)
         bits = 8 * DTYPE_BYTES[self.dtype] if kind is None else BITS[kind]
-        return int(np.prod(self._checkpoint.shape(name)) * bits / 8)
+        share = self._shares.get(name, 1 / self.shard.ranks)
+        return int(np.prod(self._checkpoint.shape(name)) * bits / 8 * share)
 
     def _log_quantised(self) -> None:
         """One line for each way that tensors were quantised: from what to what, how many, which."""

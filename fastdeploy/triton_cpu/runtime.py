@@ -5,6 +5,7 @@
     plan.replay()                   # the whole list in one native call: about 0.2 us a launch instead of 12
 
 A plan keeps the addresses and numbers that it saw: change the contents of tensors between replays, not their places.
+Between launches it may have calls of Python functions (`call`), for what no kernel does: talking to other processes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ class _Recorded(ctypes.Structure):
     _fields_ = (("run", ctypes.c_void_p), ("arguments", ctypes.c_void_p), ("grid", ctypes.c_int * 4))
 
 
-class Plan:
-    """A recorded sequence of launches."""
+class _Launches:
+    """Recorded launches without a call between them: one native call replays them all."""
 
     def __init__(self) -> None:
         self._launches: list[tuple[int, Any, tuple[int, int, int], Any]] = []
@@ -44,8 +45,7 @@ class Plan:
                 (function, ctypes.create_string_buffer(arguments, max(len(arguments), 1)), grid, keep)
             )
 
-    def replay(self) -> None:
-        """Runs all launches in order; returns when the last has finished."""
+    def __call__(self) -> None:
         pool = thread_pool()
         if self._native is None:
             array = (_Recorded * len(self._launches))()
@@ -54,6 +54,30 @@ class Plan:
             # Never freed: a worker that wakes late may still look at its counters. A plan is about 50 KB.
             self._native = pool.plan_new(array, len(self._launches))
         pool.plan_replay(self._native)
+
+
+class Plan:
+    """A recorded sequence of launches and calls."""
+
+    def __init__(self) -> None:
+        self._parts: list[Callable[[], object]] = []
+
+    def __len__(self) -> int:
+        """The number of launches."""
+        return sum(len(part) for part in self._parts if isinstance(part, _Launches))
+
+    def add(self, function: int, arguments: bytes, grid: tuple[int, int, int], keep: Any) -> None:
+        if not self._parts or not isinstance(self._parts[-1], _Launches):
+            self._parts.append(_Launches())
+        self._parts[-1].add(function, arguments, grid, keep)  # type: ignore[attr-defined]
+
+    def call(self, function: Callable[[], object]) -> None:
+        self._parts.append(function)
+
+    def replay(self) -> None:
+        """Runs everything in order; returns when the last launch has finished."""
+        for part in self._parts:
+            part()
 
 
 _recording = threading.local()
@@ -80,11 +104,31 @@ def launch(function: int, arguments: bytes, grid: tuple[int, int, int], keep: An
         thread_pool().launch(function, arguments, *grid)
 
 
+def call(function: Callable[[], object]) -> None:
+    """Calls, or records, a function that works between launches; what it returns is dropped."""
+    plan = getattr(_recording, "plan", None)
+    if plan is not None:
+        plan.call(function)
+    else:
+        function()
+
+
+_processes_on_cores = 1
+
+
+def share_cores(processes: int) -> None:
+    """Use but this process's share of the cores, of which there are `processes`. Before the first kernel runs."""
+    global _processes_on_cores
+    _processes_on_cores = processes
+
+
 def num_threads() -> int:
-    """$FASTDEPLOY_NUM_THREADS, or as many as this process may use cores, by its affinity and its container's quota."""
+    """$FASTDEPLOY_NUM_THREADS, or as many as this process may use cores, by its affinity and its container's quota, and
+    what `share_cores` leaves it of them."""
     text = os.environ.get("FASTDEPLOY_NUM_THREADS")
     if not text:
-        return min(len(os.sched_getaffinity(0)), _quota(Path("/sys/fs/cgroup/cpu.max")))
+        cores = min(len(os.sched_getaffinity(0)), _quota(Path("/sys/fs/cgroup/cpu.max")))
+        return max(1, cores // _processes_on_cores)
     if not text.isdecimal() or not 1 <= int(text) <= 1024:
         raise ValueError(f"FASTDEPLOY_NUM_THREADS={text!r} is not a number from 1 to 1024")
     return int(text)

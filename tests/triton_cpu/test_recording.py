@@ -7,7 +7,7 @@ import pytest
 import triton
 import triton.language as tl
 
-from fastdeploy.triton_cpu.runtime import record
+from fastdeploy.triton_cpu.runtime import call, record
 
 from .arrays import Tensor, empty
 from .programs import table
@@ -37,6 +37,23 @@ def test_recorded_launches_run_in_order_and_only_when_replayed():
     x.stored[:] = 0  # new contents, same place
     plan.replay()
     np.testing.assert_array_equal(x.stored, np.where(np.arange(64) < 32, 34, 17))
+
+
+def test_calls_are_made_in_their_place_between_launches():
+    x = Tensor(np.ones(16, np.int64))
+    seen = []
+    with record() as plan:
+        call(lambda: seen.append(x.stored[0]))
+        affine_kernel[(1,)](x, 3, 0, 16)
+        call(lambda: seen.append(x.stored[0]))
+        affine_kernel[(1,)](x, 1, 1, 16)
+        affine_kernel[(1,)](x, 2, 0, 16)
+    assert seen == [] and len(plan) == 3
+    plan.replay()
+    plan.replay()
+    assert seen == [1, 3, 8, 24] and (x.stored == 50).all()
+    call(lambda: seen.append("at once"))
+    assert seen[-1] == "at once"
 
 
 def test_launches_after_the_recording_run_at_once():

@@ -1,0 +1,154 @@
+"""Ranks as processes: the same tokens as one, and nobody left behind when something dies."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastdeploy import LLM, SamplingParams
+from fastdeploy.engine import parallel
+from fastdeploy.engine.parallel import Leader, RankFailed, uninterrupted
+from tests.models.test_families import STORED, TOLERANCE, certain, chosen, greedy, open_llm
+from tests.references.families import CASES, prompts
+
+PROMPT = [3, 1, 4, 1, 5]
+LONG = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
+PATIENCE = 40  # seconds within which everybody has to have ended
+
+
+@pytest.fixture
+def llm(tmp_path: Path) -> Iterator[LLM]:
+    with open_llm(tmp_path, CASES["llama"], dtype="float32", tensor_parallel_size=2) as llm:
+        yield llm
+
+
+def ranks_of(llm: LLM) -> dict[int, int]:
+    """The process ids of the other ranks."""
+    assert llm._leader is not None
+    return {rank: process.pid for rank, process in llm._leader.processes.items()}
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_ended(pids: list[int]) -> None:
+    end = time.monotonic() + PATIENCE
+    while any(map(is_running, pids)):
+        assert time.monotonic() < end, f"still running: {list(filter(is_running, pids))}"
+        time.sleep(0.05)
+
+
+def check(llm: LLM, name: str) -> None:
+    """The references of transformers, as test_families.py asks for them of one rank."""
+    for reference, output in zip(STORED[name], greedy(llm, prompts(CASES[name])), strict=True):
+        count = certain(reference)
+        assert output.outputs.token_ids[:count] == reference["token_ids"][:count]
+        found = chosen(output.prompt_logprobs[1:]) + chosen(output.outputs.logprobs[:count])
+        np.testing.assert_allclose(found, reference["prompt_logprobs"] + reference["logprobs"][:count], atol=TOLERANCE)
+
+
+def test_two_models_of_two_ranks_each_answer_side_by_side(tmp_path: Path) -> None:
+    names = ("llama", "qwen3")
+    llms = []
+    for name in names:
+        (tmp_path / name).mkdir()
+        llms.append(open_llm(tmp_path / name, CASES[name], dtype="float32", tensor_parallel_size=2))
+    pids = [pid for llm in llms for pid in ranks_of(llm).values()]
+    assert len(set(pids)) == 2 and all(map(is_running, pids))
+    with llms[0], llms[1]:
+        begun = llms[0].generate(PROMPT, LONG, stream=True)  # the first one is in the middle of something
+        next(begun)
+        check(llms[1], names[1])
+        check(llms[0], names[0])
+        assert len(list(begun)[-1].outputs.token_ids) == 50
+    wait_until_ended(pids)
+
+
+def test_a_rank_that_is_killed_ends_the_call_with_its_name_and_cause(llm: LLM) -> None:
+    (pid,) = ranks_of(llm).values()
+    stream = llm.generate(PROMPT, LONG, stream=True)
+    next(stream)
+    os.kill(pid, signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(RankFailed, match=rf"rank 1 \(process {pid}\) was killed by SIGKILL"):
+        list(stream)
+    assert time.monotonic() - started < PATIENCE
+    wait_until_ended([pid])
+    with pytest.raises(RankFailed, match="SIGKILL"):  # the same cause ever after
+        llm.generate(PROMPT, LONG, use_tqdm=False)
+
+
+def test_a_rank_that_fails_to_load_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    class Sabotaged(Leader):
+        """The other rank doesn't find the model."""
+
+        def __init__(self, config) -> None:
+            super().__init__(dataclasses.replace(config, model=str(tmp_path / "elsewhere.gguf")))
+            started.extend(process.pid for process in self.processes.values())
+
+    monkeypatch.setattr(parallel, "Leader", Sabotaged)
+    with pytest.raises(RankFailed, match=r"rank 1: FileNotFoundError: .*elsewhere\.gguf"):
+        open_llm(tmp_path, CASES["llama"], dtype="float32", tensor_parallel_size=2)
+    assert len(started) == 1
+    wait_until_ended(started)
+
+
+def test_sizes_that_cannot_be_divided_are_an_error_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "Leader", None)  # would be called to start something
+    with pytest.raises(ValueError, match=r"tensor_parallel_size=4: 6 query heads"):
+        open_llm(tmp_path, CASES["llama"], dtype="float32", tensor_parallel_size=4)
+
+
+def test_ranks_end_when_the_caller_is_killed(tmp_path: Path) -> None:
+    script = f"""
+from pathlib import Path
+from tests.engine.test_parallel import *
+llm = open_llm(Path({str(tmp_path)!r}), CASES["llama"], dtype="float32", tensor_parallel_size=2)
+print(*ranks_of(llm).values(), flush=True)
+while True:
+    llm.generate(PROMPT, LONG, use_tqdm=False)
+"""
+    caller = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert caller.stdout is not None
+    (pid,) = map(int, caller.stdout.readline().split())
+    time.sleep(1)  # in the middle of a call, most likely
+    caller.kill()
+    caller.communicate()
+    wait_until_ended([pid])
+
+
+def test_ctrl_c_leaves_all_ranks_in_step(llm: LLM) -> None:
+    expected = llm.generate(PROMPT, LONG, use_tqdm=False)[0].outputs.token_ids
+    for delay in (0.02, 0.05, 0.11):
+        timer = threading.Timer(delay, signal.raise_signal, [signal.SIGINT])
+        with pytest.raises(KeyboardInterrupt):
+            timer.start()
+            while True:
+                llm.generate(PROMPT, LONG, use_tqdm=False)
+        assert llm.generate(PROMPT, LONG, use_tqdm=False)[0].outputs.token_ids == expected
+
+
+def test_an_interrupt_waits_for_the_end_of_the_block() -> None:
+    reached = False
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        reached = True
+    assert reached
+    with uninterrupted():  # and none is left over
+        pass

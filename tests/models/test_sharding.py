@@ -1,0 +1,131 @@
+"""A model divided among ranks computes what it does whole. Ranks are threads here, processes in test_parallel.py."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fastdeploy.device import open_device
+from fastdeploy.kernels.launch import TensorView
+from fastdeploy.models import load_model
+from fastdeploy.models.sharding import Shard, check_divisible
+from tests.models.test_decoder import Steps, random_ids
+from tests.models.tiny import BIASED, GROUPED, INTERLEAVED, QWEN3, TIED, UNTIED, checkpoint, random_tensors
+
+
+class Exchange:
+    """What the threads that play ranks share. One computes at a time: the kernels' thread pool has room for one."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.computing = threading.Lock()
+        self.meeting = threading.Barrier(size, timeout=60)
+        self.given: list[np.ndarray] = [np.empty(0)] * size
+
+
+class ThreadGroup:
+    """Stands in for `device.Group`."""
+
+    def __init__(self, exchange: Exchange, rank: int) -> None:
+        self.exchange, self.rank, self.size = exchange, rank, exchange.size
+
+    def all_gather(self, out: TensorView, x: TensorView) -> None:
+        exchange = self.exchange
+        exchange.given[self.rank] = array(x).copy()
+        exchange.computing.release()
+        exchange.meeting.wait()
+        exchange.computing.acquire()
+        array(out)[...] = np.stack(exchange.given)
+        exchange.computing.release()
+        exchange.meeting.wait()  # nobody gives anything new before all have read
+        exchange.computing.acquire()
+
+
+def array(tensor: TensorView) -> np.ndarray:
+    """The float32 elements of a view, no copy."""
+    assert tensor.dtype == "float32" and tensor.contiguous
+    memory = (ctypes.c_float * (tensor.nbytes // 4)).from_address(tensor.pointer)
+    return np.ctypeslib.as_array(memory).reshape(tensor.shape)
+
+
+def divided_logits(config, ranks: int, ids: list[int], quantization: str | None = None) -> list[np.ndarray]:
+    """What each rank has for the logits of a prompt and, after it, of a decode."""
+    tensors, exchange = random_tensors(config), Exchange(ranks)
+
+    def run(rank: int) -> np.ndarray:
+        with exchange.computing:
+            group = ThreadGroup(exchange, rank)
+            model = load_model(
+                checkpoint(config, tensors), open_device(), "float32", 512, quantization, progress=False, group=group
+            )
+            steps = Steps(model)
+            return np.concatenate([steps.run((0, 0, ids[:-1])), steps.run((0, len(ids) - 1, ids[-1:]))])
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(run, range(ranks)))
+
+
+def whole_logits(config, ids: list[int], quantization: str | None = None) -> np.ndarray:
+    model = load_model(
+        checkpoint(config, random_tensors(config)), open_device(), "float32", 512, quantization, progress=False
+    )
+    steps = Steps(model)
+    return np.concatenate([steps.run((0, 0, ids[:-1])), steps.run((0, len(ids) - 1, ids[-1:]))])
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks"),
+    [
+        (TIED, 2),  # an odd vocabulary: the last rank's share is smaller
+        (replace(UNTIED, intermediate_size=51), 3),
+        (replace(BIASED, intermediate_size=54), 3),
+        (INTERLEAVED, 2),  # one KV head, which both ranks hold
+        (replace(TIED, num_heads=8, num_kv_heads=2), 4),  # ranks 0 and 1 hold the first KV head, 2 and 3 the second
+        (QWEN3, 2),
+    ],
+)
+def test_ranks_have_the_logits_of_one(config, ranks):
+    ids = random_ids(40)
+    expected = whole_logits(config, ids)
+    found = divided_logits(config, ranks, ids)
+    for logits in found:
+        np.testing.assert_array_equal(logits, found[0])  # all ranks the same bits
+    assert np.abs(found[0] - expected).max() < 3e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("quantization", ["wint8", "wint4"])
+def test_quantised_weights_are_divided_between_their_groups(quantization):
+    """Input features in shares of whole groups of 32, so that each rank has the very values of the whole."""
+    config, ids = replace(GROUPED, num_heads=4, num_kv_heads=2, intermediate_size=128), random_ids(20)
+    expected = whole_logits(config, ids, quantization)
+    found = divided_logits(config, 2, ids, quantization)
+    assert np.abs(found[0] - expected).max() < 3e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("ranks", range(1, 7))
+@pytest.mark.parametrize("count", [12, 60])
+def test_shares_are_complete_and_apart(ranks, count):
+    shards = [Shard(rank, ranks) for rank in range(ranks)]
+    if count % ranks == 0:
+        assert [i for shard in shards for i in shard.of(count)] == list(range(count))
+    for size in (1, 131, 132):
+        assert [i for shard in shards for i in shard.of_vocabulary(size)] == list(range(size))
+        assert all(len(shard.of_vocabulary(size)) <= shard.vocabulary_width(size) for shard in shards)
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks", "complaint"),
+    [
+        (UNTIED, 2, "9 query heads and 3 KV heads .* takes 1$"),  # nor can 52 intermediate features be in thirds
+        (TIED, 4, "6 query heads .* takes 1, 2$"),
+        (replace(TIED, intermediate_size=53), 2, "53 intermediate features"),
+    ],
+)
+def test_what_cannot_be_divided_is_an_error_that_says_what_can(config, ranks, complaint):
+    with pytest.raises(ValueError, match=f"tensor_parallel_size={ranks}: {complaint}"):
+        check_divisible(config, ranks)
