@@ -11,7 +11,7 @@
 
 Tiles. The rows of a query tile are the (token, query head) pairs that share a KV head: row r is token r // group, head
 r % group, so that keys and values are read once for the whole group, whatever its size. A tile of keys is part of one
-block. Tiles of keys that no row may see are never visited; only those that some row may not see are masked.
+block. Tiles of keys that no row may see are never visited; only those that some row may not see need a mask.
 
                keys ->  | split 0: 256 keys     | split 1             | ...
     rows of tokens  . . . . . . . . . . . . . . . . . . \\               \\ = the causal edge
@@ -162,14 +162,16 @@ def _offset(pointer, count):
 def _attend_split(
     q, k_cache, v_cache, k_scales, v_scales, block_table, kv_head, position, first, seen_by_all, end, log2_scale,
     KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
+    ONE_LOOP: tl.constexpr,
 ):  # fmt: skip
     """The state of the keys from `first` to the end of their split, or to `end` if that comes first.
 
     q: [rows, DIM]; position: [rows], a row sees keys up to it; seen_by_all: the number of keys that every row sees.
+    ONE_LOOP: mask every tile, needed or not. On a CPU that is no slower, and half the code to compile.
     """
     sums, peak, total = _empty_state(q.shape[0], q.shape[1])
     end_of_split = tl.minimum(first + SPLIT, end)
-    unmasked = tl.minimum(tl.maximum(seen_by_all // TILE * TILE, first), end_of_split)
+    unmasked = first if ONE_LOOP else tl.minimum(tl.maximum(seen_by_all // TILE * TILE, first), end_of_split)
     for key in range(first, unmasked, TILE):
         block = (tl.load(block_table + key // BLOCK_SIZE).to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE
         sums, peak, total = _add_keys(
@@ -238,7 +240,8 @@ def _attention_kernel(
     out, qkv, k_cache, v_cache, k_scales, v_scales, cu_seqlens, context_lens, block_tables,
     num_decodes, num_seqs, max_blocks, log2_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, BLOCK_M: tl.constexpr, DECODE: tl.constexpr,
+    TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, ONE_LOOP: tl.constexpr, BLOCK_M: tl.constexpr,
+    DECODE: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one KV head, over all its splits. DECODE: a tile is one sequence's only token."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -267,7 +270,7 @@ def _attention_kernel(
         for first in range(0, end, SPLIT):
             more_sums, more_peak, more_total = _attend_split(
                 q, k_cache, v_cache, k_scales, v_scales, block_table, kv_head, position, first, seen_by_all, end,
-                log2_scale, KV_HEADS, D, BLOCK_SIZE, TILE, SPLIT,
+                log2_scale, KV_HEADS, D, BLOCK_SIZE, TILE, SPLIT, ONE_LOOP,
             )  # fmt: skip
             sums, peak, total = _merge(sums, peak, total, more_sums, more_peak, more_total)
         _store_attended(out, sums, total, first_token * GROUP + row, real, kv_head, HEADS, KV_HEADS, D, DIM)
@@ -277,7 +280,7 @@ def _attention_kernel(
 def _split_kernel(
     partials, qkv, k_cache, v_cache, k_scales, v_scales, context_lens, block_tables, num_splits, max_blocks, log2_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, ONE_LOOP: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One split of one decode and KV head: its state to partials [decodes, H, num_splits, D + 2]."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -293,7 +296,7 @@ def _split_kernel(
         position = tl.full([BLOCK_M], 0, tl.int32) + (end - 1)
         sums, peak, total = _attend_split(
             q, k_cache, v_cache, k_scales, v_scales, block_tables + sequence.to(tl.int64) * max_blocks, kv_head,
-            position, split * SPLIT, end, end, log2_scale, KV_HEADS, D, BLOCK_SIZE, TILE, SPLIT,
+            position, split * SPLIT, end, end, log2_scale, KV_HEADS, D, BLOCK_SIZE, TILE, SPLIT, ONE_LOOP,
         )  # fmt: skip
         d = tl.arange(0, DIM)
         start = partials + ((sequence * HEADS + kv_head * GROUP + row).to(tl.int64) * num_splits + split) * (D + 2)
@@ -377,7 +380,7 @@ def paged_attention(
     here = target()
     common = {
         "HEADS": heads.num_heads, "KV_HEADS": heads.num_kv_heads, "D": heads.head_dim, "BLOCK_SIZE": cache.block_size,
-        "SPLIT": SPLIT, "OPERAND": operand_dtype(here, qkv),
+        "SPLIT": SPLIT, "OPERAND": operand_dtype(here, qkv), "ONE_LOOP": here.is_cpu,
     }  # fmt: skip
     log2_scale = scale * 1.4426950408889634  # exp(x) = 2^(x log2(e))
     max_blocks = batch.block_tables.shape[1]
@@ -419,7 +422,8 @@ def _launch_splits(
         raise ValueError(f"the workspace has {prod(workspace.shape)} elements; {splits} splits need {needed}")
     inputs = (*read, batch.context_lens, batch.block_tables, splits, batch.block_tables.shape[1])
     launch(_split_kernel, (splits, kv_heads, batch.num_decodes), workspace, *inputs, log2_scale, **constexprs)
-    merging = {name: value for name, value in constexprs.items() if name not in ("BLOCK_SIZE", "TILE", "OPERAND")}
+    walking = ("BLOCK_SIZE", "TILE", "OPERAND", "ONE_LOOP")
+    merging = {name: value for name, value in constexprs.items() if name not in walking}
     launch(_merge_kernel, (kv_heads, batch.num_decodes), out, workspace, batch.context_lens, splits, **merging)
 
 

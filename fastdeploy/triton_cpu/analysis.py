@@ -62,12 +62,15 @@ def is_lazy(op: Op) -> bool:
     return op.name in _LAZY or op.name.startswith(_LAZY_PREFIXES)
 
 
+_Root = tuple[Op, tuple[int, ...]]  # a user, and the shape it takes: the end of a loop has a nest for each shape
+
+
 class StoragePlan:
     """`value in plan` says whether a lazy operation's tensor is stored when it is reached."""
 
     def __init__(self, function: Function):
         self._stored: set[Value] = set()
-        self._roots: dict[Value, set[Op]] = {}  # the loop nests that evaluate a lazy value
+        self._roots: dict[Value, set[_Root]] = {}  # the loop nests that evaluate a lazy value
         self._escapes: dict[Value, bool] = {}  # evaluated from an inner block, so perhaps many times
         self._analyse(function.body)
 
@@ -86,15 +89,15 @@ class StoragePlan:
                         self._stored.add(value)
 
     def _find_roots(self, value: Value) -> None:
-        roots: set[Op] = set()
+        roots: set[_Root] = set()
         escapes = False
         for user in value.uses:
             escapes |= user.block is not value.block
             if not is_lazy(user) or not user.results[0].type.is_tensor:
-                roots.add(user)
+                roots.add((user, value.type.shape))
             for result in user.results if is_lazy(user) else []:
                 if result in self._stored or not result.type.is_tensor:
-                    roots.add(user)
+                    roots.add((user, value.type.shape))
                 else:
                     roots |= self._roots[result]
                     escapes |= self._escapes[result]
@@ -112,7 +115,7 @@ class StoragePlan:
     def _overwritten(self, value: Value, position: int) -> bool:
         """Is memory written between a load and its only root, or does the root write the same tensor shifted?"""
         for op in value.block.ops[position + 1 :]:
-            if op in self._roots[value]:
+            if any(root is op for root, _ in self._roots[value]):
                 return (
                     op.name in ("tt.store", "tt.atomic_rmw")
                     and (
@@ -132,7 +135,8 @@ def is_expensive(value: Value, plan: StoragePlan) -> bool:
         return False
     if op.name in _EXPENSIVE or (op.name.startswith("math.") and op.name not in _CHEAP_MATH):
         return True
-    return any(is_expensive(operand, plan) for operand in op.operands)
+    # What another block has made is stored there if it is expensive, because it escapes.
+    return any(operand.block is value.block and is_expensive(operand, plan) for operand in op.operands)
 
 
 def _shifted(source: Value, target: Value) -> bool:

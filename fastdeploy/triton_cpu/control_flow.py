@@ -11,6 +11,7 @@ evaluated into it, element by element. Two cases need care:
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,50 @@ def for_header(emitter: KernelEmitter, op: Op) -> str:
     emitter.storage[variable] = Scalar(name)
     kind = ("u" if op.text.startswith("scf.for unsigned") else "") + c.value_type(variable.type.element)
     return f"for ({kind} {name} = {lower}; {name} < ({kind}){upper}; {name} += {step})"
+
+
+def in_next_turn(emitter: KernelEmitter, pointers: Value, evaluate: Callable[[], str]) -> str | None:
+    """`evaluate()`, an address computed from `pointers`, as it will be in the next turn of the loop around: to prefetch
+    from. In the last turn it is that turn's own.
+
+    None unless it follows from the loop's variable by scalars alone: a block's number, looked up in a table, say.
+    """
+    loop = pointers.block.parent
+    scalars: set[Op] = set()
+    if loop is None or loop.name != "scf.for" or loop.text.startswith("scf.for unsigned"):
+        return None
+    body = loop.regions[0]
+    if not _follows_from_variable(emitter, pointers, body, scalars) or not scalars:
+        return None
+    here, upper, step = (emitter.scalar(v) for v in (body.arguments[0], *loop.operands[1:3]))
+    name, kind = emitter.name("next"), c.value_type(body.arguments[0].type.element)
+    emitter.line(f"const {kind} {name} = {upper} - {here} > {step} ? {here} + {step} : {here};")
+    kept = dict(emitter.storage)
+    emitter.storage[body.arguments[0]] = Scalar(name)
+    for op in body.ops:
+        if op in scalars:
+            emitter.op(op)
+    text = evaluate()
+    emitter.storage = kept
+    return text
+
+
+def _follows_from_variable(emitter: KernelEmitter, value: Value, body: Block, scalars: set[Op]) -> bool:
+    """Is `value` computed from the variable of the loop and what is known before it? Collects the loop's scalars."""
+    op = value.op
+    if op is None or op.block is not body:
+        return value not in body.arguments[1:]
+    if not is_lazy(op) or isinstance(emitter.storage.get(value), Array) or any(map(_writes, body.ops)):
+        return False
+    if not value.type.is_tensor:
+        scalars.add(op)
+    return all(_follows_from_variable(emitter, operand, body, scalars) for operand in op.operands)
+
+
+def _writes(op: Op) -> bool:
+    return op.name.startswith(("tt.store", "tt.atomic", "tt.call")) or any(
+        _writes(inner) for region in op.regions for inner in region.ops
+    )
 
 
 def _ends_in_yield(block: Block) -> bool:

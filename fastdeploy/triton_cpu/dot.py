@@ -19,12 +19,16 @@ array of floats first, which pays when many blocks of rows use it (prefill).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from . import control_flow
 from . import expressions as c
 from .analysis import stride
-from .loops import Array, Index, LoopNest, Term
+from .loops import ZERO, Array, Index, LoopNest, Term
 from .ttir import Op, Type, Value
+from .vectors import PREFETCH_BYTES, Vectors, attempt, is_splat
 
 if TYPE_CHECKING:
     from .emitter import KernelEmitter
@@ -35,8 +39,6 @@ _WIDENING = ("arith.extf", "arith.sitofp")
 # Up to so many blocks of rows convert `b` again rather than share an array. At 2 blocks (M = 16, K = N = 2048, bf16)
 # the array costs a third: 62 against 95 GFLOP/s on one core.
 FEW_BLOCKS = 4
-# Bytes ahead of the row being read, one prefetch per cache line.
-PREFETCH_BYTES = 4096
 
 
 def emit_dot(emitter: KernelEmitter, op: Op) -> None:
@@ -56,8 +58,12 @@ def emit_dot(emitter: KernelEmitter, op: Op) -> None:
         return
     left = _RowPointers.of(emitter, a) or _LocalRows(emitter, a)
     right = (None if many_blocks else _VectorRows.of(emitter, b)) or _LocalRows(emitter, b)
-    target = _accumulator(emitter, op)
-    _emit_blocks(emitter, op, left, right, target, (rows, columns))
+    target = emitter.destinations.get(op.result) or emitter.array(op.result.type, op.result.name)
+    blocks = functools.partial(_emit_blocks, emitter, op, left, right, target, (rows, columns))
+    if not (emitter.register_tiles and attempt(emitter, lambda: blocks(op.operands[2]))):
+        _accumulator(emitter, op, target)
+        blocks(None)
+    emitter.storage[op.result] = Array(target)
     _round(emitter, op.result.type, target)
 
 
@@ -76,14 +82,10 @@ def _block_size(emitter: KernelEmitter, type_: Type) -> tuple[int, int]:
     return min(m, max(1, registers // max(vectors, 1))), vectors
 
 
-def _accumulator(emitter: KernelEmitter, op: Op) -> str:
-    """The array that holds the initial accumulator and receives the result."""
-    initial, result = op.operands[2], op.result
-    name = emitter.destinations.get(result) or emitter.array(result.type, result.name)
-    if emitter.storage.get(initial) != Array(name):
-        emitter.materialise(initial, into=name)
-    emitter.storage[result] = Array(name)
-    return name
+def _accumulator(emitter: KernelEmitter, op: Op, name: str) -> None:
+    """The initial accumulator in the array that will receive the result."""
+    if emitter.storage.get(op.operands[2]) != Array(name):
+        emitter.materialise(op.operands[2], into=name)
 
 
 class _LocalRows:
@@ -127,23 +129,27 @@ class _RowPointers:
 
 
 class _VectorRows:
-    """`b`, read where it is: rows contiguous along n, converted to floats in registers."""
+    """`b`, read where it is: rows contiguous along n, converted to floats in registers. A mask is for whole rows."""
 
     def __init__(self, emitter: KernelEmitter, load: Op):
-        self.pointers, self.element_type = load.operands[0], load.result.type.element
+        self.pointers, self.element_type, self.mask = load.operands[0], load.result.type.element, load.operands[1:]
         self.step = stride(load.operands[0], 0, emitter.origins) if load.result.type.shape[0] > 1 else 0
         self.emitter = emitter
+        self.next = control_flow.in_next_turn(emitter, self.pointers, self._first)
 
     @classmethod
     def of(cls, emitter: KernelEmitter, value: Value) -> _VectorRows | None:
-        load = _plain_load(emitter, value)
-        if load is None or load.result.type.element not in _VECTOR_LOADS:
+        load = _plain_load(emitter, value, masked=True)
+        if load is None or load.result.type.element not in _VECTOR_LOADS or not all(map(is_splat, load.operands[1:])):
             return None
         contiguous = stride(load.operands[0], 1, emitter.origins) == 1
         return cls(emitter, load) if contiguous else None
 
     def prepare(self, emitter: KernelEmitter, rows: list[str]) -> None:
-        self.base = _address(emitter, self.pointers, (Term("0", 0), Term("0", 0)))
+        self.base = self._first()
+
+    def _first(self) -> str:
+        return _address(self.emitter, self.pointers, (Term("0", 0), Term("0", 0)))
 
     def _row(self, k: str) -> str:
         if self.step is not None:
@@ -151,34 +157,54 @@ class _VectorRows:
         return _address(self.emitter, self.pointers, (Term(k, 0), Term("0", 0)))
 
     def vector(self, k: str, column: str) -> str:
-        return f"{_VECTOR_LOADS[self.element_type]}({self._row(k)} + {column})"
+        text = f"{_VECTOR_LOADS[self.element_type]}({self._row(k)} + {column})"
+        if not self.mask:
+            return text
+        mask, *other = (_scalar(self.emitter, value, (Term(k, 0), ZERO)) for value in self.mask)
+        return f"{mask} ? {text} : vec_splat({other[0] if other else '0'})"
 
     def prefetch(self, k: str, column: str) -> str | None:
         if self.step is None:
             return None
+        # The next turn's tile may lie elsewhere (a KV cache in blocks). It is fetched into the second cache: the first
+        # has few places for lines under way. (Reading tiles of 8 KB in disorder: 15 GB/s instead of 10. Decode, 8
+        # sequences of 512 bf16 keys: 276 us a layer instead of 357.)
+        if self.next:
+            return f"__builtin_prefetch({self.next} + {self.step} * {k} + {column}, 0, 2);"
         return f"__builtin_prefetch((const char *)({self._row(k)} + {column}) + {PREFETCH_BYTES});"
 
 
-def _plain_load(emitter: KernelEmitter, value: Value) -> Op | None:
-    """The load behind `value`, if it is lazy, unmasked, and only widened since."""
+def _plain_load(emitter: KernelEmitter, value: Value, masked: bool = False) -> Op | None:
+    """The load behind `value`, if it is lazy, unmasked unless `masked`, and only widened since."""
     while value.op is not None and value.op.name in _WIDENING and value not in emitter.storage:
         value = value.op.operands[0]
     op = value.op
-    if op is None or op.name != "tt.load" or value in emitter.storage or len(op.operands) > 1:
+    if op is None or op.name != "tt.load" or value in emitter.storage or (len(op.operands) > 1 and not masked):
         return None
     return None if emitter.holds_addresses(op.operands[0]) else op
 
 
 def _address(emitter: KernelEmitter, pointers: Value, index: Index) -> str:
     """Evaluates a pointer at one index, writing the temporaries that it needs here and now."""
+    return _written(emitter, lambda nest: nest.address(pointers, index))
+
+
+def _scalar(emitter: KernelEmitter, value: Value, index: Index) -> str:
+    return _written(emitter, lambda nest: nest.evaluate(value, index))
+
+
+def _written(emitter: KernelEmitter, evaluate: Callable[[LoopNest], Term]) -> str:
     nest = LoopNest(emitter, (), [])
-    term = nest.address(pointers, index)
+    term = evaluate(nest)
     for text in nest.lines[0]:
         emitter.line(text)
     return term.text
 
 
-def _emit_blocks(emitter: KernelEmitter, op: Op, left, right, target: str, block: tuple[int, int]) -> None:  # type: ignore[no-untyped-def]
+def _emit_blocks(  # type: ignore[no-untyped-def]
+    emitter: KernelEmitter, op: Op, left, right, target: str, block: tuple[int, int], initial: Value | None
+) -> None:
+    """`initial`: what the sums begin with, evaluated in registers; None: what lies in the target."""
     (m, n), k_extent = op.result.type.shape, op.operands[0].type.shape[1]
     rows, vectors = block
     row, column, k = emitter.name("m"), emitter.name("n"), emitter.name("k")
@@ -192,9 +218,11 @@ def _emit_blocks(emitter: KernelEmitter, op: Op, left, right, target: str, block
         right.prepare(emitter, [])
         sums = [[f"sum{r}x{v}" for v in range(vectors)] for r in range(rows)]
         places = [[f"{target} + ({name}) * {n} + {col}" for col in columns] for name in row_names]
-        for r in range(rows):
-            for v in range(vectors):
-                emitter.line(f"vec {sums[r][v]} = vec_from_float({places[r][v]});")
+        begin = Vectors(emitter, [Term(name, 0) for name in row_names], [Term(f"({col})", 0) for col in columns], False)
+        for place in begin.places:
+            r, v = place.register  # type: ignore[misc]
+            first = begin.vector(initial, place) if initial else f"vec_from_float({places[r][v]})"
+            emitter.line(f"vec {sums[r][v]} = {first};")
         with emitter.braces(f"for (int {k} = 0; {k} < {k_extent}; {k}++)"):
             _emit_step(emitter, left, right, sums, columns, k)
         for r in range(rows):
@@ -223,7 +251,9 @@ def _emit_plain_dot(emitter: KernelEmitter, op: Op) -> None:
     if a.type.element == "i1" or a.type.element != b.type.element:
         raise emitter.unsupported(op, f"of {a.type.element} and {b.type.element}")
     left, right = emitter.as_array(a), emitter.as_array(b)
-    target = _accumulator(emitter, op)
+    target = emitter.destinations.get(op.result) or emitter.array(op.result.type, op.result.name)
+    _accumulator(emitter, op, target)
+    emitter.storage[op.result] = Array(target)
     kind = c.value_type(element)
     batches = batch[0] if batch else 1
     call = {"f64": "fused"}.get(element, "fusedf")

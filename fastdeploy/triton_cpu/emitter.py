@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from . import control_flow, dot, reductions, registers
+from . import control_flow, dot, reductions, registers, vectors
 from . import expressions as c
 from .analysis import StoragePlan, is_lazy, stride
 from .loops import Array, LoopNest, MovingPointers, Scalar, best_order, linear
@@ -47,6 +47,8 @@ class KernelEmitter:
 
     def __init__(self, function: Function, lanes: int, contract: bool = True, register_tiles: bool = True):
         self.function, self.lanes, self.contract, self.register_tiles = function, lanes, contract, register_tiles
+        # Vectors cost the C compiler a header of 0.1 s, which kernels with a tl.dot pay anyway.
+        self.vectors = register_tiles and _has_dot(function.body)
         self.plan = StoragePlan(function)
         self.storage: dict[Value, Scalar | Array | MovingPointers] = {}
         self.origins: dict[Value, Value] = {}  # loop-carried pointer tensors -> what they started as
@@ -122,10 +124,11 @@ class KernelEmitter:
         """Evaluates a tensor into a local array; returns its name."""
         type_ = value.type
         name = into or self.array(type_, value.name)
-        nest = LoopNest(self, type_.shape, best_order(self, [value], type_.shape))
-        element = nest.evaluate(value)
-        nest.put(f"{name}[{linear(type_.shape, nest.index).text}] = {element.text};")
-        nest.write()
+        if not (self.vectors and vectors.attempt(self, lambda: vectors.materialise(self, value, name))):
+            nest = LoopNest(self, type_.shape, best_order(self, [value], type_.shape))
+            element = nest.evaluate(value)
+            nest.put(f"{name}[{linear(type_.shape, nest.index).text}] = {element.text};")
+            nest.write()
         if into is None:
             self.storage[value] = Array(name)
         return name
@@ -346,6 +349,10 @@ class KernelEmitter:
             [*parameters, "int pid_x", "int pid_y", "int pid_z", "int num_x", "int num_y", "int num_z"]
         )
         return "\n".join([f"static {result} {c_function_name(self.function.name)}({signature}) {{", *self.lines, "}"])
+
+
+def _has_dot(block: Block) -> bool:
+    return any(op.name == "tt.dot" or any(map(_has_dot, op.regions)) for op in block.ops)
 
 
 def _quoted(op: Op) -> str:

@@ -187,10 +187,10 @@ _DIVISIONS = {"divsi": "divide", "remsi": "remainder", "divui": "udivide", "remu
 _CHOICES = {"maxsi": ">", "minsi": "<"}
 _CHOICES_UNSIGNED = {"maxui": ">", "minui": "<"}
 _FLOAT_CHOICES = {"maxnumf": "max_num", "minnumf": "min_num", "maximumf": "max_nan", "minimumf": "min_nan"}
-_COMPARE = {"eq": "==", "ne": "!=", "slt": "<", "sle": "<=", "sgt": ">", "sge": ">="}
+COMPARE = {"eq": "==", "ne": "!=", "slt": "<", "sle": "<=", "sgt": ">", "sge": ">="}
 _COMPARE_UNSIGNED = {"ult": "<", "ule": "<=", "ugt": ">", "uge": ">="}
 # C's comparisons are the ordered ones (false on NaN); "une" is C's !=, and the other unordered ones negate.
-_COMPARE_FLOAT = {
+COMPARE_FLOAT = {
     "oeq": "{0} == {1}",
     "ogt": "{0} > {1}",
     "oge": "{0} >= {1}",
@@ -286,11 +286,11 @@ def _comparison(op: Op, arguments: list[str], source: str) -> str:
     predicate = op.text.split()[1].rstrip(",")
     a, b = arguments
     if op.name == "arith.cmpf":
-        return f"({_COMPARE_FLOAT[predicate].format(a, b)})"
-    if predicate in _COMPARE:
+        return f"({COMPARE_FLOAT[predicate].format(a, b)})"
+    if predicate in COMPARE:
         if source == "i1" and predicate not in ("eq", "ne"):  # as signed numbers, true is -1
             a, b = f"-{a}", f"-{b}"
-        return f"({a} {_COMPARE[predicate]} {b})"
+        return f"({a} {COMPARE[predicate]} {b})"
     unsigned = "uint8_t" if source == "i1" else f"u{VALUE_TYPES[source]}"
     return f"(({unsigned}){a} {_COMPARE_UNSIGNED[predicate]} ({unsigned}){b})"
 

@@ -217,6 +217,47 @@ typedef int16_t halves __attribute__((vector_size(4 * LANES)));
 typedef uint8_t bytes __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 INLINE ivec ivec_splat(int32_t x) { return x - (ivec){0}; }
 INLINE int32_t four_bytes(const void *p) { int32_t word; memcpy(&word, p, 4); return word; }
+INLINE ivec ivec_lane_numbers(void) { ivec v; for (int i = 0; i < LANES; i++) v[i] = i; return v; }
+INLINE vec vec_select(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
+INLINE ivec ivec_select(ivec mask, ivec a, ivec b) { return (mask & a) | (~mask & b); }
+INLINE vec vec_exchanged(vec x, int bit) { /* lane i of the result is lane i ^ bit */
+#ifdef __clang__
+  vec v; for (int i = 0; i < LANES; i++) v[i] = x[i ^ bit]; return v;
+#else
+  return __builtin_shuffle(x, ivec_lane_numbers() ^ bit);
+#endif
+}
+/* The same numbers as max_numf, min_numf and fast_exp2 give, in every lane and bit. */
+INLINE vec vec_min_num(vec a, vec b) { return vec_select((ivec)(b < a) | (ivec)(a != a), b, a); }
+#if LANES == 16 && defined(__AVX512F__)
+INLINE vec vec_max_num(vec a, vec b) { /* the instruction gives its second operand where one is NaN */
+  __mmask16 nan = _mm512_cmp_ps_mask((__m512)a, (__m512)a, _CMP_UNORD_Q);
+  return (vec)_mm512_mask_mov_ps(_mm512_max_ps((__m512)b, (__m512)a), nan, (__m512)b);
+}
+INLINE vec vec_exp2(vec x) {
+  __m512 y = _mm512_min_ps(_mm512_set1_ps(129.f), _mm512_max_ps(_mm512_set1_ps(-151.f), (__m512)x));
+  __m512 n = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  vec r = (vec)y - (vec)n, p = vec_splat(1.535336188319500e-4f);
+#else
+INLINE vec vec_max_num(vec a, vec b) { return vec_select((ivec)(b > a) | (ivec)(a != a), b, a); }
+INLINE vec vec_exp2(vec x) {
+  vec y = vec_select((ivec)(x < -151.f), vec_splat(-151.f), x);
+  y = vec_select((ivec)(y > 129.f), vec_splat(129.f), y);
+  vec n = (y + 0x1.8p23f) - 0x1.8p23f, r = y - n, p = vec_splat(1.535336188319500e-4f); /* to the nearest, even */
+#endif
+  p = vec_fused(p, r, vec_splat(1.339887440266574e-3f));
+  p = vec_fused(p, r, vec_splat(9.618437357674640e-3f));
+  p = vec_fused(p, r, vec_splat(5.550332471162809e-2f));
+  p = vec_fused(p, r, vec_splat(2.402264791363012e-1f));
+  p = vec_fused(p, r, vec_splat(6.931472028550421e-1f));
+  p = vec_fused(p, r, vec_splat(1.f));
+#if LANES == 16 && defined(__AVX512F__)
+  return (vec)_mm512_scalef_ps((__m512)p, n);
+#else
+  ivec whole = __builtin_convertvector(n, ivec), half = whole >> 1;
+  return p * (vec)((half + 127) << 23) * (vec)((whole - half + 127) << 23);
+#endif
+}
 INLINE vec vec_from_ivec(ivec x) { return __builtin_convertvector(x, vec); }
 #if LANES == 16 && defined(__AVX512F__)
 INLINE ivec ivec_from_int8_t(const int8_t *p) { return (ivec)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)); }

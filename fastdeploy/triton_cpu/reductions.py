@@ -10,9 +10,11 @@ nothing else: not on the tile's other extents, the vector width or the C compile
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from . import expressions as c
+from . import vectors
 from .loops import Array, LoopNest, Scalar, Term, best_order, linear
 from .ttir import Op
 
@@ -109,6 +111,10 @@ def _declare_results(emitter: KernelEmitter, op: Op) -> list[str]:
 
 def _reduce_last_axis(emitter: KernelEmitter, op: Op, identity: str | None) -> None:
     results = _declare_results(emitter, op)
+    if identity is not None and emitter.vectors:
+        write = functools.partial(vectors.reduce_last_axis, emitter, op, identity, LANES_OF_A_SUM, results[0])
+        if vectors.attempt(emitter, write):
+            return
     lanes = _Lanes(emitter, op)
     nest = lanes.nest
     lines = lanes.start(identity) + lanes.steps(0 if identity is not None else lanes.count) + lanes.tree()

@@ -29,29 +29,23 @@ one FMA each, and the same additions are contracted. Loops that do not fit (`Not
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from copy import copy
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from . import control_flow
-from .analysis import is_lazy, splat_constant, uniform
-from .dot import PREFETCH_BYTES
-from .lanes import Lanes, Unknown, lanes
-from .loops import ZERO, Array, Index, LoopNest, Term, linear
+from .analysis import is_lazy, splat_constant
+from .lanes import Lanes
+from .loops import Array, LoopNest, Term, linear
 from .ttir import Op, Type, Value
+from .vectors import VECTOR_TYPES, NotATile, Place, Vectors, attempt, plus
 
 if TYPE_CHECKING:
     from .emitter import KernelEmitter
 
 MOST_VECTORS = 8  # of a row in a block
 LONGEST_RUN = 64  # bytes of k multiplied without a C loop around them
-
-
-class NotATile(Exception):
-    """Why a loop is left to the general path."""
 
 
 class _Sums(NamedTuple):
@@ -63,24 +57,9 @@ class _Sums(NamedTuple):
     result: Value
 
 
-class _Place(NamedTuple):
-    """A vector's place in a tile: its row, its first column, and which variable of the block it is, if it is one."""
-
-    row: Term
-    column: Term
-    register: tuple[int, int] | None = None
-
-
 def emit_loop(emitter: KernelEmitter, loop: Op) -> bool:
     """Writes an scf.for in registers. Where that is not possible it writes nothing and returns False."""
-    kept = ("lines", "depth", "names", "storage", "origins", "destinations", "copies")
-    before = {name: copy(getattr(emitter, name)) for name in kept}
-    try:
-        _emit(emitter, loop)
-    except NotATile:
-        vars(emitter).update(before)
-        return False
-    return True
+    return attempt(emitter, lambda: _emit(emitter, loop))
 
 
 def _emit(emitter: KernelEmitter, loop: Op) -> None:
@@ -98,19 +77,13 @@ def _emit(emitter: KernelEmitter, loop: Op) -> None:
             emitter.line(f"{row} = {row} < {m - rows} ? {row} : {m - rows};")
         block = _Block(
             emitter,
-            [_plus(row if m > rows else "0", r) for r in range(rows)],
-            [_plus(column if n > width else "0", v * emitter.lanes) for v in range(vectors)],
+            [plus(row if m > rows else "0", r) for r in range(rows)],
+            [plus(column if n > width else "0", v * emitter.lanes) for v in range(vectors)],
             read_once=m == rows,
         )
         _emit_block(block, loop, tiles, arrays)
     for tile, name in zip(tiles, arrays):
         emitter.storage[tile.result] = Array(name)
-
-
-def _plus(variable: str, number: int) -> Term:
-    if variable.isdigit():
-        return Term(str(int(variable) + number), 0)
-    return Term(f"({variable} + {number})" if number else variable, 0)
 
 
 def _carried_tiles(loop: Op) -> list[_Sums]:
@@ -190,7 +163,7 @@ def _emit_block(block: _Block, loop: Op, tiles: list[_Sums], arrays: list[str]) 
         for place in block.places:
             new = [block.vector(tile.new, place) for tile in tiles]
             if len(tiles) > 1:  # one may be another's old sums
-                kinds = [_VECTOR_TYPES[tile.new.type.element] for tile in tiles]
+                kinds = [VECTOR_TYPES[tile.new.type.element] for tile in tiles]
                 new = [block.constant(kind, text, "next") for kind, text in zip(kinds, new)]
             for tile, text in zip(tiles, new):
                 emitter.line(f"{block.vector(tile.argument, place)} = {text};")
@@ -198,173 +171,25 @@ def _emit_block(block: _Block, loop: Op, tiles: list[_Sums], arrays: list[str]) 
     for tile, name in zip(tiles, arrays):
         for place in block.places:
             where = linear(tile.result.type.shape, (place.row, place.column)).text
-            kind = _VECTOR_TYPES[tile.result.type.element]
+            kind = VECTOR_TYPES[tile.result.type.element]
             emitter.line(f"*({kind} *)({name} + {where}) = {block.vector(tile.argument, place)};")
 
 
-_VECTOR_TYPES = {"f32": "vec", "bf16": "vec", "f16": "vec", "i32": "ivec", "i8": "ivec"}
-_LOADS = {
-    "f32": "vec_from_float",
-    "bf16": "vec_from_bf16",
-    "f16": "vec_from_f16",
-    "i8": "ivec_from_int8_t",
-    "i32": "*(const ivec *)",
-}
-# Lane by lane, by operation and the element type of its operands. An i8 is held in 32 bits with its sign.
-_INFIX = {
-    "f32": {"addf": "+", "subf": "-", "mulf": "*", "divf": "/"},
-    "i32": {"addi": "+", "subi": "-", "muli": "*", "andi": "&", "ori": "|", "xori": "^", "shli": "<<", "shrsi": ">>"},
-    "i8": {"andi": "&", "ori": "|", "xori": "^", "shrsi": ">>"},
-}
-_LANEWISE = {
-    ("sitofp", "i32"): "vec_from_ivec({0})",
-    ("sitofp", "i8"): "vec_from_ivec({0})",
-    ("uitofp", "i8"): "vec_from_ivec({0} & 255)",
-    ("extsi", "i8"): "{0}",
-    ("extui", "i8"): "({0} & 255)",
-    ("trunci", "i32"): "({0} << 24 >> 24)",
-    ("shrui", "i8"): "(({0} & 255) >> {1})",
-    ("extf", "bf16"): "{0}",
-    ("extf", "f16"): "{0}",
-    ("fma", "f32"): "vec_fused({0}, {1}, {2})",
-}
 _BYTEWISE = {"andi": "&", "ori": "|", "xori": "^"}
 
 
-class _Block:
-    """Writes the expressions of a loop for ROWS x VECTORS places; `registers` are the tiles held in variables."""
-
-    def __init__(self, emitter: KernelEmitter, rows: list[Term], columns: list[Term], read_once: bool):
-        self.emitter, self.rows, self.columns, self.read_once = emitter, rows, columns, read_once
-        self.places = [_Place(row, column, (r, v)) for r, row in enumerate(rows) for v, column in enumerate(columns)]
-        self.registers: dict[Value, list[list[str]]] = {}
-        self.nest = LoopNest(emitter, (), [])  # evaluates scalars
-        self.memo: dict[tuple[Value, Term | None, Term], str] = {}
-
-    @contextmanager
-    def scope(self, opening: str) -> Iterator[None]:
-        """A C block: names made in it are forgotten at its end."""
-        memo, scalars = dict(self.memo), dict(self.nest.memo)
-        with self.emitter.braces(opening):
-            yield
-        self.memo, self.nest.memo = memo, scalars
+class _Block(Vectors):
+    """Writes the products of a loop for ROWS x VECTORS places, into variables."""
 
     def variables(self, initial: Value, hint: str) -> list[list[str]]:
         """A tile in variables that may change, with their first values."""
-        kind = _VECTOR_TYPES[initial.type.element]
+        kind = VECTOR_TYPES[initial.type.element]
         name = self.emitter.name(hint)
         names = [[f"{name}_{r}x{v}" for v in range(len(self.columns))] for r in range(len(self.rows))]
         for place in self.places:
             r, v = place.register  # type: ignore[misc]
             self.emitter.line(f"{kind} {names[r][v]} = {self.vector(initial, place)};")
         return names
-
-    def constant(self, kind: str, text: str, hint: str) -> str:
-        name = self.emitter.name(hint)
-        self.emitter.line(f"const {kind} {name} = {text};")
-        return name
-
-    # ---- scalars ------------------------------------------------------------------------------------------------
-    def scalar(self, value: Value, index: Index) -> str:
-        if self._reads_registers(value):
-            raise NotATile(f"{value} is computed from sums")
-        return self._written(self.nest.evaluate(value, index))
-
-    def address(self, pointers: Value, index: Index) -> str:
-        return self._written(self.nest.address(pointers, index))
-
-    def _written(self, term: Term) -> str:
-        for text in self.nest.lines[0]:
-            self.emitter.line(text)
-        self.nest.lines[0].clear()
-        return term.text
-
-    def _reads_registers(self, value: Value) -> bool:
-        if value in self.registers:
-            return True
-        if value in self.emitter.storage or value.op is None or not is_lazy(value.op):
-            return False
-        return any(self._reads_registers(operand) for operand in value.op.operands)
-
-    # ---- vectors of columns -------------------------------------------------------------------------------------
-    def vector(self, value: Value, place: _Place) -> str:
-        """A C expression, cheap to repeat, for the columns of `value` from a place on."""
-        if value in self.registers:
-            if place.register is None:
-                raise NotATile(f"sums are the right operand {value} of a product")
-            r, v = place.register
-            return self.registers[value][r][v]
-        kind = _VECTOR_TYPES.get(value.type.element)
-        if kind is None:
-            raise NotATile(f"vectors of {value.type.element}")
-        if self._is_splat(value):
-            index = (place.row, ZERO)[2 - len(value.type.shape) :]
-            return f"{kind}_splat({self.scalar(value, index)})"
-        key = (value, place.row if len(value.type.shape) == 2 and value.type.shape[0] > 1 else None, place.column)
-        if key not in self.memo:
-            self.memo[key] = self.constant(kind, self._vector(value, place), value.name)
-        return self.memo[key]
-
-    def _is_splat(self, value: Value) -> bool:
-        """Are all columns of a row equal by construction?"""
-        if value in self.registers:
-            return False
-        if uniform(value) or value.type.shape[-1] == 1:
-            return True
-        op = value.op
-        pointwise = op is not None and (op.name == "tt.broadcast" or op.name.startswith(("arith.", "math.")))
-        return pointwise and all(self._is_splat(operand) for operand in op.operands)  # type: ignore[union-attr]
-
-    def _vector(self, value: Value, place: _Place) -> str:
-        storage, op, element = self.emitter.storage.get(value), value.op, value.type.element
-        if isinstance(storage, Array) and element != "i8":
-            where = linear(value.type.shape, (place.row, place.column)[2 - len(value.type.shape) :]).text
-            return f"*(const {_VECTOR_TYPES[element]} *)({storage.name} + {where})"
-        if op is None or storage is not None:
-            raise NotATile(f"{value} lies in an array of {element}")
-        if op.name == "tt.broadcast" or (op.name == "tt.expand_dims" and op.attribute("axis") == 0):
-            flat = op.operands[0].type.shape[0] == 1 and len(op.operands[0].type.shape) == 2
-            return self.vector(op.operands[0], place._replace(row=ZERO) if flat else place)
-        if op.name == "tt.load":
-            return self._load(op, place)
-        if fused := self.emitter.contraction(op):
-            return fused.text("vec_fused", *[self.vector(v, place) for v in fused.values])
-        return self._lanewise(op, place)
-
-    def _lanewise(self, op: Op, place: _Place) -> str:
-        name = op.name.partition(".")[2]
-        source, target = (op.operands or op.results)[0].type.element, op.result.type.element
-        sign = _INFIX.get(source, {}).get(name)
-        form = f"({{0}} {sign} {{1}})" if sign else _LANEWISE.get((name, source))
-        if form is None or target not in ("f32", "i32", "i8") or not op.name.startswith(("arith.", "math.fma")):
-            raise NotATile(f"{op.name} of {source}")
-        return form.format(*[self.vector(operand, place) for operand in op.operands])
-
-    def _load(self, op: Op, place: _Place) -> str:
-        element, shape = op.result.type.element, op.result.type.shape
-        count = self.emitter.lanes
-        row, column = Lanes(1, np.zeros(count, np.int64)), Lanes(count, np.arange(count))
-        self._expect_consecutive(op, (row, column)[2 - len(shape) :])
-        address = self.address(op.operands[0], (place.row, place.column)[2 - len(shape) :])
-        line_ends = self.columns.index(place.column) * count * _SIZES[element] % 64 == 0
-        if len(shape) == 2 and place.register is None and line_ends:
-            self._prefetch(address)
-        return f"{_LOADS[element]}({address})"
-
-    def _prefetch(self, address: str) -> None:
-        if self.read_once:
-            self.emitter.line(f"__builtin_prefetch((const char *)({address}) + {PREFETCH_BYTES});")
-
-    def _expect_consecutive(self, load: Op, index: tuple[Lanes, ...]) -> None:
-        """Raises NotATile unless the lanes of an unmasked load follow each other in memory, wherever the block is."""
-        if load.name != "tt.load" or len(load.operands) > 1:
-            raise NotATile(f"{load.text} is no plain load")
-        try:
-            if lanes(load.operands[0], index, self.emitter.origins).consecutive:
-                return
-        except Unknown as unknown:
-            raise NotATile(f"{load.text}: {unknown}") from None
-        raise NotATile(f"{load.text}: lanes are not neighbours")
 
     # ---- products -----------------------------------------------------------------------------------------------
     def dot(self, op: Op) -> None:
@@ -384,8 +209,8 @@ class _Block:
         name, step = self.emitter.name("k"), min(4, a.type.shape[1])
         copied = None if self._is_cheap(a) else self._copy_of_rows(a)
         with self.scope(f"for (int {name} = 0; {name} < {a.type.shape[1]}; {name} += {step})"):
-            for k in (_plus(name, number) for number in range(step)):
-                right = [self.vector(b, _Place(k, column)) for column in self.columns]
+            for k in (plus(name, number) for number in range(step)):
+                right = [self.vector(b, Place(k, column)) for column in self.columns]
                 for r, (row, of_row) in enumerate(zip(self.rows, sums)):
                     element = f"{copied}[{r * a.type.shape[1]} + {k.text}]" if copied else self.scalar(a, (row, k))
                     left = self.constant("vec", f"vec_splat({element})", "left")
@@ -420,7 +245,7 @@ class _Block:
             self.emitter.line(f"ivec {' = {0}, '.join(columns)} = {{0}};")
         loop = self.scope(f"for (int {name} = 0; {name} < {extent}; {name} += {run})")
         with loop if extent > run else nullcontext():  # without a loop, the next dot finds the bytes loaded here
-            for k in (_plus(name if extent > run else "0", number) for number in range(0, run, 4)):
+            for k in (plus(name if extent > run else "0", number) for number in range(0, run, 4)):
                 right = [self._quads(b, k, column) for column in self.columns]
                 for total, factor in zip(columns, right if not unsigned else []):
                     self.emitter.line(f"{total} = add_dot4({total}, {flip}, {factor});")
@@ -435,6 +260,11 @@ class _Block:
                 for total, column in zip(of_row, columns):
                     self.emitter.line(f"{total} -= {column};")
 
+    def _expect_plain(self, load: Op, index: tuple[Lanes, ...]) -> None:
+        if len(load.operands) > 1:
+            raise NotATile(f"{load.text} has a mask")
+        self.expect_consecutive(load, index)
+
     def _four(self, value: Value, row: Term, k: Term) -> str:
         """The bytes k to k + 3 of a row as one word."""
         op = value.op
@@ -443,7 +273,7 @@ class _Block:
         sign = _BYTEWISE.get(op.name.removeprefix("arith."))
         if sign and (constant := splat_constant(op.operands[1])) is not None:
             return f"({self._four(op.operands[0], row, k)} {sign} {_repeated(constant)})"
-        self._expect_consecutive(op, (Lanes(1, np.zeros(4, np.int64)), Lanes(4, np.arange(4))))
+        self._expect_plain(op, (Lanes(1, np.zeros(4, np.int64)), Lanes(4, np.arange(4))))
         return f"four_bytes({self.address(op.operands[0], (row, k))})"
 
     def _quads(self, value: Value, k: Term, column: Term) -> str:
@@ -463,13 +293,10 @@ class _Block:
             source = self._quads(op.operands[0], k, column)
             return f"{source} >> {constant}" if name == "shrui" else f"{source} {_BYTEWISE[name]} {constant & 255}"
         lane = np.arange(4 * count)
-        self._expect_consecutive(op, (Lanes(4, lane % 4), Lanes(count, lane // 4)))
+        self._expect_plain(op, (Lanes(4, lane % 4), Lanes(count, lane // 4)))
         address = self.address(op.operands[0], (k, column))
-        self._prefetch(address)
+        self.prefetch(address)
         return f"*(const bytes *)({address})"
-
-
-_SIZES = {"f32": 4, "i32": 4, "bf16": 2, "f16": 2, "i8": 1}
 
 
 def _repeated(byte: int) -> str:

@@ -1,9 +1,14 @@
 """tl.dot: right for every type, shape and kind of operand, and the same bits however it is tiled."""
 
+import ctypes
+import mmap
+
 import numpy as np
 import pytest
 import triton
 import triton.language as tl
+
+from fastdeploy.kernels.launch import view
 
 from .arrays import FP8, Tensor, empty, rounded
 
@@ -269,3 +274,30 @@ def test_an_operand_whose_memory_is_overwritten_before_the_product(rng):
     overwritten_operand_kernel[(1,)](x, w, 32)
     np.testing.assert_array_equal(w.stored, a)
     np.testing.assert_allclose(x.stored, a.astype(float) @ b.astype(float), rtol=1e-5, atol=1e-5)
+
+
+@triton.jit
+def paged_kernel(a_ptr, b_ptr, table_ptr, out_ptr, count, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    a = tl.load(a_ptr + m[:, None] * K + k[None, :])
+    largest = tl.full((M,), float("-inf"), tl.float32)
+    for i in range(0, count, 2):
+        block = tl.load(table_ptr + i // 2).to(tl.int64) * K * N
+        b = tl.load(b_ptr + block + k[:, None] * N + n[None, :])
+        largest = tl.maximum(largest, tl.max(tl.dot(a, b), 1))
+    tl.store(out_ptr + m, largest)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_tiles_named_by_a_table_that_ends_where_memory_does(count, rng):
+    """The next turn's tile is fetched ahead: in the last turn there is none, and the table must not be read."""
+    memory = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+    table = np.frombuffer(memory, np.int32, count, offset=mmap.PAGESIZE - 4 * count)
+    table[:] = rng.permutation(count)
+    protect = ctypes.CDLL(None).mprotect
+    protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    assert protect(table.ctypes.data + 4 * count, mmap.PAGESIZE, 0) == 0
+    a, b = rng.standard_normal((4, 32), dtype=np.float32), rng.standard_normal((count, 32, 64), dtype=np.float32)
+    out = empty((4,))
+    paged_kernel[(1,)](Tensor(a), Tensor(b), view(table), out, 2 * count - 1, 4, 64, 32)
+    np.testing.assert_allclose(out.stored, (a @ b).max((0, 2)), rtol=1e-5)

@@ -1,0 +1,72 @@
+"""Expressions and reductions around tl.dot as C vectors: against the general path, bit by bit, and against NumPy."""
+
+import numpy as np
+import pytest
+import triton
+import triton.language as tl
+
+from .arrays import Tensor, empty, rounded
+
+
+@triton.jit
+def attend_kernel(
+    a_ptr, b_ptr, v_ptr, limit_ptr, peak_ptr, total_ptr, least_ptr, out_ptr, scale, keys,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    m, n, k, d = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K), tl.arange(0, D)
+    scores = tl.dot(tl.load(a_ptr + m[:, None] * K + k[None, :]), tl.load(b_ptr + k[:, None] * N + n[None, :]))
+    seen = (n[None, :] <= tl.load(limit_ptr + m)[:, None]) & (n[None, :] + 1 != 4)
+    scores = tl.where(seen, scores, float("-inf"))
+    peak = tl.max(scores, 1)
+    weights = tl.exp2((scores - tl.where(peak == float("-inf"), 0.0, peak)[:, None]) * scale)
+    v = tl.load(v_ptr + n[:, None] * D + d[None, :], mask=(n < keys)[:, None], other=0.5)
+    start = -peak[:, None] + tl.zeros((M, D), tl.float32)
+    tl.store(peak_ptr + m, peak)
+    tl.store(total_ptr + m, tl.sum(weights, 1))
+    tl.store(least_ptr + m, tl.sum(tl.minimum(weights, 0.25), 1))
+    tl.store(out_ptr + m[:, None] * D + d[None, :], tl.dot(weights, v.to(tl.float32), start))
+
+
+def attend(rng, shape, dtype, keys, special=()):
+    """peak, total, least and out, with vectors and without; and the inputs."""
+    m, n, k, d = shape
+    a, b = rng.standard_normal((m, k), dtype=np.float32), rng.standard_normal((k, n), dtype=np.float32)
+    b[0, : len(special)] = special
+    v, limits = rng.standard_normal((n, d)), rng.integers(-1, n, m, np.int32)
+    found = []
+    for register_tiles in (True, False):
+        outs = [empty((m,)), empty((m,)), empty((m,)), empty((m, d))]
+        compiled = attend_kernel[(1,)](
+            Tensor(a), Tensor(b), Tensor(v, dtype), Tensor(limits), *outs, 0.7, keys, m, n, k, d,
+            register_tiles=register_tiles,
+        )  # fmt: skip
+        assert ("vec_exp2(" in compiled.asm["c"].split("run_programs")[0].split("kernel_attend")[-1]) == register_tiles
+        found.append([out.stored for out in outs])
+    return *found, (a, b, rounded(v, dtype), limits)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_softmax_between_two_dots(seed):
+    rng = np.random.default_rng(seed)
+    m, n, k, d = (1 << int(rng.integers(low, high)) for low, high in ((0, 6), (4, 8), (0, 6), (4, 8)))
+    dtype, keys = ("float32", "bfloat16", "float16")[seed % 3], int(rng.integers(0, n + 1))
+    fast, general, (a, b, v, limits) = attend(rng, (m, n, k, d), dtype, keys)
+    for one, other in zip(fast, general, strict=True):
+        assert one.tobytes() == other.tobytes()
+    columns = np.arange(n)[None]
+    scores = np.where((columns <= limits[:, None]) & (columns != 3), a.astype(float) @ b, -np.inf)
+    peak = scores.max(1)
+    weights = 2.0 ** ((scores - np.where(np.isinf(peak), 0, peak)[:, None]) * 0.7)
+    v = np.where(np.arange(n)[:, None] < keys, v, 0.5)
+    expected = peak, weights.sum(1), np.minimum(weights, 0.25).sum(1), weights @ v - peak[:, None]
+    for found, exact in zip(fast, expected, strict=True):
+        np.testing.assert_allclose(found, exact, rtol=2e-5, atol=2e-5)
+
+
+def test_infinities_nan_and_huge_exponents_are_those_of_the_general_path(rng):
+    special = [np.inf, np.nan, -np.inf, 3e38, 0.0, -0.0, 1e-45, 300.0, -300.0, 214.3, -213.1]
+    for _ in range(3):
+        fast, general, _ = attend(rng, (16, 32, 1, 16), "float32", 20, rng.permutation(special))
+        for one, other in zip(fast, general, strict=True):
+            np.testing.assert_array_equal(one, other)
+            np.testing.assert_array_equal(np.signbit(one[one == 0]), np.signbit(other[other == 0]))
