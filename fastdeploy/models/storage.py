@@ -80,7 +80,7 @@ class StoredTensor:
     def transposed(self) -> "StoredTensor":
         """A matrix of floats [in, out] as [out, in]."""
         height, width = self.shape
-        rows = lambda start, stop: np.ascontiguousarray(self.rows(0, height)[:, start:stop].T)  # noqa: E731
+        rows = lambda start, stop: self.rows(0, height)[:, start:stop].T  # noqa: E731
         return replace(self, shape=(width, height), rows=rows, blocks=None)
 
 

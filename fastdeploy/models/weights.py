@@ -82,7 +82,7 @@ class Checkpoint:
         self._read.add(name)
         array = tensor.rows(start, stop)
         # Formats don't promise alignment, compiled kernels expect it.
-        return RawTensor(tensor.dtype, array if array.flags.aligned else array.copy())
+        return RawTensor(tensor.dtype, array if array.flags.aligned else array.copy("K"))
 
     def read_blocks(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of a quantised tensor as the file has them, [rows, bytes of a row] uint8."""

@@ -64,6 +64,16 @@ def test_pack_reads_rows_with_gaps(normal, store):
     np.testing.assert_array_equal(data.memory, pack_reference(weight.memory[:, 10:74], 32))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_pack_reads_rows_that_lie_side_by_side(dtype, normal, store):
+    weight = store(normal(70, 200).memory, dtype)
+    for stored in (dtype, "bfloat16"):
+        data = store(np.zeros(packed_shape(100, 70, 32)), stored)
+        pack(data.view, weight.memory[:, 7:107].T)
+        expected = pack_reference(store(weight.values[:, 7:107].T, stored).values, 32)
+        np.testing.assert_array_equal(data.values, expected)
+
+
 def test_pack_refuses_rows_that_do_not_fit(normal, blank):
     with pytest.raises(ValueError, match="rows 10 to 70 do not fit in 2 panels of 32"):
         pack(blank((2, 16, 32)).view, normal(60, 16).view, row_offset=10)

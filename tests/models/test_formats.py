@@ -75,8 +75,8 @@ def write_gguf(path, config, weights):
     return path
 
 
-def logits(path, config):
-    model = load_model(open_checkpoint(path), open_device(), "auto", 64, progress=False)
+def logits(path, config, quantization=None):
+    model = load_model(open_checkpoint(path), open_device(), "auto", 64, quantization, progress=False)
     return Steps(model).run((0, 0, prompts(config)[-1]))
 
 
@@ -97,3 +97,12 @@ def test_both_flavours_of_ernie_give_the_same_logits(name, ending, tmp_path):
     paddles = {**config, "architectures": ["Ernie4_5_ForCausalLM"]}
     theirs = write(tmp_path / "Paddle", paddles, paddle_tensors(weights), ending)
     np.testing.assert_array_equal(logits(theirs, config), logits(ours, config))
+
+
+@pytest.mark.parametrize("quantization", ["wint8", "w4a8"])
+def test_both_flavours_are_quantised_alike(quantization, tmp_path):
+    config = {**CASES["ernie"], "hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+    weights = tensors(config)
+    ours = write(tmp_path / "PT", config, weights)
+    theirs = write(tmp_path / "Paddle", config, paddle_tensors(weights))
+    np.testing.assert_array_equal(logits(theirs, config, quantization), logits(ours, config, quantization))
