@@ -14,8 +14,10 @@ HUGGINGFACE_ARCHITECTURES: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": {"sliding_window": 4096},
     "Qwen2ForCausalLM": QWEN,
     "Qwen3ForCausalLM": {**QWEN, "head_dim": 128},
+    "Qwen3MoeForCausalLM": {"use_sliding_window": False},
     "Ernie4_5ForCausalLM": {**ERNIE, "head_dim": 128},
     "Ernie4_5_ForCausalLM": ERNIE,
+    "Ernie4_5_MoeForCausalLM": ERNIE,
 }
 SAME_ARCHITECTURES = {  # a Mistral without a sliding window is a Llama; Paddle's spelling of ERNIE
     "MistralForCausalLM": "LlamaForCausalLM",
@@ -26,21 +28,45 @@ MODEL_TYPES = {  # "model_type" in config.json, for those without "architectures
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "ernie4_5": "Ernie4_5ForCausalLM",
+    "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
 }
 GGUF_ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
     "ernie4_5": "Ernie4_5ForCausalLM",
+    "ernie4_5-moe": "Ernie4_5_MoeForCausalLM",
 }
-INTERLEAVED = ("Ernie4_5ForCausalLM",)  # whose rotary pairs are neighbours
+INTERLEAVED = ("Ernie4_5ForCausalLM", "Ernie4_5_MoeForCausalLM")  # whose rotary pairs are neighbours
 DTYPES = ("float32", "bfloat16", "float16")
 ROPE_SCALINGS = {  # rope_type in config.json -> the numbers it can't do without
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """The layers whose feed-forward network is a mixture of experts.
+
+    layers: their indices.  num_experts: in each of them.  intermediate_size: of one expert.
+    shared_size: the intermediate size of the MLP that every token passes through besides; 0 for none.
+    corrected: a correction that is learned apart takes part in the choice of experts.
+    weight_floor: the weights of a token's experts are divided by their sum, or by this if that is less; None: they
+        are left as the softmax over all experts gives them.
+    """
+
+    layers: frozenset[int]
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    shared_size: int
+    corrected: bool
+    weight_floor: float | None
 
 
 @dataclass(frozen=True)
@@ -72,6 +98,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     dtype: str
+    mixture: MixtureConfig | None = None
 
 
 class Fields:
@@ -183,7 +210,51 @@ def config_from_json(
         eos_token_ids=eos_token_ids,
         pad_token_id=fields.token_id("pad_token_id"),
         dtype=_dtype(fields) or dtype,
+        mixture=MIXTURES[architecture](fields) if architecture in MIXTURES else None,
     )
+
+
+def _qwen3_mixture(fields: Fields) -> MixtureConfig:
+    count, step = fields.integer("num_hidden_layers"), fields.integer("decoder_sparse_step", default=1)
+    dense = fields.list_of(int, "mlp_only_layers") or []
+    num_experts = fields.integer("num_experts", default=fields.integer("num_local_experts", default=128))
+    return MixtureConfig(
+        layers=frozenset(index for index in range(count) if (index + 1) % step == 0 and index not in dense),
+        num_experts=num_experts,
+        experts_per_token=_experts_per_token(fields, "num_experts_per_tok", num_experts, default=8),
+        intermediate_size=fields.integer("moe_intermediate_size"),
+        shared_size=0,
+        corrected=False,
+        weight_floor=0.0 if fields.flag("norm_topk_prob", default=False) else None,
+    )
+
+
+def _ernie_mixture(fields: Fields) -> MixtureConfig:
+    count, step = fields.integer("num_hidden_layers"), fields.integer("moe_layer_interval", default=1)
+    first = fields.integer("moe_layer_start_index", default=1, least=0)
+    last = fields.integer("moe_layer_end_index", default=-1, least=-1)
+    if fields.flag("use_bias", default=False):
+        raise fields.error("use_bias", "mixtures of experts are available without biases")
+    num_experts, size = fields.integer("moe_num_experts", default=64), fields.integer("moe_intermediate_size")
+    return MixtureConfig(
+        layers=frozenset(index for index in range(first, count if last < 0 else last + 1) if (index + 1) % step == 0),
+        num_experts=num_experts,
+        experts_per_token=_experts_per_token(fields, "moe_k", num_experts, default=6),
+        intermediate_size=size,
+        shared_size=size * fields.integer("moe_num_shared_experts", default=2, least=0),
+        corrected=True,
+        weight_floor=fields.number("moe_norm_min", default=1e-12),
+    )
+
+
+def _experts_per_token(fields: Fields, key: str, num_experts: int, default: int | None = None) -> int:
+    count = fields.integer(key, default)
+    if count > num_experts:
+        raise fields.error(key, f"there are {num_experts} experts")
+    return count
+
+
+MIXTURES = {"Qwen3MoeForCausalLM": _qwen3_mixture, "Ernie4_5_MoeForCausalLM": _ernie_mixture}
 
 
 def _heads(fields: Fields, heads_key: str, kv_heads_key: str) -> tuple[int, int]:
@@ -313,6 +384,7 @@ def config_from_gguf(
         eos_token_ids=gguf_eos_token_ids(metadata, source),
         pad_token_id=general.token_id("tokenizer.ggml.padding_token_id"),
         dtype=dtype,
+        mixture=_mixture_from_gguf(architecture, fields, tensor_names),
     )
 
 
@@ -336,8 +408,24 @@ def _refuse_gguf_features(fields: Fields, head_dim: int) -> None:
     for key in ("attention.value_length", "rope.dimension_count"):
         if fields.integer(key, default=head_dim) != head_dim:
             raise fields.error(key, f"only the head size, {head_dim}, is available")
-    if fields.integer("expert_count", default=0, least=0):
-        raise fields.error("expert_count", "mixtures of experts are not available yet")
+
+
+def _mixture_from_gguf(architecture: str, fields: Fields, tensor_names: Collection[str]) -> MixtureConfig | None:
+    if architecture not in MIXTURES:
+        if fields.integer("expert_count", default=0, least=0):
+            raise fields.error("expert_count", "mixtures of experts of this architecture are not available")
+        return None
+    layers = range(fields.integer("block_count"))
+    num_experts, size = fields.integer("expert_count"), fields.integer("expert_feed_forward_length")
+    return MixtureConfig(
+        layers=frozenset(index for index in layers if f"model.layers.{index}.mlp.gate.weight" in tensor_names),
+        num_experts=num_experts,
+        experts_per_token=_experts_per_token(fields, "expert_used_count", num_experts),
+        intermediate_size=size,
+        shared_size=size * fields.integer("expert_shared_count", default=0, least=0),
+        corrected=any(name.endswith("moe_statics.e_score_correction_bias") for name in tensor_names),
+        weight_floor=1e-12,  # llama.cpp always normalises in these families
+    )
 
 
 def _rope_scaling_from_gguf(fields: Fields, divisors: tuple[float, ...] | None) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ import pytest
 from gguf import GGMLQuantizationType as Quantization
 from safetensors.numpy import save_file
 
-from fastdeploy.config import config_from_json
+from fastdeploy.config import MixtureConfig, config_from_gguf, config_from_json
 from fastdeploy.models.gguf import GGUFFile
 from fastdeploy.models.weights import Checkpoint, open_checkpoint
 
@@ -255,6 +255,26 @@ def test_gguf_metadata_becomes_the_config(tmp_path):
     assert (config.rope_theta, config.rope_scaling) == (5e5, {"rope_type": "linear", "factor": 4.0})
     assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (1, (2, 7), 0)
     assert config.tie_word_embeddings is False and config.max_position_embeddings == 128
+
+
+def test_gguf_metadata_and_tensors_tell_what_a_mixture_is():
+    more = {"expert_count": 8, "expert_used_count": 3, "expert_feed_forward_length": 20, "expert_shared_count": 2}
+    own = {key.removeprefix("llama."): value for key, value in LLAMA_METADATA.items()} | more
+    metadata = {"general.architecture": "ernie4_5-moe"} | {f"ernie4_5-moe.{key}": value for key, value in own.items()}
+    names = ["model.layers.1.mlp.gate.weight", "model.layers.1.mlp.moe_statics.e_score_correction_bias"]
+    config = config_from_gguf(metadata, names, None, "float32", "m.gguf")
+    assert (config.architecture, config.rope_interleaved) == ("Ernie4_5_MoeForCausalLM", True)
+    assert config.mixture == MixtureConfig(
+        layers=frozenset([1]),
+        num_experts=8,
+        experts_per_token=3,
+        intermediate_size=20,
+        shared_size=40,
+        corrected=True,
+        weight_floor=1e-12,
+    )
+    with pytest.raises(ValueError, match="expert_used_count.*9; there are 8 experts"):
+        config_from_gguf(metadata | {"ernie4_5-moe.expert_used_count": 9}, names, None, "float32", "m.gguf")
 
 
 def test_gguf_rope_divisors_are_configuration_not_weights(tmp_path):
@@ -512,6 +532,19 @@ def test_model_type_tells_the_architecture_where_none_is_named():
     assert config_from_json(unnamed | {"model_type": "qwen3"}, {}, "float32", "c").architecture == "Qwen3ForCausalLM"
     with pytest.raises(ValueError, match="architectures.*missing"):
         config_from_json(unnamed | {"model_type": "bert"}, {}, "float32", "c")
+
+
+def test_a_mixture_is_in_the_layers_that_the_steps_reach():
+    moe = {"num_hidden_layers": 6, "moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
+    qwen = CONFIG_JSON | moe | {"architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 2}
+    mixture = config_from_json(qwen | {"mlp_only_layers": [3]}, {}, "float32", "c").mixture
+    assert (mixture.layers, mixture.weight_floor, mixture.shared_size) == ({1, 5}, None, 0)
+    ernie = CONFIG_JSON | moe | {"architectures": ["Ernie4_5_MoeForCausalLM"], "moe_num_experts": 4, "moe_k": 2}
+    mixture = config_from_json(ernie, {}, "float32", "c").mixture
+    assert (mixture.layers, mixture.weight_floor, mixture.shared_size) == ({1, 2, 3, 4, 5}, 1e-12, 16)
+    for change, message in {"moe_k": "moe_k.*5; there are 4 experts", "use_bias": "use_bias.*without biases"}.items():
+        with pytest.raises(ValueError, match=message):
+            config_from_json(ernie | {change: 5 if change == "moe_k" else True}, {}, "float32", "c")
 
 
 @pytest.mark.parametrize("name", ["Ernie4_5ForCausalLM", "Ernie4_5_ForCausalLM"])

@@ -51,7 +51,9 @@ def load_model(
         "LlamaForCausalLM": Llama,
         "Qwen2ForCausalLM": Qwen2,
         "Qwen3ForCausalLM": Qwen3,
+        "Qwen3MoeForCausalLM": Qwen3,
         "Ernie4_5ForCausalLM": Llama,
+        "Ernie4_5_MoeForCausalLM": Llama,
     }
     config = checkpoint.config
     if config.architecture not in families:

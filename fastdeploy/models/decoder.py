@@ -4,7 +4,7 @@
     for every layer:
         h = norm(x);  q, k, v = h Wqkv;  (norm and) rotate q, k;  write k, v to the cache
         x = x + attention(q, cache) Wo
-        h = norm(x);  x = x + (silu(h Wgate) * h Wup) Wdown
+        h = norm(x);  x = x + feed_forward(h)                 an MLP, (silu(h Wgate) * h Wup) Wdown, or a mixture
     logits = norm(x)[rows] Wlm_head                               [R, vocabulary]
 
 T is the number of tokens of the step, of all sequences one after the other, R the number of rows that need logits. The
@@ -25,15 +25,14 @@ from typing import TYPE_CHECKING
 
 from fastdeploy.config import ModelConfig
 from fastdeploy.device import Device
-from fastdeploy.kernels.activation import silu_mul
 from fastdeploy.kernels.attention import AttentionBatch, paged_attention, workspace_shape
 from fastdeploy.kernels.collective import join_columns, sum_parts
 from fastdeploy.kernels.embedding import embedding, gather_rows
 from fastdeploy.kernels.launch import ITEM_SIZES, TensorView, view
 from fastdeploy.kernels.linear import Weight, linear
 from fastdeploy.kernels.norm import add_rms_norm, rms_norm
-from fastdeploy.kernels.quantised import GROUP, QuantisedRows, QuantisedWeight, quantise, rows_fields
 from fastdeploy.kernels.rope import HeadLayout, HeadNorms, KVBlocks, cache_fields, rope_and_cache, rope_tables
+from fastdeploy.models.feed_forward import MLP, Allocator, LinearInput, Mixture, MixtureMemory, MLPMemory
 from fastdeploy.models.loading import WeightLoader
 
 if TYPE_CHECKING:
@@ -58,8 +57,7 @@ class Layer:
     head_norms: HeadNorms | None
     attention_output: Weight  # [hidden, heads * head_dim]
     mlp_norm: TensorView  # [hidden] float32
-    gate_up: Weight  # [2 * intermediate, hidden]: the rows of gate, then up
-    down: Weight  # [hidden, intermediate]
+    feed_forward: MLP | Mixture
 
 
 @dataclass(frozen=True)
@@ -85,31 +83,6 @@ class StepInputs:
 
 
 @dataclass(frozen=True)
-class LinearInput:
-    """What linear layers read: floats or, for quantised weights where the model's mode says so, integers.
-
-    Those of q, k, v and of the LM head have 16 bits, as there 8 bits change most and 16 cost least. With 8 bits in one
-    kind of layer alone SmolLM2's output has a KL divergence of 0.0013 (q, k, v), 0.0010 (LM head), 0.0009 (gate and
-    up), 0.0007 (down), 0.0001 (attention output); of a layer's operations the five have 16, 0, 50, 25 and 9 %.
-    """
-
-    floats: TensorView
-    int8: QuantisedRows | None
-    int16: QuantisedRows | None  # the same memory as `int8`, and the low bytes
-
-    def of(self, weight: Weight) -> TensorView | QuantisedRows:
-        """The memory that a layer with this weight reads."""
-        if self.int8 is None or not isinstance(weight, QuantisedWeight):
-            return self.floats
-        return self.int16 if weight.wide_inputs and self.int16 is not None else self.int8
-
-    def rows(self, count: int) -> LinearInput:
-        """The same memory, cut to `count` rows."""
-        int8, int16 = (None if rows is None else rows.rows(count) for rows in (self.int8, self.int16))
-        return LinearInput(self.floats.rows(count), int8, int16)
-
-
-@dataclass(frozen=True)
 class Activations:
     """The memory that a step computes in, [rows, width] each, allocated once for the largest step."""
 
@@ -118,8 +91,8 @@ class Activations:
     delta: TensorView  # what a layer adds to it, [T, hidden]
     qkv: TensorView  # [T, (heads + 2 kv heads) * head_dim]
     attended: LinearInput  # [T, heads * head_dim]
-    gate_up: TensorView  # [T, 2 * intermediate]
-    activated: LinearInput  # [T, intermediate]
+    mlp: MLPMemory
+    mixture: MixtureMemory | None  # where the model has any
     kept_attended: TensorView  # the rows of `attended` that `project` was asked for, [R, heads * head_dim]
     kept_residual: TensorView  # the rows of `residual` that it was asked for, [R, hidden]
     workspace: TensorView  # attention's float32 scratch for contexts split over programs
@@ -128,8 +101,9 @@ class Activations:
 
     def rows(self, count: int) -> Activations:
         """The same memory, the parts with a row per token cut to `count` rows."""
-        per_token = ("hidden", "residual", "delta", "qkv", "attended", "gate_up", "activated")
-        return replace(self, **{name: getattr(self, name).rows(count) for name in per_token})
+        per_token = ("hidden", "residual", "delta", "qkv", "attended", "mlp")
+        mixture = self.mixture and self.mixture.rows(count)
+        return replace(self, **{name: getattr(self, name).rows(count) for name in per_token}, mixture=mixture)
 
 
 class Decoder:
@@ -158,10 +132,10 @@ class Decoder:
         num_heads, num_kv_heads = len(shard.of(config.num_heads)), len(shard.of_kv_heads(config.num_kv_heads))
         self.heads = HeadLayout(num_heads, num_kv_heads, config.head_dim, config.rope_interleaved)
         self.scale = 1.0 / sqrt(config.head_dim)
-        self.intermediate_size = len(shard.of(config.intermediate_size))
+        self.shard = shard
         self.tokens = shard.of_vocabulary(config.vocab_size)
         self.embedding = self.read_table("model.embed_tokens", weights)
-        self.layers = [self.read_layer(f"model.layers.{index}", weights) for index in range(config.num_layers)]
+        self.layers = [self.read_layer(index, weights) for index in range(config.num_layers)]
         self.final_norm = weights.vector(["model.norm.weight"], [config.hidden_size])
         self.lm_head = self.embedding
         if not config.tie_word_embeddings:
@@ -181,16 +155,16 @@ class Decoder:
             [module], self.config.hidden_size, [size], rows=[self.tokens], padded_rows=width, wide_inputs=True
         )
 
-    def read_layer(self, prefix: str, weights: WeightLoader) -> Layer:
-        """Read the weights of the layer whose tensors' names begin with `prefix`."""
+    def read_layer(self, index: int, weights: WeightLoader) -> Layer:
+        """Read the weights of a layer."""
         config, shard, biases = self.config, weights.shard, self.biases()
-        hidden, intermediate, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
+        hidden, head_dim = config.hidden_size, config.head_dim
         q_width, kv_width = config.num_heads * head_dim, config.num_kv_heads * head_dim
         q_rows = features(shard.of(config.num_heads), head_dim)
         kv_rows = features(shard.of_kv_heads(config.num_kv_heads), head_dim)
-        mlp_rows = shard.of(intermediate)
-        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-        qkv, gate_up = [f"{attention}.{name}_proj" for name in "qkv"], [f"{mlp}.gate_proj", f"{mlp}.up_proj"]
+        prefix = f"model.layers.{index}"
+        attention = f"{prefix}.self_attn"
+        qkv = [f"{attention}.{name}_proj" for name in "qkv"]
         widths, rows = [q_width, kv_width, kv_width], [q_rows, kv_rows, kv_rows]
         return Layer(
             attention_norm=weights.vector([f"{prefix}.input_layernorm.weight"], [hidden]),
@@ -200,9 +174,15 @@ class Decoder:
                 [f"{attention}.o_proj"], q_width, [hidden], biases.attention_output, columns=q_rows
             ),
             mlp_norm=weights.vector([f"{prefix}.post_attention_layernorm.weight"], [hidden]),
-            gate_up=weights.linear(gate_up, hidden, [intermediate] * 2, biases.mlp, [mlp_rows] * 2),
-            down=weights.linear([f"{mlp}.down_proj"], intermediate, [hidden], biases.mlp, columns=mlp_rows),
+            feed_forward=self.read_feed_forward(index, weights),
         )
+
+    def read_feed_forward(self, index: int, weights: WeightLoader) -> MLP | Mixture:
+        """Read what follows the attention of a layer."""
+        config, module = self.config, f"model.layers.{index}.mlp"
+        if config.mixture is not None and index in config.mixture.layers:
+            return Mixture.read(weights, module, config.hidden_size, config.mixture)
+        return MLP.read(weights, module, config.hidden_size, config.intermediate_size, self.biases().mlp)
 
     def read_head_norms(self, attention: str, weights: WeightLoader) -> HeadNorms:
         """Read the norms of the heads of q and k, in the module `attention`."""
@@ -234,31 +214,21 @@ class Decoder:
         """Memory for steps of up to `max_tokens` tokens and `max_seqs` sequences of up to `max_context` tokens, and for
         the logits of up to `max_rows` rows at a time."""
         config, heads, device = self.config, self.heads, self.device
-        dtype = device.activation_dtype(self.dtype)
-
-        def matrix(rows: int, width: int) -> TensorView:
-            return view(device.empty((rows, width), dtype))
-
-        def linear_input(width: int, wide: bool = False) -> LinearInput:
-            if not self.int8_activations or width % GROUP:
-                return LinearInput(matrix(max_tokens, width), None, None)
-            fields = rows_fields(max_tokens, width, wide).items()
-            rows = QuantisedRows(**{name: view(device.empty(shape, type_)) for name, (shape, type_) in fields})
-            return LinearInput(matrix(max_tokens, width), replace(rows, low=None), rows if wide else None)
-
-        q_width, ranks = heads.num_heads * heads.head_dim, 1 if self.group is None else self.group.size
+        allocator = Allocator(device, device.activation_dtype(self.dtype), self.int8_activations)
+        hidden, q_width, mixture = config.hidden_size, heads.num_heads * heads.head_dim, config.mixture
+        ranks = 1 if self.group is None else self.group.size
         logits_width = self.embedding.out_features
-        parts = max(max_tokens * config.hidden_size, max_rows * logits_width)
+        parts = max(max_tokens * hidden, max_rows * logits_width)
         return Activations(
-            hidden=linear_input(config.hidden_size, wide=True),
-            residual=matrix(max_tokens, config.hidden_size),
-            delta=matrix(max_tokens, config.hidden_size),
-            qkv=matrix(max_tokens, heads.qkv_width),
-            attended=linear_input(q_width),
-            gate_up=matrix(max_tokens, 2 * self.intermediate_size),
-            activated=linear_input(self.intermediate_size),
-            kept_attended=matrix(max_rows, q_width),
-            kept_residual=matrix(max_rows, config.hidden_size),
+            hidden=allocator.linear_input(max_tokens, hidden, wide=True),
+            residual=allocator.matrix(max_tokens, hidden),
+            delta=allocator.matrix(max_tokens, hidden),
+            qkv=allocator.matrix(max_tokens, heads.qkv_width),
+            attended=allocator.linear_input(max_tokens, q_width),
+            mlp=MLPMemory.allocate(allocator, max_tokens, len(self.shard.of(config.intermediate_size))),
+            mixture=MixtureMemory.allocate(allocator, max_tokens, hidden, mixture, self.shard) if mixture else None,
+            kept_attended=allocator.matrix(max_rows, q_width),
+            kept_residual=allocator.matrix(max_rows, hidden),
             workspace=view(device.empty((prod(workspace_shape(max_seqs, heads, max_context)),), "float32")),
             own_logits=None if ranks == 1 else view(device.empty((max_rows, logits_width), "float32")),
             parts=None if ranks == 1 else view(device.empty((ranks * parts,), "float32")),
@@ -313,22 +283,15 @@ class Decoder:
 
     def _finish_layer(self, layer: Layer, next_norm: TensorView, next_linear: Weight, memory: Activations) -> None:
         """What follows a layer's attention: attended -> residual, and hidden for the linear layer that comes next."""
-        attended = memory.attended.of(layer.attention_output)
-        if isinstance(attended, QuantisedRows):
-            quantise(attended, memory.attended.floats)
-        linear(memory.delta, attended, layer.attention_output)
+        linear(memory.delta, memory.attended.quantised_of(layer.attention_output), layer.attention_output)
         self._sum_over_ranks(memory.delta, memory)
-        self._add_and_norm(memory, layer.mlp_norm, layer.gate_up)
-        self._feed_forward(layer, memory)
+        self._add_and_norm(memory, layer.mlp_norm, layer.feed_forward.first)
+        if isinstance(layer.feed_forward, MLP):
+            layer.feed_forward.launch(memory.delta, memory.hidden, memory.mlp)
+        elif memory.mixture is not None:
+            layer.feed_forward.launch(memory.delta, memory.hidden, memory.mixture)
+        self._sum_over_ranks(memory.delta, memory)
         self._add_and_norm(memory, next_norm, next_linear)
-
-    def _feed_forward(self, layer: Layer, memory: Activations) -> None:
-        """hidden -> delta."""
-        linear(memory.gate_up, memory.hidden.of(layer.gate_up), layer.gate_up)
-        activated = memory.activated.of(layer.down)
-        silu_mul(activated, memory.gate_up)
-        linear(memory.delta, activated, layer.down)
-        self._sum_over_ranks(memory.delta, memory)
 
     def _sum_over_ranks(self, x: TensorView, memory: Activations) -> None:
         """x = the sum of all ranks' x."""

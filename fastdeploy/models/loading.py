@@ -31,6 +31,7 @@ from tqdm import tqdm
 from fastdeploy.device import DTYPE_BYTES, GIB, Device
 from fastdeploy.kernels.launch import TensorView, target, view
 from fastdeploy.kernels.linear import LinearWeight, Weight, default_panel, pack, packed_shape
+from fastdeploy.kernels.moe import ExpertWeights, padded
 from fastdeploy.kernels.quantised import (
     BLOCK_HALFWORDS,
     GROUP,
@@ -153,14 +154,38 @@ class WeightLoader:
         height = max(sum(map(len, taken)), padded_rows)
         bias_here = biases if columns.start == 0 else None
         weight = self._allocate(kind, height, len(columns), bias_here, wide_inputs)
-        place = 0
-        for name, part in zip(names, taken, strict=True):
-            if isinstance(weight, QuantisedWeight):
-                self._reads.append(partial(self._read_quantised, weight, name, part, columns, place))
-            else:
-                self._reads.append(partial(self._read_matrix, weight, name, part, columns, place))
-            place += len(part)
+        self._place(weight, names, taken, columns, 0)
         return weight
+
+    def experts(
+        self, modules: Sequence[Sequence[str]], in_features: int, out_features: int, rows: range, columns: range
+    ) -> ExpertWeights:
+        """The weights of each expert's modules, as in `linear`. They are floats in every mode."""
+        height = len(rows) * len(modules[0])
+        weight = self._allocate_floats(len(modules) * padded(height), len(columns), None, self.dtype)
+        for index, of_expert in enumerate(modules):
+            names = [f"{module}.weight" for module in of_expert]
+            for name in names:
+                self._ask(name, (out_features, in_features), len(rows) / out_features * len(columns) / in_features)
+            self._kinds |= dict.fromkeys(names)
+            self._place(weight, names, [rows] * len(names), columns, index * padded(height))
+        return ExpertWeights(weight, len(modules), height)
+
+    def router(self, module: str, in_features: int, num_experts: int) -> LinearWeight:
+        """The weight that chooses experts, in float32: nearly equal ones must not become equal."""
+        name = f"{module}.weight"
+        self._ask(name, (num_experts, in_features), 1.0)
+        self._kinds[name] = None
+        weight = self._allocate_floats(num_experts, in_features, None, "float32")
+        self._place(weight, [name], [range(num_experts)], range(in_features), 0)
+        return weight
+
+    def correction(self, module: str, num_experts: int) -> TensorView:
+        """What is added to the probabilities of experts for their choice, [num_experts] float32."""
+        out, name = self.device.empty((num_experts,), "float32"), f"{module}.e_score_correction_bias"
+        self._ask(name, (1, num_experts), 1.0)
+        self._reads.append(partial(self._read_vector, out, [name], [range(1)]))
+        return view(out)
 
     def load(self, progress: bool) -> None:
         """Read everything that was asked for, with a progress bar if `progress`.
@@ -189,12 +214,26 @@ class WeightLoader:
         kinds = {KEPT.get(storage) for storage in storages}
         return "q4" if kinds == {"q4"} else "q8"
 
+    def _place(self, weight: Weight, names: Sequence[str], rows: Sequence[range], columns: range, place: int) -> None:
+        """Have `load` read these parts of tensors into `weight`, one below the other from row `place` on."""
+        for name, part in zip(names, rows, strict=True):
+            if isinstance(weight, QuantisedWeight):
+                self._reads.append(partial(self._read_quantised, weight, name, part, columns, place))
+            else:
+                self._reads.append(partial(self._read_matrix, weight, name, part, columns, place))
+            place += len(part)
+
+    def _allocate_floats(
+        self, out_features: int, in_features: int, bias: TensorView | None, dtype: str
+    ) -> LinearWeight:
+        data = view(self.device.empty(packed_shape(out_features, in_features, self._panel), dtype))
+        return LinearWeight(data, out_features, in_features, self._panel, bias)
+
     def _allocate(
         self, kind: str | None, out_features: int, in_features: int, bias: TensorView | None, wide_inputs: bool
     ) -> Weight:
         if kind is None:
-            data = view(self.device.empty(packed_shape(out_features, in_features, self._panel), self.dtype))
-            return LinearWeight(data, out_features, in_features, self._panel, bias)
+            return self._allocate_floats(out_features, in_features, bias, self.dtype)
         fields = packed_fields(kind, out_features, in_features).items()
         memory = {name: view(self.device.empty(shape, dtype)) for name, (shape, dtype) in fields}
         packed = (memory["data"], memory["scales"], memory.get("minimums"))
@@ -211,7 +250,7 @@ class WeightLoader:
         parts = [
             _as_float32(self._checkpoint.read_rows(name, part.start, part.stop)) for name, part in zip(names, rows)
         ]
-        self.device.write(out, np.concatenate(parts))
+        self.device.write(out, np.concatenate(parts).reshape(-1))
         bar.update(sum(map(self._nbytes, names)))
 
     def _slices(self, name: str, rows: range, bar: tqdm) -> Iterator[tuple[int, int]]:

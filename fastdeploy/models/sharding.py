@@ -68,4 +68,7 @@ def _indivisible(config: ModelConfig, ranks: int) -> list[str]:
         f"{kv_heads} KV heads": kv_heads % ranks if kv_heads >= ranks else ranks % kv_heads,
         f"{intermediate} intermediate features": intermediate % ranks,
     }
+    if config.mixture is not None:
+        experts, shared = config.mixture.intermediate_size, config.mixture.shared_size
+        remainders |= {f"{experts} features of an expert": experts % ranks, f"{shared} shared ones": shared % ranks}
     return [name for name, remainder in remainders.items() if remainder]

@@ -22,6 +22,7 @@ from fastdeploy.kernels.embedding import embedding, gather_rows
 from fastdeploy.kernels.launch import TensorView, target
 from fastdeploy.kernels.linear import LinearWeight, default_panel, linear, pack, packed_shape
 from fastdeploy.kernels.logprobs import LogprobOutputs, LogprobWorkspace, token_logprobs
+from fastdeploy.kernels.moe import ExpertWeights, Routing, combine, grouped_linear, padded, route, routing_fields
 from fastdeploy.kernels.norm import add_rms_norm, rms_norm
 from fastdeploy.kernels.quantised import (
     BLOCK_HALFWORDS,
@@ -183,6 +184,18 @@ def run_logprobs(vocabulary):
     token_logprobs(out, tensor(rows, vocabulary, dtype="float32"), *integers(1), top, workspace)
 
 
+def run_moe(experts, top_k, hidden, intermediate):
+    routing = Routing(**fields(routing_fields(TOKENS, top_k, experts)))
+    correction = tensor(experts, dtype="float32")
+    route(routing, tensor(TOKENS, experts, dtype="float32"), correction, 1e-12)
+    gate_up = ExpertWeights(weight(experts * padded(2 * intermediate), hidden), experts, 2 * intermediate)
+    down = ExpertWeights(weight(experts * padded(hidden), intermediate), experts, hidden)
+    sorted_rows = tensor(TOKENS * top_k, hidden)
+    grouped_linear(tensor(TOKENS * top_k, 2 * intermediate), tensor(TOKENS, hidden), gate_up, routing, by_token=True)
+    grouped_linear(sorted_rows, tensor(TOKENS * top_k, intermediate), down, routing, by_token=False)
+    combine(tensor(TOKENS, hidden), sorted_rows, routing, tensor(TOKENS, hidden))
+
+
 def fields(shapes):
     return {name: tensor(*shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
 
@@ -217,6 +230,8 @@ LAUNCHES = {
     "attention, int8 cache": lambda: run_attention(LLAMA3, 64, num_splits=1, dtype="int8"),
     "attention, int8 cache, splits": lambda: run_attention(SMOLLM2, 64, num_splits=8, dtype="int8"),
     "silu_mul": lambda: silu_mul(tensor(TOKENS, 1536), tensor(TOKENS, 3072)),
+    "moe": lambda: run_moe(128, 8, 2048, 768),
+    "moe, odd sizes": lambda: run_moe(6, 3, 72, 100),
     "sample": lambda: run_sample(49152),
     "sample, odd vocabulary": lambda: run_sample(128_003),
     "logprobs": lambda: run_logprobs(128_003),

@@ -60,3 +60,29 @@ def test_logits_logprobs_and_greedy_tokens_are_those_of_transformers(name, tmp_p
 def test_references_are_certain_of_nearly_all_tokens():
     steps = [certain(reference) for references in STORED.values() for reference in references]
     assert STORED.keys() == CASES.keys() and sum(steps) > 0.95 * NEW_TOKENS * len(steps)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3 moe, some layers dense, weights as they are", "ernie moe"])
+def test_tokens_and_logprobs_are_the_same_bits_alone_in_chunks_and_in_a_batch(name, tmp_path):
+    config = CASES[name]
+    with open_llm(tmp_path, config, dtype="bfloat16") as llm:
+        together = [said(output) for output in greedy(llm, prompts(config))]
+    with open_llm(tmp_path, config, dtype="bfloat16", max_num_batched_tokens=7) as llm:
+        assert [said(output) for ids in prompts(config) for output in greedy(llm, [ids])] == together
+
+
+def said(output) -> tuple:
+    return output.outputs.token_ids, chosen(output.prompt_logprobs[1:]) + chosen(output.outputs.logprobs)
+
+
+@pytest.mark.parametrize("quantization", ["wint8", "w8a8"])
+@pytest.mark.parametrize("name", ["ernie, untied, biases", "ernie moe", "qwen2"])
+def test_quantised_linear_layers_change_logits_little(name, quantization, tmp_path):
+    sizes = {"hidden_size": 96, "head_dim": 32, "intermediate_size": 64}  # whole groups of 32
+    config, found = CASES[name] | sizes, []
+    for mode in (None, quantization):
+        with open_llm(tmp_path, config, dtype="float32", quantization=mode) as llm:
+            llm.generate(prompts(config)[2], SamplingParams(max_tokens=1), use_tqdm=False)
+            found.append(llm.engine.runner.last_logits()[-1])
+    change = np.abs(found[1] - found[0]).max() / found[0].std()
+    assert 1e-4 < change < 0.2

@@ -44,8 +44,9 @@ def test_weights_are_fused_and_rounded_to_the_dtype(dtype):
         qkv = np.concatenate([tensors[f"{prefix}.self_attn.{name}_proj.weight"] for name in "qkv"])
         gate_up = np.concatenate([tensors[f"{prefix}.mlp.{name}_proj.weight"] for name in ("gate", "up")])
         np.testing.assert_array_equal(values(layer.qkv), stored(qkv, dtype))
-        np.testing.assert_array_equal(values(layer.gate_up), stored(gate_up, dtype))
-        np.testing.assert_array_equal(values(layer.down), stored(tensors[f"{prefix}.mlp.down_proj.weight"], dtype))
+        np.testing.assert_array_equal(values(layer.feed_forward.gate_up), stored(gate_up, dtype))
+        down = stored(tensors[f"{prefix}.mlp.down_proj.weight"], dtype)
+        np.testing.assert_array_equal(values(layer.feed_forward.down), down)
     np.testing.assert_array_equal(values(model.lm_head), stored(tensors["lm_head.weight"], dtype))
 
 
@@ -168,7 +169,7 @@ def test_other_quantisations_become_q8_and_the_log_says_so(caplog):
     source = quantised_checkpoint(random_tensors(GROUPED), {"v_proj.weight": "Q5_0", "proj.weight": "Q4_0"})
     with caplog.at_level(logging.INFO, logger="fastdeploy"):
         model = load_model(source, open_device(), "float32", 64, "auto", progress=False)
-    assert model.layers[1].qkv.kind == "q8" and model.layers[1].down.kind == "q4"
+    assert model.layers[1].qkv.kind == "q8" and model.layers[1].feed_forward.down.kind == "q4"
     expected = file_values(source, *QKV)
     np.testing.assert_allclose(quantised_values(model.layers[1].qkv), expected, atol=np.abs(expected).max() / 127)
     assert "Q5_0 converted to Q8_0, 2 tensors (v_proj)" in caplog.text

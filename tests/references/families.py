@@ -35,6 +35,24 @@ MISTRAL = {**TINY, "architectures": ["MistralForCausalLM"], "model_type": "mistr
 QWEN2 = {**TINY, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 QWEN3 = {**TINY, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16}
 ERNIE = {**TINY, "architectures": ["Ernie4_5ForCausalLM"], "model_type": "ernie4_5", "head_dim": 22}
+QWEN3_MOE = {
+    **QWEN3,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 44,
+    "norm_topk_prob": True,
+}
+ERNIE_MOE = {
+    **ERNIE,
+    "architectures": ["Ernie4_5_MoeForCausalLM"],
+    "model_type": "ernie4_5_moe",
+    "num_hidden_layers": 4,
+    "moe_num_experts": 5,
+    "moe_k": 3,
+    "moe_intermediate_size": 36,
+}
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
 
@@ -73,6 +91,16 @@ CASES: dict[str, dict[str, Any]] = {
         **QWEN3, "head_dim": 34, "num_key_value_heads": 1, "tie_word_embeddings": True, "attention_bias": True,
     },
     "ernie": ERNIE,
+    "qwen3 moe": QWEN3_MOE,
+    "qwen3 moe, some layers dense, weights as they are": {
+        **QWEN3_MOE, "num_hidden_layers": 5, "decoder_sparse_step": 2, "mlp_only_layers": [1], "norm_topk_prob": False,
+        "num_experts": 9, "num_experts_per_tok": 4, "hidden_size": 64, "moe_intermediate_size": 32,
+    },
+    "ernie moe": ERNIE_MOE,
+    "ernie moe, every other layer": {
+        **ERNIE_MOE, "num_hidden_layers": 6, "moe_layer_start_index": 2, "moe_layer_end_index": 4,
+        "moe_layer_interval": 2, "moe_num_shared_experts": 1, "moe_k": 1, "num_key_value_heads": 1,
+    },
     "ernie, untied, biases": {**ERNIE, "tie_word_embeddings": False, "use_bias": True, "num_key_value_heads": 1},
 }  # fmt: skip
 
@@ -94,7 +122,9 @@ def tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(seed)
     made = {}
     for name, shape in shapes(config).items():
-        if len(shape) == 2:  # sums of `shape[1]` products come out near 1
+        if "correction" in name:
+            values = generator.normal(size=shape) * 0.1  # of probabilities near 0.2
+        elif len(shape) == 2:  # sums of `shape[1]` products come out near 1
             values = generator.normal(size=shape) * (0.3 if "embed_tokens" in name else shape[1] ** -0.5)
         else:
             values = generator.normal(size=shape) if "bias" in name else generator.uniform(0.5, 1.5, size=shape)
@@ -107,7 +137,9 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for index in range(config["num_hidden_layers"]):
-        layer = {**attention_shapes(config), **mlp_shapes(config, "mlp", config["intermediate_size"])}
+        is_mixture = mixture_layers(config)[index]
+        mlp = mixture_shapes(config) if is_mixture else mlp_shapes(config, "mlp", config["intermediate_size"])
+        layer = {**attention_shapes(config), **mlp}
         layer |= {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
         found |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
     found["model.norm.weight"] = (hidden,)
@@ -132,6 +164,30 @@ def attention_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         found["self_attn.o_proj.bias"] = (hidden,)
     if config["model_type"].startswith("qwen3"):
         found |= {f"self_attn.{name}_norm.weight": (head_dim,) for name in "qk"}
+    return found
+
+
+def mixture_layers(config: dict[str, Any]) -> list[bool]:
+    """Which layers are mixtures of experts."""
+    layers = range(config["num_hidden_layers"])
+    if config["model_type"] == "qwen3_moe":
+        step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers", [])
+        return [index not in dense and (index + 1) % step == 0 for index in layers]
+    if config["model_type"] == "ernie4_5_moe":
+        first, last = config.get("moe_layer_start_index", 1), config.get("moe_layer_end_index", len(layers))
+        return [first <= index <= last and (index + 1) % config.get("moe_layer_interval", 1) == 0 for index in layers]
+    return [False for _ in layers]
+
+
+def mixture_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    is_ernie, width = config["model_type"] == "ernie4_5_moe", config["moe_intermediate_size"]
+    count = config["moe_num_experts" if is_ernie else "num_experts"]
+    found: dict[str, tuple[int, ...]] = {"mlp.gate.weight": (count, config["hidden_size"])}
+    for expert in range(count):
+        found |= mlp_shapes(config, f"mlp.experts.{expert}", width)
+    if is_ernie:
+        found["mlp.moe_statics.e_score_correction_bias"] = (1, count)
+        found |= mlp_shapes(config, "mlp.shared_experts", width * config.get("moe_num_shared_experts", 2))
     return found
 
 
