@@ -16,7 +16,7 @@ import pytest
 from fastdeploy import LLM, SamplingParams
 from fastdeploy.engine import parallel
 from fastdeploy.engine.parallel import Leader, RankFailed, uninterrupted
-from tests.models.test_families import STORED, TOLERANCE, certain, chosen, greedy, open_llm
+from tests.models.test_families import STORED, TOLERANCE, certain, chosen, greedy, open_llm, write_model
 from tests.references.families import CASES, prompts
 
 PROMPT = [3, 1, 4, 1, 5]
@@ -113,6 +113,29 @@ def test_sizes_that_cannot_be_divided_are_an_error_before_anything_starts(
     monkeypatch.setattr(parallel, "Leader", None)  # would be called to start something
     with pytest.raises(ValueError, match=r"tensor_parallel_size=4: 6 query heads"):
         open_llm(tmp_path, CASES["llama"], dtype="float32", tensor_parallel_size=4)
+
+
+def test_ranks_that_the_launcher_has_started(tmp_path: Path) -> None:
+    """Each runs the script; LLM returns on rank 0 alone."""
+    write_model(tmp_path, CASES["llama"])
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from fastdeploy import LLM
+from tests.engine.test_parallel import check
+if __name__ == "__main__":
+    sizes = {{"max_model_len": 64, "block_size": 16, "max_num_seqs": 4}}
+    with LLM({str(tmp_path)!r}, dtype="float32", tensor_parallel_size=2, **sizes) as llm:
+        check(llm, "llama")
+        print("checked")
+""")
+    launcher = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", str(tmp_path)]
+    master = ["--master", f"127.0.0.1:{parallel.free_port()}"]
+    ended = subprocess.run([*launcher, *master, str(script)], capture_output=True, text=True, timeout=300)
+    logs = {path.name: path.read_text() for path in tmp_path.glob("workerlog.*")}
+    assert ended.returncode == 0, (ended.stderr, logs)
+    assert "checked" in logs["workerlog.0"] and "checked" not in logs["workerlog.1"]
 
 
 def test_ranks_end_when_the_caller_is_killed(tmp_path: Path) -> None:

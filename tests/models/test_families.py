@@ -19,11 +19,16 @@ TOLERANCE = 1e-4  # of logits and logprobs; they are stored with five digits aft
 
 
 def open_llm(directory: Path, config: dict, **keywords) -> LLM:
-    """An LLM of a checkpoint written to `directory`, with a tokenizer that nobody asks for anything."""
+    """An LLM of a checkpoint written to `directory`."""
+    write_model(directory, config)
+    return LLM(directory, max_model_len=64, block_size=16, max_num_seqs=4, **keywords)
+
+
+def write_model(directory: Path, config: dict) -> None:
+    """A checkpoint with a tokenizer that nobody asks for anything."""
     write_checkpoint(directory, config)
     vocabulary = {str(token): token for token in range(config["vocab_size"])}
     Tokenizer(models.WordLevel(vocabulary, unk_token="0")).save(str(directory / "tokenizer.json"))
-    return LLM(directory, max_model_len=64, block_size=16, max_num_seqs=4, **keywords)
 
 
 def greedy(llm: LLM, ids: list[list[int]], **params) -> list:

@@ -6,16 +6,20 @@ import ctypes
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from fastdeploy.config import ModelConfig
 from fastdeploy.device import open_device
 from fastdeploy.kernels.launch import TensorView
 from fastdeploy.models import load_model
 from fastdeploy.models.sharding import Shard, check_divisible
+from fastdeploy.models.weights import Checkpoint, open_checkpoint
 from tests.models.test_decoder import Steps, random_ids
 from tests.models.tiny import BIASED, GROUPED, INTERLEAVED, QWEN3, TIED, UNTIED, checkpoint, random_tensors
+from tests.references.families import CASES, write_checkpoint
 
 
 class Exchange:
@@ -53,29 +57,27 @@ def array(tensor: TensorView) -> np.ndarray:
     return np.ctypeslib.as_array(memory).reshape(tensor.shape)
 
 
-def divided_logits(config, ranks: int, ids: list[int], quantization: str | None = None) -> list[np.ndarray]:
-    """What each rank has for the logits of a prompt and, after it, of a decode."""
-    tensors, exchange = random_tensors(config), Exchange(ranks)
+def logits_of(source: Checkpoint, ids: list[int], quantization: str | None, group: Any = None) -> np.ndarray:
+    """The logits of a prompt and, after it, of a decode."""
+    model = load_model(source, open_device(), "float32", 256, quantization, progress=False, group=group)
+    steps = Steps(model)
+    return np.concatenate([steps.run((0, 0, ids[:-1])), steps.run((0, len(ids) - 1, ids[-1:]))])
+
+
+def divided_logits(source: Checkpoint, ranks: int, ids: list[int], quantization: str | None = None) -> list[np.ndarray]:
+    """What each rank has for `logits_of`."""
+    exchange = Exchange(ranks)
 
     def run(rank: int) -> np.ndarray:
         with exchange.computing:
-            group = ThreadGroup(exchange, rank)
-            model = load_model(
-                checkpoint(config, tensors), open_device(), "float32", 512, quantization, progress=False, group=group
-            )
-            steps = Steps(model)
-            return np.concatenate([steps.run((0, 0, ids[:-1])), steps.run((0, len(ids) - 1, ids[-1:]))])
+            return logits_of(source, ids, quantization, ThreadGroup(exchange, rank))
 
     with ThreadPoolExecutor(ranks) as pool:
         return list(pool.map(run, range(ranks)))
 
 
-def whole_logits(config, ids: list[int], quantization: str | None = None) -> np.ndarray:
-    model = load_model(
-        checkpoint(config, random_tensors(config)), open_device(), "float32", 512, quantization, progress=False
-    )
-    steps = Steps(model)
-    return np.concatenate([steps.run((0, 0, ids[:-1])), steps.run((0, len(ids) - 1, ids[-1:]))])
+def tiny(config: ModelConfig) -> Checkpoint:
+    return checkpoint(config, random_tensors(config))
 
 
 @pytest.mark.parametrize(
@@ -91,8 +93,8 @@ def whole_logits(config, ids: list[int], quantization: str | None = None) -> np.
 )
 def test_ranks_have_the_logits_of_one(config, ranks):
     ids = random_ids(40)
-    expected = whole_logits(config, ids)
-    found = divided_logits(config, ranks, ids)
+    expected = logits_of(tiny(config), ids, None)
+    found = divided_logits(tiny(config), ranks, ids)
     for logits in found:
         np.testing.assert_array_equal(logits, found[0])  # all ranks the same bits
     assert np.abs(found[0] - expected).max() < 3e-5 * np.abs(expected).max()
@@ -102,9 +104,25 @@ def test_ranks_have_the_logits_of_one(config, ranks):
 def test_quantised_weights_are_divided_between_their_groups(quantization):
     """Input features in shares of whole groups of 32, so that each rank has the very values of the whole."""
     config, ids = replace(GROUPED, num_heads=4, num_kv_heads=2, intermediate_size=128), random_ids(20)
-    expected = whole_logits(config, ids, quantization)
-    found = divided_logits(config, 2, ids, quantization)
+    expected = logits_of(tiny(config), ids, quantization)
+    found = divided_logits(tiny(config), 2, ids, quantization)
     assert np.abs(found[0] - expected).max() < 3e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_family_can_be_divided(name, tmp_path):
+    """The likeliest tokens are the same ones, too, wherever the two likeliest are further apart than rounding goes."""
+    write_checkpoint(tmp_path, CASES[name])
+    source = open_checkpoint(tmp_path)
+    ids = [token % source.config.vocab_size for token in random_ids(20)]
+    expected = logits_of(source, ids, None)
+    found = divided_logits(source, 3 if source.config.num_heads % 2 else 2, ids)[0]
+    tolerance = 3e-5 * np.abs(expected).max()
+    assert np.abs(found - expected).max() < tolerance
+    second, first = np.sort(expected, axis=1)[:, -2:].T
+    certain = first - second > 2 * tolerance
+    assert certain.sum() > len(ids) / 2
+    np.testing.assert_array_equal(found.argmax(axis=1)[certain], expected.argmax(axis=1)[certain])
 
 
 @pytest.mark.parametrize("ranks", range(1, 7))
