@@ -156,7 +156,15 @@ while True:
     wait_until_ended([pid])
 
 
-def test_ctrl_c_leaves_all_ranks_in_step(llm: LLM) -> None:
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where the shell that started the tests has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_leaves_all_ranks_in_step(llm: LLM, ctrl_c: None) -> None:
     expected = llm.generate(PROMPT, LONG, use_tqdm=False)[0].outputs.token_ids
     for delay in (0.02, 0.05, 0.11):
         timer = threading.Timer(delay, signal.raise_signal, [signal.SIGINT])
@@ -167,7 +175,7 @@ def test_ctrl_c_leaves_all_ranks_in_step(llm: LLM) -> None:
         assert llm.generate(PROMPT, LONG, use_tqdm=False)[0].outputs.token_ids == expected
 
 
-def test_an_interrupt_waits_for_the_end_of_the_block() -> None:
+def test_an_interrupt_waits_for_the_end_of_the_block(ctrl_c: None) -> None:
     reached = False
     with pytest.raises(KeyboardInterrupt), uninterrupted():
         signal.raise_signal(signal.SIGINT)
