@@ -1,5 +1,7 @@
 """One model in several formats: whatever the file, the same logits, bit for bit."""
 
+import re
+
 import gguf
 import numpy as np
 import pytest
@@ -20,9 +22,12 @@ IN_GGUF = {  # Hugging Face's modules -> llama.cpp's names
     "post_attention_layernorm": "ffn_norm",
     "self_attn.o_proj": "attn_output",
     "self_attn.": "attn_",
+    "mlp.moe_statics.e_score_correction_bias": "exp_probs_b.bias",
+    "mlp.gate.": "ffn_gate_inp.",
     "mlp.": "ffn_",
     "_proj": "",
 }
+ARCHITECTURES = {"mistral": "llama", "qwen3_moe": "qwen3moe", "ernie4_5_moe": "ernie4_5-moe"}  # others: model_type
 GGUF_CASES = [
     "llama",
     "llama, tied, 9 heads on 3, biases",
@@ -34,12 +39,42 @@ GGUF_CASES = [
     "qwen3, tied, biases, one KV head",
     "ernie",
     "ernie, untied, biases",
+    "qwen3 moe",
+    "ernie moe",
+    "ernie moe, every other layer",
 ]
+
+
+def stacked(weights):
+    """Tensors as llama.cpp has them of mixtures: those of all experts in one, shared experts by another name."""
+    found = {}
+    for name, array in weights.items():
+        match = re.fullmatch(r"(.*\.mlp)\.experts\.\d+\.(\w+)_proj\.weight", name)
+        if match:
+            found.setdefault(f"{match[1]}.{match[2]}_exps.weight", []).append(array)
+        elif name.endswith("e_score_correction_bias"):
+            found[name] = array.reshape(-1)
+        else:
+            found[re.sub(r"shared_experts\.(\w+)_proj", r"\1_shexp", name)] = array
+    return {name: np.stack(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+def add_mixture(writer, config):
+    """What llama.cpp's converter writes of a mixture of experts, of which qwen3moe's weights are always normalised."""
+    if config["model_type"] == "qwen3_moe":
+        assert config["norm_topk_prob"]
+        writer.add_expert_count(config["num_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+    else:
+        writer.add_expert_count(config["moe_num_experts"])
+        writer.add_expert_used_count(config["moe_k"])
+        writer.add_expert_shared_count(config.get("moe_num_shared_experts", 2))
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
 
 
 def write_gguf(path, config, weights):
     """A GGUF of float32 tensors, as llama.cpp's converter writes it of this config.json."""
-    architecture = {"mistral": "llama"}.get(config["model_type"], config["model_type"])
+    architecture = ARCHITECTURES.get(config["model_type"], config["model_type"])
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     writer = gguf.GGUFWriter(path, architecture)
@@ -51,7 +86,7 @@ def write_gguf(path, config, weights):
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    theta = 500000.0 if architecture == "ernie4_5" else 10000.0
+    theta = 500000.0 if architecture.startswith("ernie4_5") else 10000.0
     writer.add_rope_freq_base(rope.get("rope_theta", config.get("rope_theta", theta)))
     if config.get("head_dim"):
         writer.add_key_length(config["head_dim"])
@@ -61,7 +96,9 @@ def write_gguf(path, config, weights):
         writer.add_rope_scaling_factor(rope["factor"])
     if "original_max_position_embeddings" in rope:
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    for name, array in weights.items():
+    if "moe_intermediate_size" in config:
+        add_mixture(writer, config)
+    for name, array in stacked(weights).items():
         if architecture == "llama" and any(f".{part}_proj." in name for part in "qk"):
             count = heads if ".q_proj." in name else kv_heads
             array = array.reshape(count, 2, array.shape[0] // count // 2, -1).swapaxes(1, 2).reshape(array.shape)
@@ -90,11 +127,11 @@ def test_a_gguf_gives_the_logits_of_the_directory(name, tmp_path):
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pdparams"])
-@pytest.mark.parametrize("name", ["ernie", "ernie, untied, biases"])
+@pytest.mark.parametrize("name", ["ernie", "ernie, untied, biases", "ernie moe"])
 def test_both_flavours_of_ernie_give_the_same_logits(name, ending, tmp_path):
     config, weights = CASES[name], tensors(CASES[name])
     ours = write(tmp_path / "PT", config, weights)
-    paddles = {**config, "architectures": ["Ernie4_5_ForCausalLM"]}
+    paddles = {**config, "architectures": [config["architectures"][0].replace("4_5", "4_5_").replace("__", "_")]}
     theirs = write(tmp_path / "Paddle", paddles, paddle_tensors(weights), ending)
     np.testing.assert_array_equal(logits(theirs, config), logits(ours, config))
 

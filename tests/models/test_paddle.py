@@ -39,7 +39,7 @@ def paddle_tensors(tensors, prefix="ernie", fused=True):
     renamed = {}
     for name, parts in joined.items():
         tensor = np.concatenate(parts)  # q, k, v and gate, up: in the order in which Hugging Face has them
-        is_linear = tensor.ndim == 2 and "embed_tokens" not in name
+        is_linear = tensor.ndim == 2 and name.endswith(".weight") and "embed_tokens" not in name
         renamed[name.replace("model.", f"{prefix}.")] = np.ascontiguousarray(tensor.T) if is_linear else tensor
     return renamed
 
