@@ -12,10 +12,29 @@ from fastdeploy.sampling_params import MAX_SEED
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = (*DTYPES, "int8")
-QUANTIZATIONS = ("auto", "exact", "wint8", "wint4", "w8a8", "w4a8")
 LOAD_FORMATS = ("auto", "dummy")
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # attention splits the context every 256 tokens and reads whole blocks
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048  # requests that decode wait for the whole step: bound its length
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What a value of `quantization` asks for; `models/loading.py` says what becomes of which weights."""
+
+    keeps_quantised: bool  # weights that the file has quantised stay so
+    floats_become: str | None  # "q4" or "q8"
+    int8_activations: bool
+
+
+MODES = {
+    None: Mode(False, None, False),
+    "auto": Mode(True, None, True),
+    "exact": Mode(True, None, False),
+    "wint8": Mode(True, "q8", False),
+    "wint4": Mode(True, "q4", False),
+    "w8a8": Mode(True, "q8", True),
+    "w4a8": Mode(True, "q4", True),
+}
 
 
 @suggesting_keywords("LLM")
@@ -92,7 +111,7 @@ class EngineConfig:
         self._check_choice("kv_cache_dtype", KV_CACHE_DTYPES)
         self._check_choice("load_format", LOAD_FORMATS)
         if self.quantization is not None:
-            self._check_choice("quantization", QUANTIZATIONS)
+            self._check_choice("quantization", tuple(filter(None, MODES)))
         for field in ("enable_prefix_caching", "enforce_eager"):
             self._check_choice(field, (True, False))
         if self.reasoning_parser is not None:

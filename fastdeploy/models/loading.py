@@ -21,7 +21,6 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,6 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fastdeploy.device import DTYPE_BYTES, GIB, Device
+from fastdeploy.engine_config import MODES
 from fastdeploy.kernels.launch import TensorView, target, view
 from fastdeploy.kernels.linear import LinearWeight, Weight, default_panel, pack, packed_shape
 from fastdeploy.kernels.moe import ExpertWeights, padded
@@ -50,26 +50,6 @@ MADE = {"q4": "Q4_1", "q8": "Q8_0"}  # what values are converted to
 BITS = {"q4": 5.0, "q8": 8.5}  # of a weight, its share of the scales included
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")  # quantised only where the file has them so
 SLICE_ELEMENTS = 4 << 20  # 16 MiB as float32: large enough to hide the cost of a call, small beside any model
-
-
-@dataclass(frozen=True)
-class Mode:
-    """What a value of `quantization` asks for."""
-
-    keeps_quantised: bool  # weights that the file has quantised stay so
-    floats_become: str | None  # "q4" or "q8"
-    int8_activations: bool
-
-
-MODES = {
-    None: Mode(False, None, False),
-    "auto": Mode(True, None, True),
-    "exact": Mode(True, None, False),
-    "wint8": Mode(True, "q8", False),
-    "wint4": Mode(True, "q4", False),
-    "w8a8": Mode(True, "q8", True),
-    "w4a8": Mode(True, "q4", True),
-}
 
 
 class WeightLoader:
