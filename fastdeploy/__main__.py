@@ -4,7 +4,8 @@
     python -m fastdeploy run MODEL --input prompts.jsonl --output results.jsonl  answer a file of requests
 
 Every field of `EngineConfig` and every simple field of `SamplingParams` is an option of the same name: --max-model-len,
---temperature. What is given for sampling holds for all answers; a line of a file may say otherwise for itself.
+--temperature. What is given for sampling holds for all answers; a line of a file may say otherwise for itself. --seed
+is the engine's, from which every answer's own seed is made.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from fastdeploy.engine_config import EngineConfig
 from fastdeploy.sampling_params import SamplingParams
 
+INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 SIMPLE = (int, float, str, bool)  # what one word of a command line can say
 
 
@@ -40,7 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from fastdeploy.terminal import chat
 
         return chat(engine, sampling, **given)
-    except (OSError, ValueError, TypeError, MemoryError) as error:
+    except KeyboardInterrupt:
+        print("\nstopped" + (": the same command goes on from here" if is_batch else ""), file=sys.stderr)
+        return INTERRUPTED
+    except (OSError, ValueError, TypeError, MemoryError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -53,8 +58,8 @@ def chat_parser() -> argparse.ArgumentParser:
     )
     add_model(parser)
     parser.add_argument("--system", metavar="TEXT", help="the system message, which begins every conversation")
-    add_fields(parser, EngineConfig, "engine", without=("model", "seed"))
-    add_fields(parser, SamplingParams, "sampling", without=("n", "logprobs", "prompt_logprobs"))
+    add_fields(parser, EngineConfig, "engine", without=("model",))
+    add_fields(parser, SamplingParams, "sampling", without=("n", "seed", "logprobs", "prompt_logprobs"))
     return parser
 
 
@@ -69,8 +74,8 @@ def batch_parser() -> argparse.ArgumentParser:
         "--output", required=True, metavar="FILE",
         help="answers, one a line, appended as they are finished; lines of the input that it has already are skipped",
     )  # fmt: skip
-    add_fields(parser, EngineConfig, "engine", without=("model", "seed"))
-    add_fields(parser, SamplingParams, "sampling, where a line says nothing", without=())
+    add_fields(parser, EngineConfig, "engine", without=("model",))
+    add_fields(parser, SamplingParams, "sampling, where a line says nothing", without=("seed",))
     return parser
 
 

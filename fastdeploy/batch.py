@@ -12,8 +12,8 @@ written as soon as it is finished, so in no order; "line" counts the input's lin
     {"line": 1, "digest": "5f0c...", "custom_id": ..., "error": null, "usage": {"prompt_tokens": 4, ...},
      "choices": [{"index": 0, "text": "...", "finish_reason": "length"}]}
 
-A line that can't be answered has {"error": {"code": 400, "message": ...}} and no choices. OpenAI's lines are answered
-in OpenAI's form, which has all this in "response".
+A line that can't be answered has {"error": {"code": 400, "message": ...}} and no choices; to have it tried again,
+delete it from the output. OpenAI's lines are answered in OpenAI's form, which has all this in "response".
 
 Killed and started again, it answers the lines that the output does not have yet. What makes this safe: an answer is
 written whole or, if the kill strikes there, its line lacks the end and is cut off; and each answer has a digest of the
@@ -22,6 +22,8 @@ line that it answers, so that an input that has changed is noticed.
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
 import hashlib
 import itertools
 import json
@@ -40,31 +42,31 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 INPUTS = ("prompt", "prompt_token_ids", "messages")
 # Keys of an OpenAI request that change no token here; "model" is the one that runs.
 OPENAI_IGNORED = ("model", "user", "metadata", "store", "service_tier", "stream", "stream_options")
-INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
+BEGINNING = b'{"line": '  # of every answer
 
 
 def answer_file(engine: Mapping[str, Any], sampling: Mapping[str, Any], input: str, output: str) -> int:
     """Answer the lines of the file `input` that the file `output` has no answer to; append these to it.
 
     engine: fields of EngineConfig. sampling: fields of SamplingParams, for lines that don't name them. Returns the exit
-    status: 0 also if some lines were answered with an error, 130 after Ctrl-C. Raises OSError for files that can't be
-    read or written, ValueError if `output` belongs to another input.
+    status: 0, also if some lines were answered with an error. Raises OSError for files that can't be read or written,
+    ValueError if `output` belongs to another input or is being written by another run.
     """
     SamplingParams(**sampling)  # wrong for all lines: an error of its own, before the model is loaded
     lines = read_lines(Path(input))
     with Path(output).open("a+b") as file:
+        lock(file)
         done = finished_lines(file, lines)
         missing = [line for line in lines if line.number not in done]
         print(f"{input}: {len(lines)} lines, {len(done)} of them answered in {output}", file=sys.stderr)
         if not missing:
             return 0
         with LLM(**engine) as llm:
-            try:
-                num_errors = BatchRun(llm, sampling, file).answer(missing, len(lines))
-            except KeyboardInterrupt:
-                print("\nstopped: the same command goes on from here", file=sys.stderr)
-                return INTERRUPTED
-    print(f"{output}: all lines answered" + (f", {num_errors} with an error" if num_errors else ""), file=sys.stderr)
+            num_errors = BatchRun(llm, sampling, file).answer(missing, len(lines))
+    print(
+        f"{output}: all lines answered" + (f", {num_errors} of them with an error" if num_errors else ""),
+        file=sys.stderr,
+    )
     return 0
 
 
@@ -78,6 +80,11 @@ class Line:
     @property
     def digest(self) -> str:
         return hashlib.blake2b(self.content, digest_size=8).hexdigest()
+
+    def seed(self, origin: int) -> int:
+        """For a line that names none: a function of its number and the engine's seed."""
+        digest = hashlib.blake2b(f"{origin}/{self.number}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") >> 1
 
 
 @dataclass
@@ -102,6 +109,14 @@ def read_lines(path: Path) -> list[Line]:
         return [line for line in lines if line.content]
 
 
+def lock(file: BinaryIO) -> None:
+    """Keep the file for this run. Raises ValueError if another one has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{file.name} is being written by another run") from None
+
+
 def finished_lines(file: BinaryIO, lines: list[Line]) -> set[int]:
     """The numbers of the lines that the output has an answer to; an incomplete last line is cut off.
 
@@ -112,15 +127,19 @@ def finished_lines(file: BinaryIO, lines: list[Line]) -> set[int]:
     file.seek(0)
     end = 0
     for content in file:
+        stranger = f"{file.name} has a line that is no answer of this program: {content[:80]!r}"
         if not content.endswith(b"\n"):
+            if not content.startswith(BEGINNING) and not BEGINNING.startswith(content):
+                raise ValueError(stranger)
             break
         end += len(content)
         try:
             answer = json.loads(content)
             number, digest = answer["line"], answer["digest"]
+            is_known = digests.get(number) == digest
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{file.name} has a line that is no answer of this program: {content[:80]!r}") from None
-        if digests.get(number) != digest:
+            raise ValueError(stranger) from None
+        if not is_known:
             raise ValueError(
                 f"{file.name} has the answer to another line {number} than the input has now: name another output"
             )
@@ -195,12 +214,12 @@ class BatchRun:
             task.given = parsed(line.content)
             request = openai_request(task.given) if task.is_openai else dict(task.given)
             request.pop("custom_id", None)
-            task.requests = self._requests(request)
+            task.requests = self._requests(request, line)
         except (ValueError, TypeError) as error:
             task.error = {"code": UNSERVABLE, "message": str(error)}
         return task
 
-    def _requests(self, request: dict[str, Any]) -> list[Request]:
+    def _requests(self, request: dict[str, Any], line: Line) -> list[Request]:
         """What the engine has to run for a line. Raises TypeError or ValueError for a bad one."""
         llm = self._llm
         found = {key: request.pop(key) for key in INPUTS if key in request}
@@ -214,13 +233,20 @@ class BatchRun:
             prompts = llm.reader.read_chat(messages, llm.config.chat_template, variables)
         else:
             prompts = llm.reader.read(found)
-        return llm.intake.requests(prompts, SamplingParams(**{**self._sampling, **request}))
+        params = SamplingParams(**{**self._sampling, **request})
+        if params.seed is None:  # not the engine's next: a run that goes on would draw those of its beginning again
+            params = dataclasses.replace(params, seed=line.seed(llm.config.seed))
+        return llm.intake.requests(prompts, params)
 
     def _write(self, task: Task) -> None:
         """Append the answer, whole or not at all as far as a kill lets it."""
         self._num_errors += task.error is not None
         answer = openai_answer(task) if task.is_openai else own_answer(task)
-        self._file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
+        try:
+            content = json.dumps(answer, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # half a surrogate pair, in a custom_id say
+            content = json.dumps(answer).encode()
+        self._file.write(content + b"\n")
         self._file.flush()
 
 
@@ -228,7 +254,7 @@ def parsed(content: bytes) -> dict[str, Any]:
     """The JSON object that a line is. Raises ValueError if it is none."""
     try:
         given = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(given, dict):
         raise ValueError(f"a line is a JSON object, not {type(given).__name__}")

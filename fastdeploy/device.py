@@ -151,25 +151,33 @@ class Device(ABC):
         """The device in words, for the line logged at start."""
 
 
+class PeerLost(RuntimeError):
+    """Another rank did not take part: it has died, or has been silent for too long."""
+
+
 class Group:
     """The processes (ranks) that compute one model together, and what they tell each other in the middle of a step.
 
     rank: this process's number, from 0. size: how many there are. address: host and port where rank 0 listens. All
-    ranks make their Group at the same time; it returns when they have found each other. Raises RuntimeError after
-    30 s without them, later too: a rank that has died is noticed at once, one that is silent after 30 s.
+    ranks make their Group at the same time; it returns when they have found each other. patience: seconds to wait for
+    that. Raises PeerLost if a rank does not come, and later at once if one dies, after 30 s if one is silent.
 
     One process may be in several groups. So this is Paddle's process group itself, not paddle.distributed's global one.
+    Paddle keeps it, and the port, until the process ends.
     """
 
-    def __init__(self, rank: int, size: int, address: tuple[str, int]) -> None:
+    def __init__(self, rank: int, size: int, address: tuple[str, int], patience: int = SILENCE_SECONDS) -> None:
         from paddle.base import core
 
         self.rank = rank
         self.size = size
-        os.environ["PADDLE_TRAINER_ID"] = str(rank)  # Paddle asks for it, to name the rank in its logs
-        self._store = core.TCPStore(*address, rank == 0, size, SILENCE_SECONDS)
-        number = address[1]  # of the group; Paddle wants another one for each group of a process
-        self._group = core.ProcessGroupGloo.create(self._store, rank, size, number)
+        with _environment("PADDLE_TRAINER_ID", str(rank)):  # Paddle asks for it, to name the rank in its logs
+            try:
+                self._store = core.TCPStore(*address, rank == 0, size, patience)
+                number = address[1]  # of the group; Paddle wants another one for each group of a process
+                self._group = core.ProcessGroupGloo.create(self._store, rank, size, number)
+            except (RuntimeError, SystemError) as error:
+                raise PeerLost(f"not all of {size} ranks came to {address} within {patience} s: {error}") from error
 
     def publish(self, name: str, text: str) -> None:
         """Tell the other ranks something, outside of steps."""
@@ -187,7 +195,25 @@ class Group:
         expect("x", x, x.shape)
         # gloo gathers bytes rightly in any type (its sums of float16 are wrong, which is why nobody asks it for sums).
         everything, own = _bytes_of(out), _bytes_of(x)
-        runtime.call(lambda: self._group.all_gather_into_tensor(everything, own, True).wait())
+        runtime.call(lambda: self._gather(everything, own))
+
+    def _gather(self, out: paddle.Tensor, x: paddle.Tensor) -> None:
+        try:
+            self._group.all_gather_into_tensor(out, x, True).wait()
+        except (RuntimeError, SystemError) as error:
+            raise PeerLost(f"a rank did not take part in a step: {error}") from error
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """An environment variable for the length of the block."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    yield
+    if before is None:
+        del os.environ[name]
+    else:
+        os.environ[name] = before
 
 
 def _bytes_of(tensor: TensorView) -> paddle.Tensor:
@@ -236,17 +262,17 @@ class CPUDevice(Device):
         return "float32"
 
     def free_memory(self) -> int:
-        return available_memory()
+        return available_memory() // self._ranks
 
     def cache_budget(self) -> int:
         """A quarter of the free memory: the host is shared with everything else that its owner runs."""
-        return self.free_memory() // 4 // self._ranks
+        return self.free_memory() // 4
 
     def num_threads(self) -> int:
         """Threads that a kernel is spread over."""
         from fastdeploy.triton_cpu import runtime
 
-        return runtime.num_threads()
+        return runtime.thread_pool().threads
 
     def capture(self) -> AbstractContextManager[Plan]:
         from fastdeploy.triton_cpu import runtime
@@ -296,8 +322,12 @@ def release_library_pages(smaps: Path = Path("/proc/self/smaps")) -> None:
 
 
 def _shared_mappings(smaps: str) -> list[tuple[int, int]]:
-    """[start, end) of each private, read-only mapping of a file that holds nothing but the file's own pages."""
-    mapping = r"^([0-9a-f]+)-([0-9a-f]+) r-[x-]p [0-9a-f]+ \S+ \S+ +/.*\n(?:\w+:.*\n)*?Anonymous: +0 kB$"
+    """[start, end) of each private, read-only mapping of a library that holds nothing but the file's own pages, and has
+    none of its own swapped out. Libraries only: other files may be unmapped by another thread meanwhile."""
+    mapping = (
+        r"^([0-9a-f]+)-([0-9a-f]+) r-[x-]p [0-9a-f]+ \S+ \S+ +/\S*\.so[.\d]*\n"
+        r"(?:\w+:.*\n)*?Anonymous: +0 kB\n(?:\w+:.*\n)*?Swap: +0 kB$"
+    )
     return [(int(start, 16), int(end, 16)) for start, end in re.findall(mapping, smaps, re.MULTILINE)]
 
 

@@ -63,7 +63,7 @@ def load(given: EngineConfig) -> Loaded:
     check_divisible(checkpoint.config, given.tensor_parallel_size)
     config = given.resolved(checkpoint.config.max_position_embeddings)
     tokenizer = load_tokenizer(config.tokenizer or checkpoint)
-    leader = lead_ranks(config) if config.tensor_parallel_size > 1 else None
+    leader = lead_ranks(config)
     try:
         runner = _load_runner(checkpoint, config, leader, fit=given.max_model_len is None)
     except BaseException:
@@ -76,10 +76,11 @@ def load(given: EngineConfig) -> Loaded:
 def _load_runner(checkpoint: Checkpoint, config: ResolvedConfig, leader: Leader | None, fit: bool) -> Runner:
     """The model, or rank 0's part of it, on its device. fit: lower max_model_len to what the KV cache has room for."""
     from fastdeploy.device import open_device
+    from fastdeploy.engine.parallel import ranks_here
     from fastdeploy.engine.runner import Runner, fit_to_memory
     from fastdeploy.models import load_model
 
-    device = open_device(config.tensor_parallel_size)
+    device = open_device(ranks_here(config))
     group = None if leader is None else leader.group()
     model = load_model(checkpoint, device, config.dtype, config.max_model_len, config.quantization, group=group)
     if fit:

@@ -136,6 +136,8 @@ LINES = [
     },
     {"custom_id": "text", "url": "/v1/completions", "body": {"prompt": "The sea", "max_tokens": 3, "stop": None}},
     {"custom_id": "bad", "url": "/v1/embeddings", "body": {"input": "x"}},
+    "[" * 100_000,
+    {"custom_id": "\ud800", "prompt": "x", "max_tokens": 1},  # half of a character
 ]
 
 
@@ -162,12 +164,12 @@ def test_good_lines_are_answered_and_bad_ones_get_an_error(tmp_path: Path) -> No
     write_lines(source, LINES)
     assert run(source, results) == 0
     found = answers(results)
-    assert sorted(found) == [1, 2, 3, 5, 6, 7, 8, 9, 10, 11]  # line 4 is blank
+    assert sorted(found) == [1, 2, 3, *range(5, 14)]  # line 4 is blank
     assert found[1]["usage"] == {"prompt_tokens": 4, "completion_tokens": 6, "total_tokens": 10}
     assert found[1]["choices"][0]["finish_reason"] == "length" and found[1]["choices"][0]["text"]
     assert found[3]["custom_id"] == "two" and [choice["index"] for choice in found[3]["choices"]] == [0, 1]
     assert len(found[5]["choices"][0]["logprobs"]) == 4  # the command line's max_tokens
-    complaints = {2: "not JSON", 6: "temperature", 7: "max_model_len", 8: "conversation"}
+    complaints = {2: "not JSON", 6: "temperature", 7: "max_model_len", 8: "conversation", 12: "not JSON"}
     for number, part in complaints.items():
         assert found[number]["error"]["code"] == 400 and part in found[number]["error"]["message"]
     chat, text, bad = (found[number] for number in (9, 10, 11))
@@ -180,24 +182,34 @@ def test_good_lines_are_answered_and_bad_ones_get_an_error(tmp_path: Path) -> No
 
 @needs_smollm2
 def test_a_killed_run_goes_on_without_redoing_or_losing_a_line(tmp_path: Path) -> None:
+    """And answers as an uninterrupted one: lines draw from seeds of their own."""
     source, results = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    write_lines(source, [{"prompt": f"Number {index}:", "max_tokens": 40} for index in range(40)])
-    options = [*ENGINE, "--temperature", "0", "--ignore-eos", "true", "--input", str(source), "--output", str(results)]
-    command = [sys.executable, "-m", "fastdeploy", "run", MODEL, *options]
+    write_lines(source, [{"prompt": "Number", "max_tokens": 40} for _ in range(40)])
+    options = ["--temperature", "1", "--ignore-eos", "true"]
+    files = ["--input", str(source), "--output", str(results)]
+    command = [sys.executable, "-m", "fastdeploy", "run", MODEL, *ENGINE, *options, *files]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    while not (results.exists() and results.read_bytes().count(b"\n") >= 5):
-        assert process.poll() is None, process.communicate()[1].decode()
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    deadline = time.monotonic() + 300
+    try:
+        while not (results.exists() and results.read_bytes().count(b"\n") >= 5):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1].decode()
+            time.sleep(0.01)
+        assert run(source, results) == 1  # another run has the file
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
     before = results.read_bytes()
     before = before[: before.rindex(b"\n") + 1]
     with results.open("ab") as file:
         file.write(b'{"line": 40, "dig')  # as a kill in the middle of a line would leave it
     assert before.count(b"\n") < 40, "the run was over before the kill: make it longer"
-    assert run(source, results, "--ignore-eos", "true") == 0
+    assert run(source, results, *options) == 0
     assert results.read_bytes().startswith(before)
     assert sorted(answers(results)) == list(range(1, 41))
+    whole = tmp_path / "whole.jsonl"
+    assert run(source, whole, *options) == 0
+    assert answers(whole) == answers(results)
+    assert len({answer["choices"][0]["text"] for answer in answers(whole).values()}) > 35
     again = results.read_bytes()
     assert run(source, results) == 0 and results.read_bytes() == again  # nothing left to do
 
@@ -205,7 +217,8 @@ def test_a_killed_run_goes_on_without_redoing_or_losing_a_line(tmp_path: Path) -
 def test_an_output_of_another_input_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, results = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     write_lines(source, [{"prompt": "b"}])
-    for content in ('{"line": 1, "digest": "0123"}\n', '{"line": 9, "digest": "0123"}\n', '{"text": "b"}\n', "[]\n"):
+    strangers = ['{"text": "b"}\n', "[]\n", '{"line": [1], "digest": "0123"}\n', "no end of a line"]
+    for content in ('{"line": 1, "digest": "0123"}\n', '{"line": 9, "digest": "0123"}\n', *strangers):
         results.write_text(content)
         assert run(source, results) == 1
         assert str(results) in capsys.readouterr().err

@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastdeploy.device import CACHE_LINE, Field, available_memory, open_device, release_library_pages
+from fastdeploy.device import (
+    CACHE_LINE,
+    Field,
+    _shared_mappings,
+    available_memory,
+    open_device,
+    release_library_pages,
+)
 from fastdeploy.kernels.activation import silu_mul, silu_mul_reference
 from fastdeploy.kernels.launch import view
 from tests.triton_cpu.arrays import run_python
@@ -147,7 +154,7 @@ def resident_kb(address: int) -> int:
 
 @pytest.mark.parametrize("written", [False, True])
 def test_pages_of_files_are_released_unless_something_was_written_to_them(tmp_path, written):
-    path = tmp_path / "library"
+    path = tmp_path / "library.so.1"
     path.write_bytes(bytes(range(256)) * 4096)
     with open(path, "r+b") as file:
         mapping = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE)
@@ -160,6 +167,22 @@ def test_pages_of_files_are_released_unless_something_was_written_to_them(tmp_pa
     release_library_pages()
     assert resident_kb(address) == (1024 if written else 0)
     assert sum(mapping[::4096]) == written
+
+
+@pytest.mark.parametrize(
+    ("path", "anonymous", "swap", "released"),
+    [
+        ("/lib/libm.so.6", 0, 0, True),
+        ("/lib/libm.so.6", 8, 0, False),
+        ("/lib/libm.so.6", 0, 8, False),  # its own pages are there, only not in memory
+        ("/models/smollm2.gguf", 0, 0, False),  # another thread may be about to unmap it
+    ],
+)
+def test_which_mappings_are_released(path, anonymous, swap, released):
+    fields = f"Size: 40 kB\nRss: 40 kB\nAnonymous:  {anonymous} kB\nLazyFree: 0 kB\nSwap:   {swap} kB\nSwapPss: 0 kB\n"
+    other = "Size: 4 kB\nAnonymous: 4 kB\nSwap: 4 kB\n"
+    smaps = f"7f00-7f40 r-xp 00000000 fe:00 12   {path}\n{fields}7f40-7f44 rw-p 00000000 00:00 0\n{other}"
+    assert _shared_mappings(smaps) == ([(0x7F00, 0x7F40)] if released else [])
 
 
 def test_importing_paddle_leaves_the_root_logger_alone():

@@ -274,7 +274,7 @@ def test_leaving_a_stream_early_frees_its_blocks(llm: LLM) -> None:
 
 @pytest.mark.parametrize("delay", [0.02, 0.1, 0.3])
 def test_ctrl_c_in_a_long_generate_frees_what_was_queued_and_the_llm_goes_on(
-    llm: LLM, plain: RequestOutput, delay: float
+    llm: LLM, plain: RequestOutput, delay: float, ctrl_c: None
 ) -> None:
     timer = threading.Timer(delay, _thread.interrupt_main)
     timer.start()

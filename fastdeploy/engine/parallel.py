@@ -10,11 +10,19 @@ with its own weights. So between steps nobody waits in a collective, which would
 
 `LLM(model, tensor_parallel_size=N)` starts the other N - 1 processes, on this machine. `python -m
 paddle.distributed.launch script.py` has started N of them, perhaps on several machines, and each runs the script: on
-the other ranks `LLM` does not return then, but serves rank 0, and ends the process when rank 0 closes its own.
+the other ranks `LLM` does not return then, but serves rank 0, and ends the process when rank 0 closes its own. Several
+machines have to trust their network: what they send each other is not encrypted, and who can reach the launcher's port
+can join, unless all have the same secret in $FASTDEPLOY_GROUP_KEY.
+
+On the pipe, rank 0 speaks first:      (config, rank) -> None        sent once Paddle is imported
+                                       ("join", (address,))          where the process group meets; then all load
+                                       ("run", (config,)) -> None    with the number of KV blocks; sent once loaded
+                                       (method of Runner, arguments) step by step, no answer
+A rank that fails sends its error, a str, in place of what it should have sent, and ends.
 
 A rank that ends, for whatever reason, closes its pipe and its sockets, and so the others notice at once: rank 0 ends
 them all and raises one `RankFailed` that names the rank and the cause; the others end themselves when rank 0's end of
-the pipe closes.
+the pipe closes. A rank that is merely silent, stopped by a debugger say, is given up after 30 s.
 """
 
 from __future__ import annotations
@@ -28,8 +36,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
-from multiprocessing import Pipe
+from multiprocessing import AuthenticationError, Pipe
 from multiprocessing.connection import Client, Connection, Listener
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -41,7 +51,9 @@ if TYPE_CHECKING:
 
 START_SECONDS = 120  # to import Paddle and to load, between two signs of life
 END_SECONDS = 5  # for a rank to end by itself
+PEER_LOST = 3  # exit status of a rank that ends because another one did
 LEADER = "fastdeploy/leader"  # under which rank 0 says where to call
+START_RANK = "import sys; sys.path[:] = {path!r}; from fastdeploy.engine.parallel import main; main()"
 
 
 class RankFailed(RuntimeError):
@@ -61,10 +73,15 @@ class Leader:
         self._pipes: dict[int, Connection] = {}
         self.processes: dict[int, subprocess.Popen] = {}
         self.size = config.tensor_parallel_size
+        self._end = weakref.finalize(self, end_ranks, self._pipes, self.processes)
+        self._start(config)
+
+    def _start(self, config: ResolvedConfig) -> None:
         for rank in range(1, self.size):
             self._pipes[rank], theirs = Pipe()
             self.processes[rank] = subprocess.Popen(
-                [sys.executable, "-m", "fastdeploy.engine.parallel", str(theirs.fileno())],
+                [sys.executable, "-c", START_RANK.format(path=sys.path), str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C is for rank 0 alone, which tells the others
             )
@@ -75,11 +92,10 @@ class Leader:
         """What the ranks talk through within a step. Raises RankFailed if one has not come so far."""
         from fastdeploy.device import Group
 
-        address = ("127.0.0.1", free_port())
-        with self._all_or_nothing():
+        with self._all_or_nothing(), reserved_port() as port:
             self._await_all()  # the other ranks have imported Paddle
-            self.tell("join", address)
-            return Group(0, self.size, address)
+            self.tell("join", ("127.0.0.1", port))
+            return Group(0, self.size, ("127.0.0.1", port))
 
     def await_runners(self, config: ResolvedConfig) -> None:
         """Have the other ranks, which have been loading their parts of the model, make runners of this configuration,
@@ -103,16 +119,8 @@ class Leader:
             yield
 
     def close(self) -> None:
-        """End the other ranks."""
-        for pipe in self._pipes.values():
-            pipe.close()  # which they take for the end
-        for process in self.processes.values():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(END_SECONDS)
-            process.kill()
-            process.wait()
-        self._pipes.clear()
-        self.processes.clear()
+        """End the other ranks, as also happens to a Leader that is dropped, and when the program ends."""
+        self._end()
 
     def _await_all(self) -> None:
         """Wait for a sign of life of each rank."""
@@ -129,65 +137,122 @@ class Leader:
             raise RankFailed(self._failure)
         try:
             yield
+        except (KeyboardInterrupt, SystemExit):  # while the ranks were starting; steps are not interrupted
+            self._failure = "rank 0 was interrupted"
+            self.close()
+            raise
         except BaseException as error:
             self._failure = self._cause(error)
             self.close()
             raise RankFailed(self._failure) from error
 
     def _cause(self, error: BaseException) -> str:
-        """Which rank failed, and why: what it said itself, else how its process ended, else what rank 0 met."""
+        """Which rank failed first, and why. The others then fail, too, for want of it: that is no cause."""
         if isinstance(error, RankFailed):
             return str(error)
+        said, gone, ended = {}, [], {}
         for rank, pipe in self._pipes.items():
-            with contextlib.suppress(EOFError, OSError):
+            try:
                 while pipe.poll():
-                    failure = pipe.recv()
-                    if failure is not None:
-                        return f"rank {rank}: {failure}"
+                    said[rank] = pipe.recv()
+            except (EOFError, OSError):
+                gone.append(rank)
         for rank, process in self.processes.items():
             with contextlib.suppress(subprocess.TimeoutExpired):  # a rank whose sockets are closed ends soon
-                return f"rank {rank} (process {process.pid}) {ending(process.wait(1))}"
-        return f"rank 0: {type(error).__name__}: {error}"
+                ended[rank] = process.wait(1)
+        pids = {rank: process.pid for rank, process in self.processes.items()}
+        endings = {rank: f"rank {rank} (process {pids[rank]}) {ending(status)}" for rank, status in ended.items()}
+        causes = [
+            *(endings[rank] for rank, status in ended.items() if status < 0),
+            *(f"rank {rank}: {failure}" for rank, failure in said.items() if failure is not None),
+            *(endings[rank] for rank, status in ended.items() if status not in (0, PEER_LOST)),
+            *(f"rank {rank} has gone without a word" for rank in gone if rank not in ended),
+            f"rank 0: {type(error).__name__}: {error}",
+        ]
+        return causes[0]
+
+
+def end_ranks(pipes: dict[int, Connection], processes: dict[int, subprocess.Popen]) -> None:
+    """Let all ranks end, and see to it that they do."""
+    for pipe in pipes.values():
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(pipe.fileno())) as end:
+            end.shutdown(socket.SHUT_RDWR)  # they take it for the end, even where a forked child has the pipe, too
+        pipe.close()
+    deadline = time.monotonic() + END_SECONDS
+    for process in processes.values():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+        process.kill()
+        process.wait()
+    pipes.clear()
+    processes.clear()
 
 
 class LaunchedLeader(Leader):
-    """Leads ranks that paddle.distributed.launch has started."""
+    """Leads ranks that paddle.distributed.launch has started. A script can have one: the other ranks end with it."""
 
-    def __init__(self, config: ResolvedConfig) -> None:
-        self._failure = None
-        self._pipes = {}
-        self.processes = {}
-        self.size = config.tensor_parallel_size
+    exists = False
+
+    def _start(self, config: ResolvedConfig) -> None:
+        if LaunchedLeader.exists:
+            raise RuntimeError(
+                "a script under paddle.distributed.launch can make one LLM: its ranks have ended with it"
+            )
+        LaunchedLeader.exists = True
 
     def group(self) -> Group:
         """Meets the other ranks where the launcher said, and has them call back."""
         from fastdeploy.device import Group
 
         with self._all_or_nothing():
-            group = Group(0, self.size, meeting_point())
-            key = secrets.token_bytes(32)
+            group = Group(0, self.size, meeting_point(), START_SECONDS)
+            key, published = group_key()
             with Listener((own_host(), 0), authkey=key) as listener:
-                group.publish(LEADER, json.dumps([*listener.address, key.hex()]))
-                for _ in range(1, self.size):
-                    pipe = listener.accept()
-                    self._pipes[pipe.recv()] = pipe
+                group.publish(LEADER, json.dumps([*listener.address, published]))
+                while len(self._pipes) < self.size - 1:
+                    with contextlib.suppress(AuthenticationError, EOFError):  # somebody else's call
+                        pipe = listener.accept()
+                        self._pipes[pipe.recv()] = pipe
             return group
 
 
-def lead_ranks(config: ResolvedConfig) -> Leader:
-    """The leader of the ranks that share this model; on another rank than 0 it does not return."""
+def group_key() -> tuple[bytes, str]:
+    """What ranks show each other to be admitted, and what of it is published: nothing, if all have it anyway."""
+    secret = os.environ.get("FASTDEPLOY_GROUP_KEY")
+    if secret:
+        return secret.encode(), ""
+    key = secrets.token_hex(32)
+    return key.encode(), key
+
+
+def lead_ranks(config: ResolvedConfig) -> Leader | None:
+    """The leader of the ranks that share this model, if it is shared; on another rank than 0 it does not return."""
     rank = launched_rank(config)
     if rank is None:
-        return Leader(config)
+        return Leader(config) if config.tensor_parallel_size > 1 else None
     if rank > 0:
         follow_launched(config, rank)
     return LaunchedLeader(config)
 
 
 def launched_rank(config: ResolvedConfig) -> int | None:
-    """This process's rank, if paddle.distributed.launch has started it for a model of as many ranks; else None."""
-    size = os.environ.get("PADDLE_TRAINERS_NUM", "1")
-    return int(os.environ["PADDLE_TRAINER_ID"]) if size == str(config.tensor_parallel_size) != "1" else None
+    """This process's rank, if paddle.distributed.launch has started it; else None.
+
+    Raises ValueError if it has started another number of them than the model is to be divided among.
+    """
+    launched, wanted = os.environ.get("PADDLE_TRAINERS_NUM", "1"), config.tensor_parallel_size
+    if launched == "1":
+        return None
+    if launched != str(wanted):
+        raise ValueError(f"tensor_parallel_size={wanted}: paddle.distributed.launch has started {launched} ranks")
+    return int(os.environ["PADDLE_TRAINER_ID"])
+
+
+def ranks_here(config: ResolvedConfig) -> int:
+    """How many of the model's ranks share this machine."""
+    if launched_rank(config) is None:
+        return config.tensor_parallel_size
+    return int(os.environ.get("PADDLE_LOCAL_SIZE", config.tensor_parallel_size))
 
 
 def meeting_point() -> tuple[str, int]:
@@ -205,9 +270,9 @@ def follow_launched(config: ResolvedConfig, rank: int) -> NoReturn:
     """Serve rank 0 as long as it likes, then end the process."""
     from fastdeploy.device import Group
 
-    group = Group(rank, config.tensor_parallel_size, meeting_point())
-    host, port, key = json.loads(group.published(LEADER))
-    pipe = Client((host, port), authkey=bytes.fromhex(key))
+    group = Group(rank, config.tensor_parallel_size, meeting_point(), START_SECONDS)
+    host, port, published = json.loads(group.published(LEADER))
+    pipe = Client((host, port), authkey=published.encode() or group_key()[0])
     pipe.send(rank)
     serve(pipe, lambda: group, config)
 
@@ -217,11 +282,13 @@ def ending(status: int) -> str:
     return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
 
 
-def free_port() -> int:
-    """A port that nobody listens on now."""
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that nobody else gets within the block, but that Paddle's store, which reuses addresses, may listen on."""
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        yield probe.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -235,25 +302,29 @@ def uninterrupted() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        if handler is not None:  # None: it was not Python that set it
+            signal.signal(signal.SIGINT, handler)
         if pending and callable(handler):
             handler(*pending[0])
 
 
 def serve(pipe: Connection, join: Callable[[], Group], config: ResolvedConfig) -> NoReturn:
     """The life of another rank than 0: join the group, load, and do as told until the pipe closes."""
+    from fastdeploy.device import PeerLost
     from fastdeploy.engine.runner import Runner  # imports Paddle
 
     try:
         model = load_part(config, join())
-        _, (config,) = pipe.recv()  # as rank 0 has it: with the number of KV blocks
-        runner = Runner(model, config)
+        _, (final_config,) = pipe.recv()
+        runner = Runner(model, final_config)
         pipe.send(None)
         while True:
             method, arguments = pipe.recv()
             getattr(runner, method)(*arguments)
-    except EOFError:  # rank 0 is done, or gone
+    except (EOFError, ConnectionError):  # rank 0 is done, or gone
         sys.exit(0)
+    except PeerLost:
+        sys.exit(PEER_LOST)
     except BaseException as error:
         with contextlib.suppress(OSError):
             pipe.send(f"{type(error).__name__}: {error}")
@@ -265,7 +336,7 @@ def load_part(config: ResolvedConfig, group: Group) -> Decoder:
     from fastdeploy.device import open_device
     from fastdeploy.models import load_model, open_model
 
-    checkpoint, device = open_model(config.model, config.load_format, config.seed), open_device(group.size)
+    checkpoint, device = open_model(config.model, config.load_format, config.seed), open_device(ranks_here(config))
     return load_model(
         checkpoint, device, config.dtype, config.max_model_len, config.quantization, group.rank == 0, group
     )
@@ -284,7 +355,3 @@ def main() -> NoReturn:
         return Group(rank, config.tensor_parallel_size, address)
 
     serve(pipe, join, config)
-
-
-if __name__ == "__main__":
-    main()

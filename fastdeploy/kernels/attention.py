@@ -115,6 +115,7 @@ def _add_keys(
     """The state after the TILE keys from `key` on; `keys`, `values` and their scales, if any, point to their block.
 
     MASKED: some row may not see some of them, those from `end` on exist for no row and may hold anything, even NaN.
+        (NaN in the value of a key that exists reaches rows of its tile that may not see it, too: 0 NaN is NaN.)
     """
     DIM: tl.constexpr = q.shape[1]
     d = tl.arange(0, DIM)

@@ -27,7 +27,7 @@ from fastdeploy.kernels.quantised import QuantisedWeight
 def _place_in_table(row, first, count):
     """Where the table has the row, int64, and whether it has it; the place is one of the table's in any case."""
     n = tl.load(row).to(tl.int64) - first
-    return tl.minimum(tl.maximum(n, 0), count - 1), (n >= 0) & (n < count)
+    return tl.maximum(tl.minimum(n, count - 1), 0), (n >= 0) & (n < count)
 
 
 @triton.jit(do_not_specialize=["first", "count"])

@@ -198,6 +198,8 @@ def pack(out: Any, weight: Any, row_offset: int = 0) -> None:
     panels, width, panel = out.shape
     count = weight.shape[0]
     expect("out", out, (panels, width, panel), *FLOATS)
+    if weight.dtype not in FLOATS:
+        raise TypeError(f"weight is {weight.dtype}, expected {' or '.join(FLOATS)}")
     if weight.shape[1:] != (width,):
         raise ValueError(f"weight of shape {weight.shape}: expected rows of {width} elements")
     if not 0 <= row_offset <= panels * panel - count:

@@ -59,15 +59,17 @@ def _is_complete(snapshot: Path, with_weights: bool) -> bool:
     names = {path.name for path in snapshot.iterdir()}
     if not with_weights:
         return any(name.startswith("tokenizer.") for name in names)
-    for index in snapshot.glob("*.index.json"):
-        return set(json.loads(index.read_bytes()).get("weight_map", {}).values()) <= names
-    return any(name.endswith(WEIGHTS) for name in names)
+    for index in (path for ending in WEIGHTS for path in snapshot.glob(f"*{ending}.index.json")):
+        return {"config.json", *json.loads(index.read_bytes()).get("weight_map", {}).values()} <= names
+    endings = {ending for ending in WEIGHTS if any(name.endswith(ending) for name in names)}
+    return ".gguf" in endings or (bool(endings) and "config.json" in names)
 
 
 def _wanted(name: str, files: Sequence[str], with_weights: bool) -> list[str]:
     """Which of a model's files are needed; many carry the same weights in several formats."""
     files = [file for file in files if "/" not in file and not file.startswith("consolidated")]  # Mistral's own format
-    wanted = [file for file in files if file.endswith((".json", ".jinja")) or file == "tokenizer.model"]
+    described = [file for file in files if file.endswith((".json", ".jinja")) or file == "tokenizer.model"]
+    wanted = [file for file in described if not file.endswith(".bin.index.json")]  # of weights that nobody asks for
     if not with_weights:
         return wanted
     for ending in WEIGHTS:

@@ -14,13 +14,14 @@ What a linear layer's weights become, by `quantization` and by what the file hol
 
 Activations become integers in "auto", "w8a8" and "w4a8"; on a GPU "auto" is "exact".
 Weights that lie in one matrix (q, k and v; gate and up) need one kind: if the file has them in several, it is q8.
+Where ranks share a layer's input features in parts that are no whole groups of 32, it becomes floats, with a warning.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -87,7 +88,7 @@ class WeightLoader:
         matrices = [name for name in checkpoint.names() if len(checkpoint.shape(name)) == 2]
         # What each weight becomes, first as if it were alone in its matrix: "q4", "q8", or None for floats.
         self._kinds = {name: self._kind([name]) for name in matrices}
-        self._check_memory()
+        self._check_memory(checkpoint.names())
 
     def vector(self, names: Sequence[str], sizes: Sequence[int], rows: Sequence[range] | None = None) -> TensorView:
         """The tensors [sizes[i]] one after the other, as float32: norm weights and biases are too small to round.
@@ -170,9 +171,11 @@ class WeightLoader:
     def load(self, progress: bool) -> None:
         """Read everything that was asked for, with a progress bar if `progress`.
 
-        Raises ValueError if the checkpoint lacks a tensor, has another shape of it, or has one that nobody asked for.
+        Raises ValueError if the checkpoint lacks a tensor, has another shape of it, or has one that nobody asked for,
+        and MemoryError if they can't fit.
         """
         self._checkpoint.check(self._shapes)
+        self._check_memory(self._shapes)  # again: now it is known what this rank takes of each tensor
         self._log_quantised()
         total = sum(map(self._nbytes, self._shapes))
         with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not progress) as bar:
@@ -184,15 +187,19 @@ class WeightLoader:
         """What these weights become, in one matrix: "q4", "q8", or None for floats."""
         known = [name for name in names if name in self._checkpoint]  # `load` reports the others
         storages = {self._checkpoint.storage(name) for name in known}
-        widths = [self._checkpoint.shape(name)[-1] for name in known]
-        if not known or any(edge % GROUP for edge in (*widths, columns.start, columns.stop)):
+        if not known or any(self._checkpoint.shape(name)[-1] % GROUP for name in known):
             return None
         if storages <= DTYPE_BYTES.keys():
-            return None if set(names) & set(TABLES) else self.mode.floats_become
-        if not self.mode.keeps_quantised:
+            kind = None if set(names) & set(TABLES) else self.mode.floats_become
+        elif self.mode.keeps_quantised:
+            kind = "q4" if {KEPT.get(storage) for storage in storages} == {"q4"} else "q8"
+        else:
+            kind = None
+        if kind is not None and (columns.start % GROUP or columns.stop % GROUP):
+            share = f"{len(columns)} input features a rank"
+            logger.warning("%s: %s cut groups of %d, so it is kept in floats", names[0], share, GROUP)
             return None
-        kinds = {KEPT.get(storage) for storage in storages}
-        return "q4" if kinds == {"q4"} else "q8"
+        return kind
 
     def _place(self, weight: Weight, names: Sequence[str], rows: Sequence[range], columns: range, place: int) -> None:
         """Have `load` read these parts of tensors into `weight`, one below the other from row `place` on."""
@@ -245,7 +252,7 @@ class WeightLoader:
         """Read a part of a matrix to the rows of `out` from `place` on."""
         for start, stop in self._slices(name, rows, bar):
             part = self._checkpoint.read_rows(name, start, stop)
-            array = np.ascontiguousarray(part.array[:, columns.start : columns.stop])
+            array = part.array[:, columns.start : columns.stop]
             pack(out.data, view(self.device.from_numpy(array), part.dtype), place + start - rows.start)
 
     def _read_quantised(
@@ -285,8 +292,8 @@ class WeightLoader:
             modules = ", ".join(dict.fromkeys(name.split(".")[-2] for name in names))
             logger.info("%s: %s, %d tensors (%s)", self._checkpoint.path, way, len(names), modules)
 
-    def _check_memory(self) -> None:
-        needed, free = sum(map(self._nbytes, self._checkpoint.names())), self.device.free_memory()
+    def _check_memory(self, names: Iterable[str]) -> None:
+        needed, free = sum(map(self._nbytes, names)), self.device.free_memory()
         if needed > free:
             raise MemoryError(
                 f"{self._checkpoint.path}: the weights take {needed / GIB:.1f} GiB as {self.dtype}, "

@@ -128,15 +128,22 @@ class StoragePlan:
         return False
 
 
-def is_expensive(value: Value, plan: StoragePlan) -> bool:
-    """Would evaluating `value` at a second place cost more than reading an array?"""
+def is_expensive(value: Value, plan: StoragePlan, cheap: set[Value] | None = None) -> bool:
+    """Would evaluating `value` at a second place cost more than reading an array?
+
+    cheap: values of this expression that are known not to be: it may use one many times.
+    """
+    cheap = set() if cheap is None else cheap
     op = value.op
-    if op is None or value in plan or not value.type.is_tensor or not is_lazy(op):
+    if op is None or value in cheap or value in plan or not value.type.is_tensor or not is_lazy(op):
         return False
     if op.name in _EXPENSIVE or (op.name.startswith("math.") and op.name not in _CHEAP_MATH):
         return True
     # What another block has made is stored there if it is expensive, because it escapes.
-    return any(operand.block is value.block and is_expensive(operand, plan) for operand in op.operands)
+    if any(operand.block is value.block and is_expensive(operand, plan, cheap) for operand in op.operands):
+        return True
+    cheap.add(value)
+    return False
 
 
 def _shifted(source: Value, target: Value) -> bool:

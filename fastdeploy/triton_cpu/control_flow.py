@@ -86,8 +86,14 @@ def in_next_turn(emitter: KernelEmitter, pointers: Value, evaluate: Callable[[],
     return text
 
 
-def _follows_from_variable(emitter: KernelEmitter, value: Value, body: Block, scalars: set[Op]) -> bool:
+def _follows_from_variable(
+    emitter: KernelEmitter, value: Value, body: Block, scalars: set[Op], seen: set[Value] | None = None
+) -> bool:
     """Is `value` computed from the variable of the loop and what is known before it? Collects the loop's scalars."""
+    seen = set() if seen is None else seen
+    if value in seen:  # and has been found to be so, or the search would be over
+        return True
+    seen.add(value)
     op = value.op
     if op is None or op.block is not body:
         return value not in body.arguments[1:]
@@ -95,7 +101,7 @@ def _follows_from_variable(emitter: KernelEmitter, value: Value, body: Block, sc
         return False
     if not value.type.is_tensor:
         scalars.add(op)
-    return all(_follows_from_variable(emitter, operand, body, scalars) for operand in op.operands)
+    return all(_follows_from_variable(emitter, operand, body, scalars, seen) for operand in op.operands)
 
 
 def _writes(op: Op) -> bool:

@@ -137,6 +137,8 @@ def _block_size(lane_count: int, m: int, n: int, dots: list[Op], tiles: list[_Su
         return -(-m // blocks), 1
     vectors = 2 if n > lane_count and all(map(_is_read_as_floats, dots)) else 1
     rows = min(m, most // max(len(tiles) - 1, vectors))
+    if not rows:
+        raise NotATile(f"{len(tiles)} tiles of sums")
     return rows, min(n // lane_count, MOST_VECTORS, max(1, most // (rows * len(tiles))))
 
 

@@ -65,7 +65,7 @@ _LANEWISE = {
     ("extsi", "i8"): "{0}",
     ("extui", "i8"): "({0} & 255)",
     ("trunci", "i32"): "({0} << 24 >> 24)",
-    ("shrui", "i8"): "(({0} & 255) >> {1})",
+    ("shrui", "i8"): "((({0} & 255) >> {1}) << 24 >> 24)",
     ("extf", "bf16"): "{0}",
     ("extf", "f16"): "{0}",
     ("fma", "f32"): "vec_fused({0}, {1}, {2})",
@@ -152,15 +152,20 @@ def _rows(emitter: KernelEmitter, value: Value) -> Iterator[tuple[Vectors, Term]
         yield block, row
 
 
-def is_splat(value: Value, registers: Container[Value] = ()) -> bool:
-    """Are all columns of a row equal by construction?"""
-    if value in registers:
-        return False
-    if uniform(value) or value.type.shape[-1] == 1:
-        return True
-    op = value.op
-    pointwise = op is not None and (op.name == "tt.broadcast" or op.name.startswith(("arith.", "math.")))
-    return pointwise and all(is_splat(operand, registers) for operand in op.operands)  # type: ignore[union-attr]
+def is_splat(value: Value, registers: Container[Value] = (), known: dict[Value, bool] | None = None) -> bool:
+    """Are all columns of a row equal by construction? `known` are answers: an expression may use a value many times."""
+    known = {} if known is None else known
+    if value not in known:
+        op = value.op
+        if value in registers:
+            known[value] = False
+        elif uniform(value) or value.type.shape[-1] == 1:
+            known[value] = True
+        elif op is None or not (op.name == "tt.broadcast" or op.name.startswith(("arith.", "math."))):
+            known[value] = False
+        else:
+            known[value] = all(is_splat(operand, registers, known) for operand in op.operands)
+    return known[value]
 
 
 class Vectors:
@@ -201,21 +206,27 @@ class Vectors:
         self.nest.lines[0].clear()
         return term.text
 
-    def _reads_registers(self, value: Value) -> bool:
+    def _reads_registers(self, value: Value, seen: set[Value] | None = None) -> bool:
+        seen = set() if seen is None else seen
         if value in self.registers:
             return True
-        if value in self.emitter.storage or value.op is None or not is_lazy(value.op):
+        if value in seen or value in self.emitter.storage or value.op is None or not is_lazy(value.op):
             return False
-        return any(self._reads_registers(operand) for operand in value.op.operands)
+        seen.add(value)
+        return any(self._reads_registers(operand, seen) for operand in value.op.operands)
 
-    def scalars_of(self, value: Value, row: Term) -> None:
+    def scalars_of(self, value: Value, row: Term, seen: set[Value] | None = None) -> None:
         """Evaluates here and now what `vector` will splat in this row: the loop over its columns need not."""
+        seen = set() if seen is None else seen
+        if value in seen:
+            return
+        seen.add(value)
         if value.type.element in VECTOR_TYPES and is_splat(value, self.registers):
             self.scalar(value, (row, ZERO)[2 - len(value.type.shape) :])
         elif value.op is not None and value not in self.emitter.storage and value.op.name != "tt.load":
             for operand in value.op.operands:
                 if operand.type.is_tensor and len(operand.type.shape) == len(value.type.shape):
-                    self.scalars_of(operand, row)
+                    self.scalars_of(operand, row, seen)
 
     @contextmanager
     def columns_of(self, value: Value, step: int, row: Term) -> Iterator[list[Place]]:

@@ -1,6 +1,7 @@
 """Ranks as processes: the same tokens as one, and nobody left behind when something dies."""
 
 import dataclasses
+import gc
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 
 from fastdeploy import LLM, SamplingParams
 from fastdeploy.engine import parallel
-from fastdeploy.engine.parallel import Leader, RankFailed, uninterrupted
+from fastdeploy.engine.parallel import Leader, RankFailed, reserved_port, uninterrupted
 from tests.models.test_families import STORED, TOLERANCE, certain, chosen, greedy, open_llm, write_model
 from tests.references.families import CASES, prompts
 
@@ -76,18 +77,37 @@ def test_two_models_of_two_ranks_each_answer_side_by_side(tmp_path: Path) -> Non
     wait_until_ended(pids)
 
 
-def test_a_rank_that_is_killed_ends_the_call_with_its_name_and_cause(llm: LLM) -> None:
-    (pid,) = ranks_of(llm).values()
+@pytest.mark.parametrize(
+    ("name", "ranks", "killed"),
+    [("llama", 2, 1), ("llama, tied, 9 heads on 3, biases", 3, 1), ("llama, tied, 9 heads on 3, biases", 3, 2)],
+)
+def test_a_rank_that_is_killed_ends_the_call_with_its_name_and_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, ranks: int, killed: int
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the ranks find this package from anywhere
+    llm = open_llm(tmp_path, CASES[name], dtype="float32", tensor_parallel_size=ranks)
+    pids = ranks_of(llm)
     stream = llm.generate(PROMPT, LONG, stream=True)
     next(stream)
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pids[killed], signal.SIGKILL)
     started = time.monotonic()
-    with pytest.raises(RankFailed, match=rf"rank 1 \(process {pid}\) was killed by SIGKILL"):
+    with pytest.raises(RankFailed, match=rf"rank {killed} \(process {pids[killed]}\) was killed by SIGKILL"):
         list(stream)
     assert time.monotonic() - started < PATIENCE
-    wait_until_ended([pid])
+    wait_until_ended(list(pids.values()))
     with pytest.raises(RankFailed, match="SIGKILL"):  # the same cause ever after
         llm.generate(PROMPT, LONG, use_tqdm=False)
+
+
+def test_an_llm_that_is_dropped_ends_its_ranks(tmp_path: Path) -> None:
+    before = os.environ.get("PADDLE_TRAINER_ID")
+    llm = open_llm(tmp_path, CASES["llama"], dtype="float32", tensor_parallel_size=2)
+    assert llm._leader is not None
+    processes = list(llm._leader.processes.values())
+    assert os.environ.get("PADDLE_TRAINER_ID") == before
+    del llm
+    gc.collect()
+    assert [process.returncode for process in processes] == [0]
 
 
 def test_a_rank_that_fails_to_load_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,8 +151,9 @@ if __name__ == "__main__":
         print("checked")
 """)
     launcher = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", str(tmp_path)]
-    master = ["--master", f"127.0.0.1:{parallel.free_port()}"]
-    ended = subprocess.run([*launcher, *master, str(script)], capture_output=True, text=True, timeout=300)
+    with reserved_port() as port:
+        command = [*launcher, "--master", f"127.0.0.1:{port}", str(script)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     logs = {path.name: path.read_text() for path in tmp_path.glob("workerlog.*")}
     assert ended.returncode == 0, (ended.stderr, logs)
     assert "checked" in logs["workerlog.0"] and "checked" not in logs["workerlog.1"]
@@ -156,21 +177,13 @@ while True:
     wait_until_ended([pid])
 
 
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """SIGINT raises KeyboardInterrupt, also where the shell that started the tests has it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_ctrl_c_leaves_all_ranks_in_step(llm: LLM, ctrl_c: None) -> None:
     expected = llm.generate(PROMPT, LONG, use_tqdm=False)[0].outputs.token_ids
     for delay in (0.02, 0.05, 0.11):
         timer = threading.Timer(delay, signal.raise_signal, [signal.SIGINT])
         with pytest.raises(KeyboardInterrupt):
             timer.start()
-            while True:
+            for _ in range(1000):
                 llm.generate(PROMPT, LONG, use_tqdm=False)
         assert llm.generate(PROMPT, LONG, use_tqdm=False)[0].outputs.token_ids == expected
 

@@ -127,8 +127,9 @@ def test_logits_of_quantised_weights_equal_the_reference_with_their_values(confi
 def test_queries_and_keys_are_computed_from_16_bits_the_rest_from_8():
     steps = load(GROUPED, quantization="w8a8")
     layer, memory = steps.model.layers[0], steps.memory
+    mlp = layer.feed_forward
     assert memory.hidden.of(layer.qkv).low is not None
-    assert memory.hidden.of(layer.gate_up).low is None and memory.activated.of(layer.down).low is None
+    assert memory.hidden.of(mlp.gate_up).low is None and memory.mlp.activated.of(mlp.down).low is None
 
 
 def test_a_prompt_longer_than_a_split_of_attention_equals_the_reference():

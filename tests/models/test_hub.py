@@ -62,7 +62,9 @@ def files_of_a_checkpoint(tmp_path, shards=1):
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_model_in_the_cache_needs_no_network(cache, tmp_path, shards):
-    snapshot = fill(cache, files_of_a_checkpoint(tmp_path, shards))
+    """Not even where another program has left the index of weights in another format."""
+    other_format = {"pytorch_model.bin.index.json": b'{"weight_map": {"a": "pytorch_model-1.bin"}}'}
+    snapshot = fill(cache, files_of_a_checkpoint(tmp_path, shards) | other_format)
     checkpoint = open_checkpoint(NAME)
     assert str(checkpoint.path) == snapshot and set(checkpoint.names()) == set(random_tensors(TIED))
     assert load_tokenizer(NAME).encode("a") == load_tokenizer(snapshot).encode("a")
@@ -71,7 +73,7 @@ def test_a_model_in_the_cache_needs_no_network(cache, tmp_path, shards):
 def test_what_the_cache_lacks_is_downloaded_once(cache, hub, tmp_path):
     needed = files_of_a_checkpoint(tmp_path)
     others = ["README.md", "pytorch_model.bin", "original/model.safetensors", "consolidated.safetensors", "m.gguf"]
-    hub.files = needed | dict.fromkeys(others, b"")
+    hub.files = needed | dict.fromkeys([*others, "pytorch_model.bin.index.json"], b"{}")
     for _ in range(2):
         assert set(open_checkpoint(NAME).names()) == set(random_tensors(TIED))
     assert hub.requests == [(NAME, set(needed))]

@@ -70,3 +70,48 @@ def test_infinities_nan_and_huge_exponents_are_those_of_the_general_path(rng):
         for one, other in zip(fast, general, strict=True):
             np.testing.assert_array_equal(one, other)
             np.testing.assert_array_equal(np.signbit(one[one == 0]), np.signbit(other[other == 0]))
+
+
+@triton.jit
+def shifted_bytes_kernel(
+    x_ptr, bytes_ptr, shifts_ptr, out_ptr, sums_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
+):  # fmt: skip
+    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    values = tl.load(bytes_ptr + k[:, None] * N + n[None, :]) >> tl.load(shifts_ptr + k)[:, None]
+    signed = values.to(tl.int8, bitcast=True).to(tl.float32)
+    tl.store(out_ptr + m[:, None] * N + n[None, :], tl.dot(tl.load(x_ptr + m[:, None] * K + k[None, :]), signed))
+    tl.store(sums_ptr + k, tl.sum(signed, 1))
+
+
+def test_unsigned_bytes_shifted_by_nothing_keep_their_sign_bit(rng):
+    m, n, k = 8, 32, 16
+    x, values = rng.standard_normal((m, k), dtype=np.float32), rng.integers(0, 256, (k, n), np.uint8)
+    shifts = (np.arange(k) % 4 * 2).astype(np.uint8)
+    signed = (values >> shifts[:, None]).view(np.int8).astype(float)
+    for register_tiles in (True, False):
+        out, sums = empty((m, n)), empty((k,))
+        arguments = (Tensor(x), Tensor(values), Tensor(shifts), out, sums, m, n, k)
+        shifted_bytes_kernel[(1,)](*arguments, register_tiles=register_tiles)
+        np.testing.assert_allclose(out.stored, x @ signed, rtol=1e-4, atol=1e-2)
+        np.testing.assert_array_equal(sums.stored, signed.sum(1))
+
+
+@triton.jit
+def iterated_kernel(a_ptr, b_ptr, out_ptr, N: tl.constexpr, TIMES: tl.constexpr):
+    i = tl.arange(0, N)
+    place = i[:, None] * N + i[None, :]
+    d = tl.dot(tl.load(a_ptr + place), tl.load(b_ptr + place))
+    for _ in tl.static_range(TIMES):
+        d = d * (1.5 - 0.5 * d * d)
+    tl.store(out_ptr + place, d)
+
+
+def test_an_expression_that_uses_its_values_many_times_compiles(rng):
+    """3^24 paths lead through it: whoever walks them all does not come to an end."""
+    a, b = (rng.standard_normal((16, 16), dtype=np.float32) * 0.2 for _ in "ab")
+    out = empty((16, 16))
+    iterated_kernel[(1,)](Tensor(a), Tensor(b), out, 16, 24)
+    expected = a.astype(float) @ b
+    for _ in range(24):
+        expected = expected * (1.5 - 0.5 * expected * expected)
+    np.testing.assert_allclose(out.stored, expected, rtol=1e-3, atol=1e-3)
