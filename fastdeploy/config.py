@@ -50,6 +50,26 @@ ROPE_SCALINGS = {  # rope_type in config.json -> the numbers it can't do without
 
 
 @dataclass(frozen=True)
+class Mode:
+    """What a value of `quantization` asks for; `models/loading.py` says what becomes of which weights."""
+
+    keeps_quantised: bool  # weights that the file has quantised stay so
+    floats_become: str | None  # "q4" or "q8"
+    int8_activations: bool
+
+
+MODES = {
+    None: Mode(False, None, False),
+    "auto": Mode(True, None, True),
+    "exact": Mode(True, None, False),
+    "wint8": Mode(True, "q8", False),
+    "wint4": Mode(True, "q4", False),
+    "w8a8": Mode(True, "q8", True),
+    "w4a8": Mode(True, "q4", True),
+}
+
+
+@dataclass(frozen=True)
 class MixtureConfig:
     """The layers whose feed-forward network is a mixture of experts.
 

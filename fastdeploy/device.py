@@ -13,6 +13,7 @@ Importing this module imports Paddle (2 to 3 seconds).
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import mmap
 import os
@@ -209,11 +210,13 @@ def _environment(name: str, value: str) -> Iterator[None]:
     """An environment variable for the length of the block."""
     before = os.environ.get(name)
     os.environ[name] = value
-    yield
-    if before is None:
-        del os.environ[name]
-    else:
-        os.environ[name] = before
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _bytes_of(tensor: TensorView) -> paddle.Tensor:
@@ -238,7 +241,7 @@ class CPUDevice(Device):
         triton_cpu.activate()
         runtime.share_cores(ranks)
         self._ranks = ranks
-        release_library_pages()
+        _release_pages_of_imports()
         if not paddle.in_dynamic_mode():  # Paddle 3.3 is in it only on the thread that imported Paddle first
             paddle.disable_static()
 
@@ -319,6 +322,10 @@ def release_library_pages(smaps: Path = Path("/proc/self/smaps")) -> None:
     madvise = ctypes.CDLL(None).madvise
     for start, end in mappings:
         madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+# Once: nothing that a later device imports is worth looking through all mappings again.
+_release_pages_of_imports = functools.cache(release_library_pages)
 
 
 def _shared_mappings(smaps: str) -> list[tuple[int, int]]:

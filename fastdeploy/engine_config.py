@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastdeploy.checks import check_int, check_number, complaint, suggesting_keywords
+from fastdeploy.config import MODES
 from fastdeploy.reasoning import REASONING_PARSERS
 from fastdeploy.sampling_params import MAX_SEED
 
@@ -15,26 +16,6 @@ KV_CACHE_DTYPES = (*DTYPES, "int8")
 LOAD_FORMATS = ("auto", "dummy")
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # attention splits the context every 256 tokens and reads whole blocks
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048  # requests that decode wait for the whole step: bound its length
-
-
-@dataclass(frozen=True)
-class Mode:
-    """What a value of `quantization` asks for; `models/loading.py` says what becomes of which weights."""
-
-    keeps_quantised: bool  # weights that the file has quantised stay so
-    floats_become: str | None  # "q4" or "q8"
-    int8_activations: bool
-
-
-MODES = {
-    None: Mode(False, None, False),
-    "auto": Mode(True, None, True),
-    "exact": Mode(True, None, False),
-    "wint8": Mode(True, "q8", False),
-    "wint4": Mode(True, "q4", False),
-    "w8a8": Mode(True, "q8", True),
-    "w4a8": Mode(True, "q4", True),
-}
 
 
 @suggesting_keywords("LLM")

@@ -75,14 +75,10 @@ def load(given: EngineConfig) -> Loaded:
 
 def _load_runner(checkpoint: Checkpoint, config: ResolvedConfig, leader: Leader | None, fit: bool) -> Runner:
     """The model, or rank 0's part of it, on its device. fit: lower max_model_len to what the KV cache has room for."""
-    from fastdeploy.device import open_device
-    from fastdeploy.engine.parallel import ranks_here
+    from fastdeploy.engine.parallel import load_part
     from fastdeploy.engine.runner import Runner, fit_to_memory
-    from fastdeploy.models import load_model
 
-    device = open_device(ranks_here(config))
-    group = None if leader is None else leader.group()
-    model = load_model(checkpoint, device, config.dtype, config.max_model_len, config.quantization, group=group)
+    model = load_part(checkpoint, config, None if leader is None else leader.group())
     if fit:
         config = fit_to_memory(model, config)
     runner = Runner(model, config, leader)

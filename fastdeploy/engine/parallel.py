@@ -48,6 +48,7 @@ from fastdeploy.engine_config import ResolvedConfig
 if TYPE_CHECKING:
     from fastdeploy.device import Group
     from fastdeploy.models.decoder import Decoder
+    from fastdeploy.models.weights import Checkpoint
 
 START_SECONDS = 120  # to import Paddle and to load, between two signs of life
 END_SECONDS = 5  # for a rank to end by itself
@@ -312,9 +313,10 @@ def serve(pipe: Connection, join: Callable[[], Group], config: ResolvedConfig) -
     """The life of another rank than 0: join the group, load, and do as told until the pipe closes."""
     from fastdeploy.device import PeerLost
     from fastdeploy.engine.runner import Runner  # imports Paddle
+    from fastdeploy.models import open_model
 
     try:
-        model = load_part(config, join())
+        model = load_part(open_model(config.model, config.load_format, config.seed), config, join())
         _, (final_config,) = pipe.recv()
         runner = Runner(model, final_config)
         pipe.send(None)
@@ -331,15 +333,13 @@ def serve(pipe: Connection, join: Callable[[], Group], config: ResolvedConfig) -
         sys.exit(1)
 
 
-def load_part(config: ResolvedConfig, group: Group) -> Decoder:
-    """This rank's part of the model."""
+def load_part(checkpoint: Checkpoint, config: ResolvedConfig, group: Group | None) -> Decoder:
+    """This rank's part of the model, on its device; all of it without a group."""
     from fastdeploy.device import open_device
-    from fastdeploy.models import load_model, open_model
+    from fastdeploy.models import load_model
 
-    checkpoint, device = open_model(config.model, config.load_format, config.seed), open_device(ranks_here(config))
-    return load_model(
-        checkpoint, device, config.dtype, config.max_model_len, config.quantization, group.rank == 0, group
-    )
+    device, progress = open_device(ranks_here(config)), group is None or group.rank == 0
+    return load_model(checkpoint, device, config.dtype, config.max_model_len, config.quantization, progress, group)
 
 
 def main() -> NoReturn:

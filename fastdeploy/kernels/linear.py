@@ -89,7 +89,19 @@ def _linear_kernel(
         weight_tile = weight + tl.minimum(n, N - 1).to(tl.int64)[None, :] * K + k[:, None]  # [BLOCK_K, BLOCK_N]
     else:  # a tile is as wide as a panel, which is padded
         weight_tile = weight + block_n.to(tl.int64) * K * PANEL + k[:, None] * PANEL + tl.arange(0, BLOCK_N)[None, :]
-    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    sums = sum_of_products(x_tile, weight_tile, K, PANEL, OPERAND, EVEN_K)
+    if bias is not None:
+        sums += tl.load(bias + n, mask=n < N, other=0.0)[None, :]
+    y_tile = y + m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(y_tile, sums.to(y.dtype.element_ty), mask=(m < rows)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def sum_of_products(x_tile, weight_tile, K, PANEL: tl.constexpr, OPERAND: tl.constexpr, EVEN_K: tl.constexpr):
+    """x @ W.T in float32, from pointers to the first [BLOCK_M, BLOCK_K] of x and [BLOCK_K, BLOCK_N] of W."""
+    BLOCK_K: tl.constexpr = x_tile.shape[1]
+    k = tl.arange(0, BLOCK_K)
+    sums = tl.zeros([x_tile.shape[0], weight_tile.shape[1]], tl.float32)
     for start in range(0, K, BLOCK_K):
         if EVEN_K:
             a = tl.load(x_tile)
@@ -100,10 +112,7 @@ def _linear_kernel(
         sums = tl.dot(a.to(OPERAND), b.to(OPERAND), sums, input_precision="ieee")
         x_tile += BLOCK_K
         weight_tile += BLOCK_K * PANEL
-    if bias is not None:
-        sums += tl.load(bias + n, mask=n < N, other=0.0)[None, :]
-    y_tile = y + m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(y_tile, sums.to(y.dtype.element_ty), mask=(m < rows)[:, None] & (n < N)[None, :])
+    return sums
 
 
 @triton.jit

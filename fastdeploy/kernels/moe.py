@@ -45,7 +45,7 @@ from fastdeploy.kernels.launch import (
     target,
     view,
 )
-from fastdeploy.kernels.linear import LinearWeight
+from fastdeploy.kernels.linear import LinearWeight, sum_of_products
 
 PADDING = 32  # an expert's weights begin on a row that is a multiple of it: a full panel
 CHUNK = 256  # pairs that the sort looks at together
@@ -260,17 +260,7 @@ def _grouped_linear_kernel(
     else:  # a tile is as wide as a panel, which is padded
         panel = weight + tl.program_id(1).to(tl.int64) * K * PANEL
         weight_tile = panel + k[:, None] * PANEL + tl.arange(0, BLOCK_N)[None, :]
-    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        if EVEN_K:
-            a = tl.load(x_tile)
-            b = tl.load(weight_tile)
-        else:
-            a = tl.load(x_tile, mask=(start + k < K)[None, :], other=0.0)
-            b = tl.load(weight_tile, mask=(start + k < K)[:, None], other=0.0)
-        sums = tl.dot(a.to(OPERAND), b.to(OPERAND), sums, input_precision="ieee")
-        x_tile += BLOCK_K
-        weight_tile += BLOCK_K * PANEL
+    sums = sum_of_products(x_tile, weight_tile, K, PANEL, OPERAND, EVEN_K)
     y_tile = y + row.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(y_tile, sums.to(y.dtype.element_ty), mask=(m < count)[:, None] & (n < N)[None, :])
 

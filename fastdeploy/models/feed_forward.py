@@ -84,6 +84,7 @@ class MLPMemory:
 
     @classmethod
     def allocate(cls, allocator: Allocator, tokens: int, intermediate: int) -> MLPMemory:
+        """For steps of up to `tokens` tokens."""
         return cls(allocator.matrix(tokens, 2 * intermediate), allocator.linear_input(tokens, intermediate))
 
     def rows(self, count: int) -> MLPMemory:
@@ -136,6 +137,7 @@ class MixtureMemory:
     def allocate(
         cls, allocator: Allocator, tokens: int, hidden: int, config: MixtureConfig, shard: Shard
     ) -> MixtureMemory:
+        """For steps of up to `tokens` tokens, and this rank's share of the experts."""
         pairs, shared = tokens * config.experts_per_token, len(shard.of(config.shared_size))
         intermediate = len(shard.of(config.intermediate_size))
         routing = routing_fields(tokens, config.experts_per_token, config.num_experts)

@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from fastdeploy.config import MODES
 from fastdeploy.device import DTYPE_BYTES, GIB, Device
-from fastdeploy.engine_config import MODES
 from fastdeploy.kernels.launch import TensorView, target, view
 from fastdeploy.kernels.linear import LinearWeight, Weight, default_panel, pack, packed_shape
 from fastdeploy.kernels.moe import ExpertWeights, padded
