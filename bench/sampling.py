@@ -96,8 +96,8 @@ def kernels(device: Device, logits: Any, ids: np.ndarray, setting: dict[str, Any
     sampled, slots, forced = np.zeros(count, np.int32), np.arange(count, dtype=np.int32), np.full(count, -1, np.int32)
     positions = np.full(count, OCCURRED, np.int32)
     views = SamplingState(**{name: view(array) for name, array in state.items()})
-    with device.capture() as plan:  # which keeps the arrays alive
-        sample(sampled, logits, slots, positions, forced, views, workspace)
+    arguments = (sampled, logits, slots, positions, forced, views, workspace)  # which the closure keeps alive
+    plan = device.record(lambda: sample(*arguments))
 
     def call() -> None:
         positions[:] += 1

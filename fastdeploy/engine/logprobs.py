@@ -31,15 +31,14 @@ class LogprobReader:
     def __init__(self, device: Device, logits: Any) -> None:
         rows, vocabulary = logits.shape
         self._device = device
-        self._logits = logits
         self._logits_view = view(logits)
         self._most_top = min(MOST_TOP, vocabulary)
         self._tokens = device.staging({"tokens": Field((rows,), "int32")})
         self._tokens_view = view(self._tokens.device["tokens"])
         buffers = workspace_fields(rows, vocabulary).items()
         self._workspace = LogprobWorkspace(**{name: view(device.empty(*field)) for name, field in buffers})
-        self._found = {name: device.empty(*field) for name, field in output_fields(rows, self._most_top).items()}
-        self._outputs = LogprobOutputs(**{name: view(tensor) for name, tensor in self._found.items()})
+        self._found = {name: view(device.empty(*field)) for name, field in output_fields(rows, self._most_top).items()}
+        self._outputs = LogprobOutputs(**self._found)
 
     def read(self, tokens: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:
         """For each row i the logprob and rank of tokens[i] and its num_top[i] most probable tokens, -1 for all."""
@@ -49,7 +48,7 @@ class LogprobReader:
         picked = max((number for number in num_top if 0 <= number <= self._most_top), default=0)
         logits, rows = self._logits_view.rows(count), self._tokens_view.rows(count)
         token_logprobs(self._outputs, logits, rows, picked, self._workspace)
-        found = {name: self._device.to_numpy(tensor[:count]) for name, tensor in self._found.items()}
+        found = {name: self._device.to_numpy(tensor.rows(count)) for name, tensor in self._found.items()}
         order = np.argsort(-found["top_logits"][:, :picked], axis=1, kind="stable")  # ids ascend: ties by lower id
         top_ids = np.take_along_axis(found["top_ids"], order, axis=1)
         top_logprobs = np.take_along_axis(found["top_logits"], order, axis=1) - found["normaliser"][:, None]
@@ -65,7 +64,7 @@ class LogprobReader:
 
     def _whole_row(self, row: int, number: int, normaliser: np.float32) -> tuple[np.ndarray, np.ndarray]:
         """The `number` most probable tokens, or all, picked on the host."""
-        logits = self._device.to_numpy(self._logits[row])
+        logits = self._device.to_numpy(self._logits_view.rows(1, row))[0]
         order = np.argsort(-logits, kind="stable")  # ties by lower id
         order = order if number < 0 else order[:number]
         return order, logits[order] - normaliser

@@ -46,7 +46,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from fastdeploy.engine_config import ResolvedConfig
 
 if TYPE_CHECKING:
-    from fastdeploy.device import Group
+    from fastdeploy.device.group import Group
     from fastdeploy.models.decoder import Decoder
     from fastdeploy.models.weights import Checkpoint
 
@@ -91,7 +91,7 @@ class Leader:
 
     def group(self) -> Group:
         """What the ranks talk through within a step. Raises RankFailed if one has not come so far."""
-        from fastdeploy.device import Group
+        from fastdeploy.device.group import Group
 
         with self._all_or_nothing(), reserved_port() as port:
             self._await_all()  # the other ranks have imported Paddle
@@ -203,7 +203,7 @@ class LaunchedLeader(Leader):
 
     def group(self) -> Group:
         """Meets the other ranks where the launcher said, and has them call back."""
-        from fastdeploy.device import Group
+        from fastdeploy.device.group import Group
 
         with self._all_or_nothing():
             group = Group(0, self.size, meeting_point(), START_SECONDS)
@@ -269,7 +269,7 @@ def own_host() -> str:
 
 def follow_launched(config: ResolvedConfig, rank: int) -> NoReturn:
     """Serve rank 0 as long as it likes, then end the process."""
-    from fastdeploy.device import Group
+    from fastdeploy.device.group import Group
 
     group = Group(rank, config.tensor_parallel_size, meeting_point(), START_SECONDS)
     host, port, published = json.loads(group.published(LEADER))
@@ -348,7 +348,7 @@ def main() -> NoReturn:
     config, rank = pipe.recv()
 
     def join() -> Group:
-        from fastdeploy.device import Group  # imports Paddle
+        from fastdeploy.device.group import Group  # imports Paddle
 
         pipe.send(None)
         _, (address,) = pipe.recv()

@@ -127,7 +127,7 @@ class Runner:
 
     def last_logits(self) -> np.ndarray:
         """A copy of the last step's logits, [R, vocabulary] float32: a row for each item that was sampled, in order."""
-        return self.device.to_numpy(self._logits[: self._num_logits])
+        return self.device.to_numpy(self._logits_view.rows(self._num_logits))
 
     # The step's inputs
 
@@ -229,8 +229,7 @@ class Runner:
         """A step of one token and one sample for each sequence, up to the logits."""
         plan = self._plans.get((num_seqs, num_splits))
         if plan is None:
-            with self.device.capture() as plan:
-                self._decode(num_seqs, num_splits)
+            plan = self.device.record(lambda: self._decode(num_seqs, num_splits))
             self._plans[num_seqs, num_splits] = plan
         plan.replay()
 
@@ -306,7 +305,8 @@ class Runner:
 
 def fit_to_memory(model: Decoder, config: ResolvedConfig) -> ResolvedConfig:
     """`config` with max_model_len lowered, if need be, to the longest sequence that the KV cache will have room for."""
-    affordable = model.device.cache_budget() // model.cache_bytes_per_block(config.block_size, config.kv_cache_dtype)
+    block_bytes = model.cache_bytes_per_block(config.block_size, config.kv_cache_dtype)
+    affordable = model.device.cache_budget(config.gpu_memory_utilization) // block_bytes
     held = (config.num_gpu_blocks_override or affordable) * config.block_size
     if held >= config.max_model_len or held == 0:  # `Runner` says what to do about no memory at all
         return config
@@ -331,7 +331,7 @@ def choose_num_blocks(model: Decoder, config: ResolvedConfig) -> int:
             )
         return override
     per_sequence = -(-config.max_model_len // config.block_size)
-    affordable = model.device.cache_budget() // block_bytes
+    affordable = model.device.cache_budget(config.gpu_memory_utilization) // block_bytes
     if affordable < per_sequence:
         raise ValueError(
             f"max_model_len={config.max_model_len} needs {per_sequence * block_bytes / GIB:.2f} GiB of KV cache for a "

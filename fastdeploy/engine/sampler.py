@@ -22,7 +22,7 @@ import numpy as np
 from fastdeploy.device import Device, Field, Plan
 from fastdeploy.engine.request import Request
 from fastdeploy.engine.scheduler import FAILED
-from fastdeploy.kernels.launch import view
+from fastdeploy.kernels.launch import TensorView, view
 from fastdeploy.kernels.sampling import (
     HELD_BACK,
     SEEN_IN_PROMPT,
@@ -124,7 +124,6 @@ class Sampler:
         vocabulary = logits.shape[1]
         max_edits = min(vocabulary, max_model_len + MAX_EXTRA_EDITS)
         self._device = device
-        self._logits = logits
         self._logits_view = view(logits)
         self._slots = device.staging(_slot_fields(max_seqs, max_edits))
         self._state = SamplingState(**{name: view(tensor) for name, tensor in self._slots.device.items()})
@@ -152,25 +151,27 @@ class Sampler:
         errors: dict[int, str] = {}
         for row, request in enumerate(requests):
             if request.sampling_params.logits_processors:
-                raw[row] = self._device.to_numpy(self._logits[row])
+                raw[row] = self._device.to_numpy(self._row(row))
                 try:
-                    self._device.write(self._logits[row], processed(request, raw[row]))
+                    self._device.write(self._row(row), processed(request, raw[row]))
                 except (Exception, SystemExit) as error:  # a user's function: it fails its request alone
                     logger.warning("a logits processor failed", exc_info=True)
                     errors[row] = f"a logits processor raised {type(error).__name__}: {error}"
         plan = self._plans.get(len(requests))
         if plan is None:
-            with self._device.capture() as plan:
-                self._launch(len(requests))
+            plan = self._device.record(lambda: self._launch(len(requests)))
             self._plans[len(requests)] = plan
         plan.replay()
-        self._rows.download()
-        tokens = self._rows.host["sampled"][: len(requests)].tolist()
+        tokens = self._rows.fetch("sampled")()[: len(requests)].tolist()
         for row, logits in raw.items():
-            self._device.write(self._logits[row], logits)
+            self._device.write(self._row(row), logits)
         for row in errors:
             tokens[row] = FAILED
         return tokens, errors
+
+    def _row(self, row: int) -> TensorView:
+        """A row of logits, [V]."""
+        return self._logits_view.rows(1, row).reshape(self._logits_view.shape[1])
 
     def _launch(self, count: int) -> None:
         sampled, slots, positions, forced = (each.rows(count) for each in self._row_views)

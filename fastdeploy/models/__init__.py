@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastdeploy.device import Device, Group
+    from fastdeploy.device import Device
+    from fastdeploy.device.group import Group
     from fastdeploy.models.decoder import Decoder
     from fastdeploy.models.weights import Checkpoint
 

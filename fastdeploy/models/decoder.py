@@ -36,7 +36,7 @@ from fastdeploy.models.feed_forward import MLP, Allocator, LinearInput, Mixture,
 from fastdeploy.models.loading import WeightLoader
 
 if TYPE_CHECKING:
-    from fastdeploy.device import Group
+    from fastdeploy.device.group import Group
 
 
 @dataclass(frozen=True)

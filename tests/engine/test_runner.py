@@ -254,14 +254,16 @@ def test_blocks_are_enough_for_all_sequences_of_full_length():
 
 def test_blocks_take_no_more_than_the_devices_budget(monkeypatch):
     model = load()
-    monkeypatch.setattr(model.device, "cache_budget", lambda: 21 * model.cache_bytes_per_block(16) + 1)
+    monkeypatch.setattr(model.device, "cache_budget", lambda utilization: 21 * model.cache_bytes_per_block(16) + 1)
     assert new_runner(model, num_gpu_blocks_override=None).num_blocks == 21
 
 
 def test_a_budget_holds_more_blocks_of_int8(monkeypatch):
     """Heads of 8: 12 bytes a token in int8, 32 in float32."""
     model = load()
-    monkeypatch.setattr(model.device, "cache_budget", lambda: 60 * 12 * model.cache_bytes_per_block(16) // 32)
+    monkeypatch.setattr(
+        model.device, "cache_budget", lambda utilization: 60 * 12 * model.cache_bytes_per_block(16) // 32
+    )
     assert new_runner(model, num_gpu_blocks_override=None, kv_cache_dtype="int8").num_blocks == 60
     config = EngineConfig(model="tiny", block_size=16, kv_cache_dtype="int8").resolved(model_limit=2048)
     assert fit_to_memory(model, config).max_model_len == 60 * 16
@@ -269,14 +271,14 @@ def test_a_budget_holds_more_blocks_of_int8(monkeypatch):
 
 def test_a_budget_below_one_full_sequence_is_an_error_that_names_the_length_that_fits(monkeypatch):
     model = load()
-    monkeypatch.setattr(model.device, "cache_budget", lambda: 19 * model.cache_bytes_per_block(16))
+    monkeypatch.setattr(model.device, "cache_budget", lambda utilization: 19 * model.cache_bytes_per_block(16))
     with pytest.raises(ValueError, match=r"max_model_len=320 .* lower max_model_len to at most 304"):
         new_runner(model, num_gpu_blocks_override=None)
 
 
 def test_the_longest_sequence_is_what_the_budget_or_the_override_holds(monkeypatch, caplog):
     model = load()
-    monkeypatch.setattr(model.device, "cache_budget", lambda: 19 * model.cache_bytes_per_block(16))
+    monkeypatch.setattr(model.device, "cache_budget", lambda utilization: 19 * model.cache_bytes_per_block(16))
     config = EngineConfig(model="tiny", block_size=16).resolved(model_limit=320)
     with caplog.at_level(logging.INFO, logger="fastdeploy"):
         assert fit_to_memory(model, config).max_model_len == 304

@@ -1,0 +1,118 @@
+"""The host's processors as a device; Triton kernels run by `fastdeploy.triton_cpu`."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastdeploy import triton_cpu
+from fastdeploy.device import GIB, Device, Field, Plan, Staging, field_offsets, host_fields
+from fastdeploy.device.host import available_memory, release_pages_of_imports
+from fastdeploy.device.quiet_paddle import paddle
+from fastdeploy.kernels.launch import view
+from fastdeploy.triton_cpu import runtime
+
+
+class SharedStaging(Staging):
+    """On a CPU, host and device are the same memory."""
+
+    def __init__(self, fields: Mapping[str, Field]) -> None:
+        offsets, size = field_offsets(fields)
+        area = paddle.zeros([size // 8], dtype="int64")
+        self._area = area
+        self.host = host_fields(fields, np.from_dlpack(area))
+        self.device = {}
+        for name, field in fields.items():
+            start = offsets[name] // np.dtype(field.dtype).itemsize
+            part = slice(start, start + int(np.prod(field.shape)))
+            # The dtype first, the slice second: Paddle 3.3 counts the slice's offset twice the other way round.
+            self.device[name] = area.view(getattr(paddle, field.dtype))[part].reshape(field.shape)
+
+    def upload(self, rows: Iterable[int] | None = None) -> None:
+        """Nothing to do."""
+
+    def fetch(self, name: str) -> Callable[[], np.ndarray]:
+        values = self.host[name].copy()
+        return lambda: values
+
+
+class CPUDevice(Device):
+    """The host's processors, Triton kernels run by `fastdeploy.triton_cpu`.
+
+    Memory from `paddle.empty` begins on a page, which the packed weights rely on (a panel's row is one cache line), and
+    is not resident before it is written: a large KV cache costs only what is used of it.
+    """
+
+    name = "cpu"
+
+    def __init__(self, ranks: int = 1) -> None:
+        triton_cpu.activate()
+        runtime.share_cores(ranks)
+        self._ranks = ranks
+        release_pages_of_imports()
+        if not paddle.in_dynamic_mode():  # Paddle 3.3 is in it only on the thread that imported Paddle first
+            paddle.disable_static()
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> paddle.Tensor:
+        return paddle.empty(shape, dtype=getattr(paddle, dtype))
+
+    def from_numpy(self, array: np.ndarray) -> paddle.Tensor:
+        return paddle.from_dlpack(array)
+
+    def write(self, tensor: Any, values: np.ndarray) -> None:
+        _in_place(tensor)[...] = values
+
+    def to_numpy(self, tensor: Any) -> np.ndarray:
+        return _in_place(tensor).copy()
+
+    def staging(self, fields: Mapping[str, Field]) -> Staging:
+        return SharedStaging(fields)
+
+    def activation_dtype(self, weight_dtype: str) -> str:
+        # No CPU we target adds in half precision faster than in float32, and float32 keeps every digit.
+        return "float32"
+
+    def free_memory(self) -> int:
+        return available_memory() // self._ranks
+
+    def cache_budget(self, utilization: float) -> int:
+        """A quarter of the free memory: the host is shared with everything else that its owner runs."""
+        return self.free_memory() // 4
+
+    def num_threads(self) -> int:
+        """Threads that a kernel is spread over."""
+        return runtime.thread_pool().threads
+
+    def record(self, launches: Callable[[], None]) -> Plan:
+        with runtime.record() as plan:
+            launches()
+        return plan
+
+    def synchronize(self) -> None:
+        """Nothing to wait for: a launch on a CPU returns when it has run."""
+
+    def describe(self) -> str:
+        return f"CPU ({_processor_name()}), {self.num_threads()} threads, {self.free_memory() / GIB:.1f} GiB free"
+
+
+def _in_place(tensor: Any) -> np.ndarray:
+    """A contiguous tensor's own memory as an array; bfloat16 numbers as their bits."""
+    there = view(tensor)
+    if not there.contiguous:
+        raise ValueError(f"{there} with strides {there.strides} is no array in one piece")
+    dtype = np.dtype({"bfloat16": "uint16"}.get(there.dtype, there.dtype))
+    memory = np.ctypeslib.as_array((ctypes.c_uint8 * there.nbytes).from_address(there.pointer))
+    return memory.view(dtype).reshape(there.shape)
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown processor"
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, "unknown processor")

@@ -1,0 +1,26 @@
+"""Paddle, imported without what it tells the console and does to the root logger."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def _unchanged_root_logger() -> Iterator[None]:
+    """Paddle gives the root logger a handler and the level INFO, and so has every library speak on the console."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    for handler in set(root.handlers).difference(handlers):
+        root.removeHandler(handler)
+
+
+with warnings.catch_warnings(), _unchanged_root_logger():
+    os.environ.setdefault("GLOG_minloglevel", "1")  # Paddle tells of every socket that it opens
+    warnings.simplefilter("ignore")  # Paddle warns of a missing ccache, which only its own custom operators use
+    import paddle as paddle
