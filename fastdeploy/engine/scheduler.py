@@ -224,25 +224,31 @@ class BlockManager:
 
 @dataclass(slots=True)
 class ScheduledRequest:
-    """Compute tokens start .. start+num_tokens-1 of a request; its block table has room for them."""
+    """Compute tokens start .. start+num_tokens-1 of a request; its block table has room for them.
+
+    samples: whether a token is to be sampled: the last one that there is is computed.
+    row: of the token to compute among those that the step before has sampled, where it is not known yet; else -1.
+    """
 
     request: Request
     start: int
     num_tokens: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether a token is to be sampled: the last known one is computed. Ask before the token is appended."""
-        return self.start + self.num_tokens == len(self.request.token_ids)
+    samples: bool
+    row: int = -1
 
 
 @dataclass(slots=True)
 class ScheduledBatch:
-    """One step's work, oldest request first. The first num_decodes items are of one token; then comes a longer one."""
+    """One step's work, oldest request first. The first num_decodes items are of one token; then comes a longer one.
+
+    moved: requests whose block tables have changed since the batch before; they need not be in this one.
+    rejected: requests that failed while scheduling: too long for all the blocks.
+    """
 
     items: list[ScheduledRequest] = field(default_factory=list)
     num_decodes: int = 0
-    rejected: list[Request] = field(default_factory=list)  # failed while scheduling: too long for all the blocks
+    moved: list[Request] = field(default_factory=list)
+    rejected: list[Request] = field(default_factory=list)
 
 
 NO_NUMBERS, ALL_BANNED, FAILED = -1, -2, -3  # instead of a token; the first two as kernels/sampling.py has them
@@ -363,13 +369,16 @@ class Scheduler:
             if num_tokens > budget:  # min() takes as long as all the rest of this loop's arithmetic
                 num_tokens = budget
             end = start + num_tokens
-            if end > len(request.block_table) * block_size and not self._make_room(request, end):
-                if request.finished:
-                    batch.rejected.append(request)
-                break
-            batch.items.append(ScheduledRequest(request, start, num_tokens))
+            if end > len(request.block_table) * block_size:
+                if not self._make_room(request, end):
+                    if request.finished:
+                        batch.rejected.append(request)
+                    break
+                batch.moved.append(request)
+            batch.items.append(ScheduledRequest(request, start, num_tokens, end == len(request.token_ids)))
             if end // block_size > start // block_size:
                 self.blocks.enter(request.block_table, request.token_ids, start, end)
+                batch.moved.append(request)
             budget -= num_tokens
         return budget
 
@@ -417,7 +426,8 @@ class Scheduler:
             end = min(len(request.token_ids), start + budget)
             blocks.grow(request.block_table, end)
             blocks.enter(request.block_table, request.token_ids, start, end)
-            batch.items.append(ScheduledRequest(request, start, end - start))
+            batch.items.append(ScheduledRequest(request, start, end - start, end == len(request.token_ids)))
+            batch.moved.append(request)
             budget -= end - start
             request.num_computed = start
             self._count_hit(request)

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from fastdeploy.device import open_device
+from fastdeploy.device.cpu import CPUDevice
 from fastdeploy.engine.request import Request
 from fastdeploy.engine.runner import SLAB, Runner, fit_to_memory
 from fastdeploy.engine.scheduler import Scheduler
 from fastdeploy.engine_config import EngineConfig
+from fastdeploy.kernels.launch import target
 from fastdeploy.models import load_model
 from fastdeploy.models.decoder import Decoder
 from fastdeploy.sampling_params import SamplingParams, sampling_defaults
@@ -131,10 +133,60 @@ def test_logits_with_an_int8_cache_have_the_same_bits_alone_in_chunks_and_after_
         np.testing.assert_array_equal(logits, expected)
 
 
+class Coarse(CPUDevice):
+    """Records steps of few sizes only, as a GPU does."""
+
+    def plan_sizes(self, most):
+        return [2, 5, most]
+
+
+def test_padded_steps_have_the_bits_of_others(biased_runner):
+    """Past a split of attention, too; and a row of padding leaves every slot of the cache as it was."""
+
+    def some():
+        return [*several(temperature=1.3), new_request(250, 8, max_tokens=20)]
+
+    unpadded, padded = some(), some()
+    expected = serve(biased_runner, unpadded)
+    model = load_model(checkpoint(BIASED, random_tensors(BIASED)), Coarse(), "bfloat16", MAX_MODEL_LEN, progress=False)
+    runner = new_runner(model)
+    for logits, wanted in zip(serve(runner, padded), expected, strict=True):
+        np.testing.assert_array_equal(logits, wanted)
+    assert [request.token_ids for request in padded] == [request.token_ids for request in unpadded]
+    assert {size for size, _ in runner._plans} == {2, 5, 8}
+
+
+def test_decodes_that_keep_the_processor_busy_have_one_plan_for_all_contexts(monkeypatch):
+    runner = new_runner(load(), max_num_seqs=2)
+    serve(runner, [new_request(250, 1, 20), new_request(250, 2, 20)])
+    busy = target().parallelism * 4 <= 2 * TIED.num_kv_heads
+    assert set(runner._plans) == ({(2, 1)} if busy else {(2, 1), (2, 2)})
+    monkeypatch.setattr("fastdeploy.engine.runner.splits_in_parallel", lambda *_: False)
+    runner = new_runner(runner.model, max_num_seqs=2)
+    serve(runner, [new_request(250, 1, 20), new_request(250, 2, 20)])
+    assert set(runner._plans) == {(2, 1)}
+
+
+def test_all_plans_of_a_gpu_are_recorded_when_the_runner_is_made(caplog):
+    device = Coarse()
+    device.name = "pocket GPU"
+    model = load_model(checkpoint(TIED, random_tensors(TIED)), device, "float32", MAX_MODEL_LEN, progress=False)
+    with caplog.at_level(logging.INFO, logger="fastdeploy"):
+        runner = new_runner(model)
+    assert {size for size, _ in runner._plans} == {2, 5, 8} and list(runner._sampler._plans) == [8, 5, 2]
+    assert f"{len(runner._plans)} decode steps recorded" in caplog.messages
+    recorded, requests = dict(runner._plans), several()
+    expected = serve(new_runner(load()), several())
+    for logits, wanted in zip(serve(runner, requests), expected, strict=True):
+        np.testing.assert_array_equal(logits, wanted)
+    assert runner._plans == recorded
+    assert new_runner(model, enforce_eager=True)._plans == {}
+
+
 class Unrecorded(Runner):
     """Launches decode steps one kernel at a time."""
 
-    def _replay_decode(self, num_seqs: int, num_splits: int) -> None:
+    def replay_decode(self, num_seqs: int, num_splits: int) -> None:
         self._decode(num_seqs, num_splits)
 
 
