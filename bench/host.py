@@ -6,8 +6,8 @@ A real model decodes; a stopwatch stands at the doors between the parts, and tim
 counts for the inner alone:
 
     schedule   `Scheduler.schedule`: who runs, in which KV blocks
-    inputs     `Runner.run`: the step's arrays
-    sampler    `Sampler.sample`: what the sampling kernels have to know of each request, and reading the tokens
+    inputs     `Runner.launch`: the step's arrays
+    sampler    `Sampler.launch`: what the sampling kernels have to know of each request
     update     `Scheduler.update`: tokens appended, ends found
     outputs    `outputs_of`: text and RequestOutputs, of every request at every step where the call streams
     loop       all else: the engine's loop, metrics, handing over the news, the progress bar
@@ -37,8 +37,8 @@ from fastdeploy.triton_cpu.runtime import Plan
 
 DOORS: dict[str, tuple[Any, str]] = {
     "schedule": (Scheduler, "schedule"),
-    "inputs": (Runner, "run"),
-    "sampler": (Sampler, "sample"),
+    "inputs": (Runner, "launch"),
+    "sampler": (Sampler, "launch"),
     "update": (Scheduler, "update"),
     "outputs": (engine, "outputs_of"),
     "kernels": (Plan, "replay"),

@@ -119,7 +119,7 @@ class LLM:
         )
         self.config = config
         self.tokenizer = tokenizer
-        self.engine = Engine(scheduler, runner)
+        self.engine = Engine(scheduler, runner, runner.overlaps)
         self._leader = loaded.leader
         self.facts = {
             "device": runner.device.describe(),

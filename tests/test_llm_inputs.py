@@ -60,6 +60,7 @@ class AnsweringRunner:
 
     num_blocks, kv_cache_dtype, fast_paths = 20, "int8", ("recorded steps",)
     device, model = SimpleNamespace(describe=lambda: "pocket"), SimpleNamespace(dtype="bfloat16")
+    overlaps = False
 
     def __init__(self, config: ResolvedConfig) -> None:
         self.config = config
