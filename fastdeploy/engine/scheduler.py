@@ -453,8 +453,8 @@ class Scheduler:
             if not item.dropped:
                 num_running += 1
                 if not samples or end < request.most_tokens:
-                    known = not samples and end < len(request.token_ids)
-                    next_item = ScheduledRequest(request, start, num_tokens, not known, row if samples else -1)
+                    is_sampled = samples or end == len(request.token_ids)
+                    next_item = ScheduledRequest(request, start, num_tokens, is_sampled, row if samples else -1)
                     following.items.append(next_item)
                     budget -= num_tokens
                     if end % size < 2 or num_tokens > 1:  # begins or fills a block

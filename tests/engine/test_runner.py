@@ -18,6 +18,7 @@ from fastdeploy.kernels.launch import target
 from fastdeploy.models import load_model
 from fastdeploy.models.decoder import Decoder
 from fastdeploy.sampling_params import SamplingParams, sampling_defaults
+from tests.engine.fake_model import Overlapping
 from tests.models import reference
 from tests.models.tiny import BIASED, TIED, UNTIED, checkpoint, random_tensors
 
@@ -131,6 +132,61 @@ def test_logits_with_an_int8_cache_have_the_same_bits_alone_in_chunks_and_after_
     assert sum(request.metrics.preempted_count for request in requests) > 0
     for logits, expected in zip(disturbed, in_batch, strict=True):
         np.testing.assert_array_equal(logits, expected)
+
+
+def serve_overlapping(runner: Runner, requests: list[Request], budget: int = 2048) -> Scheduler:
+    """As `serve`, each step launched before the tokens of the one before are known, where that can be."""
+    scheduler = Scheduler(runner.num_blocks, runner.block_size, runner.max_seqs, budget)
+    for request in requests:
+        scheduler.add(request)
+    steps = Overlapping(scheduler, runner)
+    while scheduler.has_requests:
+        steps.step()
+    assert steps.num_ahead > 0.5 * scheduler.statistics.num_steps
+    return scheduler
+
+
+@pytest.mark.parametrize(
+    "limits", [{}, {"num_gpu_blocks_override": 22}, {"enforce_eager": True}, {"kv_cache_dtype": "int8"}]
+)
+@pytest.mark.parametrize("coarse", [False, True])
+def test_overlapping_steps_say_the_same_as_others(limits, coarse):
+    """Greedy and drawn; ends by stop tokens and by length; in chunks; with blocks that are short and shared."""
+
+    def some():
+        stops = list(range(0, TIED.vocab_size, 4))
+        drawn = [new_request(5 + seed, seed, 40, 9.0, stop_token_ids=stops, min_tokens=4 * seed) for seed in range(9)]
+        again = [new_request(40, 3, 12), new_request(40, 3, 30), new_request(250, 4, 25)]
+        growing = [new_request(3, 20 + index, 100) for index in range(4)]
+        return [*growing, *several(), *drawn, *again]
+
+    device = Coarse() if coarse else open_device()
+    model = load_model(checkpoint(BIASED, random_tensors(BIASED)), device, "bfloat16", MAX_MODEL_LEN, progress=False)
+    alone, overlapping = some(), some()
+    serve(new_runner(model, **limits), alone, 77)
+    scheduler = serve_overlapping(new_runner(model, overlap_steps=True, **limits), overlapping, 77)
+    assert [request.token_ids for request in overlapping] == [request.token_ids for request in alone]
+    assert (scheduler.statistics.num_preemptions > 0) == ("num_gpu_blocks_override" in limits)
+    assert {request.finish_reason for request in overlapping} == {"stop", "length"}
+
+
+def test_a_row_without_numbers_fails_alone_in_overlapping_steps():
+    """It said the token whose embedding is NaN, and the step after it was launched before that was known."""
+    tensors = random_tensors(UNTIED)
+    requests = [new_request(5, seed, 12) for seed in range(4)]
+    model = load_model(checkpoint(UNTIED, tensors), open_device(), "float32", MAX_MODEL_LEN, progress=False)
+    serve(new_runner(model), requests)
+    outputs = [request.token_ids[5:] for request in requests]
+    said = {token for request in requests for token in request.token_ids}
+    poison = next(token for token in outputs[1][:-3] if sum(token in request.token_ids for request in requests) == 1)
+    assert poison in said
+    tensors["model.embed_tokens.weight"][poison] = np.nan
+    model = load_model(checkpoint(UNTIED, tensors), open_device(), "float32", MAX_MODEL_LEN, progress=False)
+    again = [new_request(5, seed, 12) for seed in range(4)]
+    serve_overlapping(new_runner(model, overlap_steps=True), again)
+    assert [request.error_code for request in again] == [200, 500, 200, 200]
+    assert again[1].token_ids == requests[1].token_ids[: len(again[1].token_ids)] and again[1].token_ids[-1] == poison
+    assert [again[i].token_ids for i in (0, 2, 3)] == [requests[i].token_ids for i in (0, 2, 3)]
 
 
 class Coarse(CPUDevice):
