@@ -50,6 +50,7 @@ class FakeRunner:
         self.block_size = block_size
         self.sampled: list[int] = []
         self.memory: dict[int, int] = {}  # slot -> fingerprint
+        self.tables: dict[Request, list[int]] = {}  # what it was told of block tables
         self.faulty: set[Request] = set()
         self.num_computed = 0
 
@@ -58,6 +59,8 @@ class FakeRunner:
 
     def launch(self, batch: ScheduledBatch) -> Callable[[], StepOutput]:
         """Computes at once, as if all before had been computed; nobody sees it before the output is called for."""
+        self.tables.update({request: request.block_table.copy() for request in batch.moved})
+        assert all(self.tables[item.request] == item.request.block_table for item in batch.items)
         known = [self.tokens(item) for item in batch.items]
         for item, tokens in zip(batch.items, known):
             self.write(item, tokens)

@@ -218,6 +218,7 @@ def test_a_token_that_ends_a_request_makes_its_part_of_the_step_in_flight_void(o
     stops, goes_on = make_request("stops"), make_request("goes on", max_tokens=6, ignore_eos=True)
     run(engine, [stops, goes_on])
     assert stops.token_ids[3:] == [10, 11, EOS] and goes_on.token_ids[3:] == [10, 11, EOS, 13, 14, 15]
+    assert goes_on.metrics.model_forward_time <= goes_on.metrics.model_execute_time, "no second counts twice"
     assert runner.num_steps == 6 and engine.scheduler.statistics.num_served == 9
     run(engine, [make_request("stops alone")])
     assert runner.num_steps == 9 + overlap, "the step that was launched in vain has not been waited for"
