@@ -174,7 +174,7 @@ class Runner:
             return lambda: output
         requests = [items[index].request for index in due]
         sampled = self._sampler.launch(requests, seats[due], contexts[due])
-        return partial(self._finish, sampled, requests, due, output)
+        return partial(self.finish, sampled, requests, due, output)
 
     def last_logits(self) -> np.ndarray:
         """A copy of the last step's logits, [R, vocabulary] float32: a row for each item that was sampled, in order."""
@@ -337,7 +337,7 @@ class Runner:
 
     # What becomes of the logits
 
-    def _finish(
+    def finish(
         self, sampled: Callable[[], Sampled], requests: Sequence[Request], due: Sequence[int], output: StepOutput
     ) -> StepOutput:
         """Wait for the token of each request, of item due[i], and read its logprobs if anybody wants some."""
