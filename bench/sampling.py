@@ -3,7 +3,7 @@
 The logits are the model's own, of a decode step. Measured for one row and for eight, in wall time:
 
     kernels   all launches of `kernels.sampling.sample`, replayed as the engine does it
-    sampler   `engine.sampler.Sampler.sample`: the same, with what the host has to note before it and to read after it
+    sampler   `engine.sampler.Sampler.launch`: the same, with what the host has to note before it and to read after it
 
 and given as a share of the model's decode step at the same batch, greedy choice included. Rounds interleave everything,
 steps too; reported are medians. Calls follow one another, so that code and logits are in caches, as the logits are
@@ -114,8 +114,13 @@ def sampler(device: Device, logits: Any, ids: np.ndarray, setting: dict[str, Any
     def measure() -> float:
         requests = [Request(str(index), prompt, prompt, params) for index, prompt in enumerate(ids.tolist())]
 
+        slots = np.arange(len(requests))
+        for request, slot in zip(requests, slots.tolist(), strict=True):
+            own.enter(request, slot)
+
         def call() -> None:
-            tokens, _errors = own.sample(requests)
+            positions = np.array([len(request.token_ids) for request in requests])
+            tokens, _errors = own.launch(requests, slots, positions)()
             for request, token_id in zip(requests, tokens, strict=True):
                 request.token_ids.append(token_id)
 
@@ -125,7 +130,7 @@ def sampler(device: Device, logits: Any, ids: np.ndarray, setting: dict[str, Any
 
 
 def mean_milliseconds(call: Callable[[], None]) -> float:
-    """Of many calls. One more goes first: it compiles, or gives new requests their places."""
+    """Of many calls. One more goes first: it compiles."""
     call()
     started = time.perf_counter()
     for _ in range(CALLS):

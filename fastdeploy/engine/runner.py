@@ -123,7 +123,8 @@ class Runner:
         self._inputs = {name: view(tensor) for name, tensor in self._staging.device.items()}
         self._sizes = self.device.plan_sizes(self.max_seqs)
         self._seats = Seats(self.max_seqs)
-        self._tables = np.zeros((self.max_seqs, max_blocks), np.int32)  # the block table of who has the seat
+        self._tables = np.zeros((self.max_seqs, max_blocks), np.int64)  # the block table of who has the seat
+        self._one_token_each = np.arange(1, self.max_seqs + 1)  # where the tokens of a step of decodes end
 
     @property
     def fast_paths(self) -> list[str]:
@@ -173,7 +174,9 @@ class Runner:
         if not due:
             return lambda: output
         requests = [items[index].request for index in due]
-        sampled = self._sampler.launch(requests, seats[due], contexts[due])
+        if num_due < len(items):
+            seats, contexts = seats[due], contexts[due]
+        sampled = self._sampler.launch(requests, seats, contexts)
         return partial(self.finish, sampled, requests, due, output)
 
     def last_logits(self) -> np.ndarray:
@@ -214,23 +217,30 @@ class Runner:
         Returns the end of each item's tokens, cu_seqlens without its 0, and its context_len: [items] int64.
         """
         items, host = batch.items, self._staging.host
-        counts = np.array([item.num_tokens for item in items])
-        ends, contexts = counts.cumsum(), np.array([item.start for item in items]) + counts
-        sequence = np.repeat(np.arange(len(items)), counts)  # of each token
-        positions = np.arange(len(sequence)) - (ends - contexts)[sequence]
+        positions = np.array([item.start for item in items])
+        owners = seats  # of each token
+        if batch.num_decodes == len(items):
+            ends, contexts = self._one_token_each[: len(items)], positions + 1
+        else:
+            counts = np.array([item.num_tokens for item in items])
+            ends, contexts = counts.cumsum(), positions + counts
+            positions = np.arange(ends[-1]) - np.repeat(ends - contexts, counts)
+            owners = np.repeat(seats, counts)
         blocks, offsets = np.divmod(positions, self.block_size)
-        host["ids"][: len(sequence)] = _ids(batch)
-        host["positions"][: len(sequence)] = positions
-        host["slots"][: len(sequence)] = self._tables[seats[sequence], blocks] * np.int64(self.block_size) + offsets
+        host["ids"][: len(positions)] = _ids(batch)
+        host["positions"][: len(positions)] = positions
+        host["slots"][: len(positions)] = self._tables[owners, blocks] * self.block_size + offsets
         host["cu_seqlens"][1 : len(items) + 1] = ends
         host["context_lens"][: len(items)] = contexts
-        used = int(contexts.max() - 1) // self.block_size + 1  # no more columns than the longest sequence has
+        used = int(blocks.max()) + 1  # no more columns than the longest sequence has
         host["block_tables"][: len(items), :used] = self._tables[seats, :used]
         return ends, contexts
 
     def _pad(self, num_seqs: int) -> int:
         """Fill a step of decodes up to the next size that has plans, with sequences of no context; returns the size."""
         size = self._sizes[bisect_left(self._sizes, num_seqs)]
+        if size == num_seqs:
+            return size
         for name, value in {"ids": 0, "positions": 0, "slots": -1, "context_lens": 0}.items():
             self._staging.host[name][num_seqs:size] = value
         self._staging.host["cu_seqlens"][num_seqs + 1 : size + 1] = range(num_seqs + 1, size + 1)
