@@ -266,6 +266,7 @@ class Request:
     error_msg: str | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     _ends: frozenset[int] = field(init=False, repr=False)  # tokens that may end the output
+    _has_stop_texts: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
@@ -273,6 +274,7 @@ class Request:
         if self.sampling_params.ignore_eos:
             self.eos_token_ids = frozenset()
         self._ends = self.eos_token_ids | self.stop_token_ids
+        self._has_stop_texts = bool(self.sampling_params.stop)
         most = self.sampling_params.max_tokens
         self.most_tokens = sys.maxsize if most is None else len(self.prompt_token_ids) + most
 
@@ -310,7 +312,7 @@ class Request:
             self.logprobs[self.num_output_tokens :] = [logprobs]  # an interrupted append may have left its own there
         self.token_ids.append(token_id)
         # Asked 256 times a step: `conclude` would double its cost.
-        if token_id in self._ends or len(self.token_ids) >= self.most_tokens or self.sampling_params.stop:
+        if token_id in self._ends or len(self.token_ids) >= self.most_tokens or self._has_stop_texts:
             self.conclude()
 
     def conclude(self) -> None:

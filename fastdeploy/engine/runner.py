@@ -124,6 +124,7 @@ class Runner:
         self._sizes = self.device.plan_sizes(self.max_seqs)
         self._seats = Seats(self.max_seqs)
         self._tables = np.zeros((self.max_seqs, max_blocks), np.int64)  # the block table of who has the seat
+        self._wants_logprobs = np.zeros(self.max_seqs, bool)  # who has the seat
         self._one_token_each = np.arange(1, self.max_seqs + 1)  # where the tokens of a step of decodes end
 
     @property
@@ -177,7 +178,8 @@ class Runner:
         if num_due < len(items):
             seats, contexts = seats[due], contexts[due]
         sampled = self._sampler.launch(requests, seats, contexts)
-        return partial(self.finish, sampled, requests, due, output)
+        read_logprobs = bool(self._wants_logprobs[seats].any())
+        return partial(self.finish, sampled, requests if read_logprobs else (), due, output)
 
     def last_logits(self) -> np.ndarray:
         """A copy of the last step's logits, [R, vocabulary] float32: a row for each item that was sampled, in order."""
@@ -205,6 +207,7 @@ class Runner:
             seat = self._seats.of(request)
             assert seat is not None
             self._sampler.enter(request, seat)
+            self._wants_logprobs[seat] = request.sampling_params.logprobs is not None
         for request in (*newcomers, *batch.moved):
             seat = self._seats.of(request)
             if seat is not None:  # who is not in this batch may have lost it
@@ -350,13 +353,14 @@ class Runner:
     def finish(
         self, sampled: Callable[[], Sampled], requests: Sequence[Request], due: Sequence[int], output: StepOutput
     ) -> StepOutput:
-        """Wait for the token of each request, of item due[i], and read its logprobs if anybody wants some."""
+        """Wait for the token of each item in `due`, and read the logprobs of their requests, which are empty if nobody
+        wants any."""
         tokens, errors = sampled()
         for index, token in zip(due, tokens, strict=True):
             output.tokens[index] = token
         output.errors = {due[row]: error for row, error in errors.items()}
-        numbers = [request.sampling_params.logprobs for request in requests]
-        if any(number is not None for number in numbers):
+        if requests:
+            numbers = [request.sampling_params.logprobs for request in requests]
             found = self._logprobs.read([max(token, 0) for token in tokens], [number or 0 for number in numbers])
             for index, token, number, logprobs in zip(due, tokens, numbers, found, strict=True):
                 if number is not None and token >= 0:
