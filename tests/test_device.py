@@ -1,6 +1,7 @@
 """The device: memory that kernels and NumPy share, how much of it is free, recorded launches."""
 
 import ctypes
+import itertools
 import mmap
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from fastdeploy.device import CACHE_LINE, Field, open_device
 from fastdeploy.device.host import _shared_mappings, available_memory, release_library_pages
+from fastdeploy.device.nvidia import NvidiaDevice
 from fastdeploy.kernels.activation import silu_mul, silu_mul_reference
 from fastdeploy.kernels.launch import view
 from tests.triton_cpu.arrays import run_python
@@ -83,6 +85,14 @@ def test_recorded_launches_run_when_replayed_and_read_what_is_there_then(device)
         plan.replay()
         device.synchronize()
         np.testing.assert_allclose(out, silu_mul_reference(gate_up), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("most", [1, 3, 7, 8, 100, 200, 256, 1000])
+def test_sizes_of_plans_ascend_to_the_most_in_steps_of_at_most_a_quarter(device, most):
+    assert list(device.plan_sizes(most)) == list(range(1, most + 1))
+    sizes = list(NvidiaDevice.plan_sizes(device, most))
+    assert sizes[0] == 1 and sizes[-1] == most and sizes == sorted(set(sizes))
+    assert all(after - before <= max(8, before / 4) for before, after in itertools.pairwise(sizes))
 
 
 # Free memory

@@ -458,6 +458,21 @@ def test_the_longest_sequence_is_what_the_budget_or_the_override_holds(monkeypat
         assert len(caplog.messages) == 2
 
 
+def test_the_cache_and_the_longest_sequence_get_what_a_steps_memory_has_left(monkeypatch):
+    model = load()
+    free = [40 * model.cache_bytes_per_block(16)]
+    allocate = model.allocate_activations
+
+    def taking(*lengths):
+        free[0] = 19 * model.cache_bytes_per_block(16)
+        return allocate(*lengths)
+
+    monkeypatch.setattr(model, "allocate_activations", taking)
+    monkeypatch.setattr(model.device, "cache_budget", lambda utilization: free[0])
+    runner = Runner(model, EngineConfig(model="tiny", block_size=16).resolved(MAX_MODEL_LEN), fit=True)
+    assert (runner.num_blocks, runner.config.max_model_len) == (19, 304)
+
+
 def test_an_override_that_does_not_fit_is_an_error_that_names_how_many_do(monkeypatch):
     model = load()
     monkeypatch.setattr(model.device, "free_memory", lambda: 50 * model.cache_bytes_per_block(16))
