@@ -3,7 +3,8 @@
     out[t, h] = sum_j softmax_j(scale * q[t, h] . k[j, h / group]) v[j, h / group]      over the keys j <= position of t
 
     qkv [T, (H + 2 KVH) * D]                    only q is read; the new keys and values are already in the cache
-    k_cache [blocks, KVH, D, block_size]        transposed, so that a tile of keys is a right operand of q.k as it lies
+    k_cache [blocks, KVH, D, block_size]        transposed, so that a tile of keys is a right operand of q.k as it lies;
+                                                on GPUs, whose tensor cores take either, [blocks, KVH, block_size, D]
     v_cache [blocks, KVH, block_size, D]
     k_scales, v_scales [blocks, KVH, block_size]   of an int8 cache, see rope.py
     block_tables [sequences, max_blocks]        key j of a sequence is in its block table[j // block_size]
@@ -109,10 +110,10 @@ def _merge(sums, peak, total, more_sums, more_peak, more_total):
 
 @triton.jit
 def _add_keys(
-    sums, peak, total, q, keys, values, key_scales, value_scales, key, position, end, log2_scale,
-    D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    sums, peak, total, q, k_cache, v_cache, k_scales, v_scales, block, key, position, end, log2_scale,
+    D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BY_TOKEN: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The state after the TILE keys from `key` on; `keys`, `values` and their scales, if any, point to their block.
+    """The state after the TILE keys from `key` on; `block` is the place of their block's first token in the cache.
 
     MASKED: some row may not see some of them, those from `end` on exist for no row and may hold anything, even NaN.
         (NaN in the value of a key that exists reaches rows of its tile that may not see it, too: 0 NaN is NaN.)
@@ -121,10 +122,13 @@ def _add_keys(
     d = tl.arange(0, DIM)
     t = key % BLOCK_SIZE + tl.arange(0, TILE)  # places in the block
     number = key + tl.arange(0, TILE)  # places in the sequence
-    k = tl.load(keys + d[:, None] * BLOCK_SIZE + t[None, :], mask=_head_mask(d, D, DIM)[:, None], other=0.0)
+    k_tile = (
+        k_cache + block * D + (t[None, :] * D + d[:, None] if BY_TOKEN else d[:, None] * BLOCK_SIZE + t[None, :])
+    )  # [DIM, TILE]
+    k = tl.load(k_tile, mask=_head_mask(d, D, DIM)[:, None], other=0.0)
     scores = tl.dot(q, k.to(q.dtype), input_precision="ieee")  # [rows, TILE]
-    if key_scales is not None:
-        scores *= tl.load(key_scales + t)[None, :]
+    if k_scales is not None:
+        scores *= tl.load(k_scales + block + t)[None, :]
     if MASKED:
         scores = tl.where(number[None, :] <= position[:, None], scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, axis=1) * log2_scale)
@@ -132,11 +136,11 @@ def _add_keys(
     weights = tl.exp2(tl.fma(scores, tl.full(scores.shape, log2_scale, tl.float32), shift))
     kept = tl.exp2(peak - _finite(new_peak))
     total = tl.fma(total, kept, tl.sum(weights, axis=1))
-    if value_scales is not None:
+    if v_scales is not None:
         exists = number < end if MASKED else tl.full([TILE], True, tl.int1)
-        weights *= tl.load(value_scales + t, mask=exists, other=0.0)[None, :]
-    v_tile = values + t[:, None] * D + d[None, :]
-    if MASKED and value_scales is None:  # int8 is never NaN
+        weights *= tl.load(v_scales + block + t, mask=exists, other=0.0)[None, :]
+    v_tile = v_cache + block * D + t[:, None] * D + d[None, :]
+    if MASKED and v_scales is None:  # int8 is never NaN
         v = tl.load(v_tile, mask=(number < end)[:, None] & _head_mask(d, D, DIM)[None, :], other=0.0)
     else:
         v = tl.load(v_tile, mask=_head_mask(d, D, DIM)[None, :], other=0.0)
@@ -154,39 +158,50 @@ def _head_mask(d, D: tl.constexpr, DIM: tl.constexpr):
 
 
 @triton.jit
-def _offset(pointer, count):
-    """pointer + count; None stays None."""
-    return pointer if pointer is None else pointer + count
-
-
-@triton.jit
-def _attend_split(
+def _attend(
     q, k_cache, v_cache, k_scales, v_scales, block_table, kv_head, position, first, seen_by_all, end, log2_scale,
-    KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
-    ONE_LOOP: tl.constexpr,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BY_TOKEN: tl.constexpr, TILE: tl.constexpr,
+    SPLIT: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
-    """The state of the keys from `first` to the end of their split, or to `end` if that comes first.
+    """The state of the keys from `first`, where a split begins, to `end`: its splits' states, merged.
 
     q: [rows, DIM]; position: [rows], a row sees keys up to it; seen_by_all: the number of keys that every row sees.
-    ONE_LOOP: mask every tile, needed or not. On a CPU that is no slower, and half the code to compile.
+    FLAT: for GPUs, one loop over all tiles, because loads are pipelined within a loop, and a second for those that need
+        a mask. On a CPU a loop for each split and a mask for each tile are no slower, and half the code to compile.
     """
     sums, peak, total = _empty_state(q.shape[0], q.shape[1])
-    end_of_split = tl.minimum(first + SPLIT, end)
-    unmasked = first if ONE_LOOP else tl.minimum(tl.maximum(seen_by_all // TILE * TILE, first), end_of_split)
-    for key in range(first, unmasked, TILE):
-        block = (tl.load(block_table + key // BLOCK_SIZE).to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE
-        sums, peak, total = _add_keys(
-            sums, peak, total, q, k_cache + block * D, v_cache + block * D, _offset(k_scales, block),
-            _offset(v_scales, block), key, position, end, log2_scale,
-            D, BLOCK_SIZE, TILE, False,
-        )  # fmt: skip
-    for key in range(unmasked, end_of_split, TILE):
-        block = (tl.load(block_table + key // BLOCK_SIZE).to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE
-        sums, peak, total = _add_keys(
-            sums, peak, total, q, k_cache + block * D, v_cache + block * D, _offset(k_scales, block),
-            _offset(v_scales, block), key, position, end, log2_scale,
-            D, BLOCK_SIZE, TILE, True,
-        )  # fmt: skip
+    if FLAT:
+        part_sums, part_peak, part_total = _empty_state(q.shape[0], q.shape[1])  # of the split under way
+        unmasked = tl.minimum(tl.maximum(seen_by_all // TILE * TILE, first), end)
+        for key in range(first, unmasked, TILE):
+            if key % SPLIT == 0:
+                sums, peak, total = _merge(sums, peak, total, part_sums, part_peak, part_total)
+                part_sums, part_peak, part_total = _empty_state(q.shape[0], q.shape[1])
+            block = (tl.load(block_table + key // BLOCK_SIZE).to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE
+            part_sums, part_peak, part_total = _add_keys(
+                part_sums, part_peak, part_total, q, k_cache, v_cache, k_scales, v_scales, block, key, position, end,
+                log2_scale, D, BLOCK_SIZE, BY_TOKEN, TILE, False,
+            )  # fmt: skip
+        for key in range(unmasked, end, TILE):
+            if key % SPLIT == 0:
+                sums, peak, total = _merge(sums, peak, total, part_sums, part_peak, part_total)
+                part_sums, part_peak, part_total = _empty_state(q.shape[0], q.shape[1])
+            block = (tl.load(block_table + key // BLOCK_SIZE).to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE
+            part_sums, part_peak, part_total = _add_keys(
+                part_sums, part_peak, part_total, q, k_cache, v_cache, k_scales, v_scales, block, key, position, end,
+                log2_scale, D, BLOCK_SIZE, BY_TOKEN, TILE, True,
+            )  # fmt: skip
+        sums, peak, total = _merge(sums, peak, total, part_sums, part_peak, part_total)
+    else:
+        for start in range(first, end, SPLIT):
+            more_sums, more_peak, more_total = _empty_state(q.shape[0], q.shape[1])
+            for key in range(start, tl.minimum(start + SPLIT, end), TILE):
+                block = (tl.load(block_table + key // BLOCK_SIZE).to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE
+                more_sums, more_peak, more_total = _add_keys(
+                    more_sums, more_peak, more_total, q, k_cache, v_cache, k_scales, v_scales, block, key, position,
+                    end, log2_scale, D, BLOCK_SIZE, BY_TOKEN, TILE, True,
+                )  # fmt: skip
+            sums, peak, total = _merge(sums, peak, total, more_sums, more_peak, more_total)
     return sums, peak, total
 
 
@@ -241,21 +256,23 @@ def _attention_kernel(
     out, qkv, k_cache, v_cache, k_scales, v_scales, cu_seqlens, context_lens, block_tables,
     num_decodes, num_seqs, max_blocks, log2_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, ONE_LOOP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BY_TOKEN: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, FLAT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     DECODE: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one KV head, over all its splits. DECODE: a tile is one sequence's only token."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
     kv_head = tl.program_id(1)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most keys begin, so that none ends long after all
     if DECODE:
-        sequence = tl.program_id(0)
+        sequence = tile
         first_token = sequence
         first_row = 0
         count = 1
     else:
-        sequence, first_tile = _find_sequence(tl.program_id(0), cu_seqlens, num_decodes, num_seqs, GROUP, BLOCK_M)
+        sequence, first_tile = _find_sequence(tile, cu_seqlens, num_decodes, num_seqs, GROUP, BLOCK_M)
         first_token = tl.load(cu_seqlens + sequence)
-        first_row = (tl.program_id(0) - first_tile) * BLOCK_M
+        first_row = (tile - first_tile) * BLOCK_M
         count = tl.load(cu_seqlens + sequence + 1) - first_token
     if first_row < count * GROUP:
         past = tl.load(context_lens + sequence) - count  # keys before this step's
@@ -267,13 +284,10 @@ def _attention_kernel(
         seen_by_all = past + first_row // GROUP + 1
         end = past + tl.minimum((first_row + BLOCK_M - 1) // GROUP + 1, count)
         block_table = block_tables + sequence.to(tl.int64) * max_blocks
-        sums, peak, total = _empty_state(BLOCK_M, DIM)
-        for first in range(0, end, SPLIT):
-            more_sums, more_peak, more_total = _attend_split(
-                q, k_cache, v_cache, k_scales, v_scales, block_table, kv_head, position, first, seen_by_all, end,
-                log2_scale, KV_HEADS, D, BLOCK_SIZE, TILE, SPLIT, ONE_LOOP,
-            )  # fmt: skip
-            sums, peak, total = _merge(sums, peak, total, more_sums, more_peak, more_total)
+        sums, _, total = _attend(
+            q, k_cache, v_cache, k_scales, v_scales, block_table, kv_head, position, 0, seen_by_all, end, log2_scale,
+            KV_HEADS, D, BLOCK_SIZE, BY_TOKEN, TILE, SPLIT, FLAT,
+        )  # fmt: skip
         _store_attended(out, sums, total, first_token * GROUP + row, real, kv_head, HEADS, KV_HEADS, D, DIM)
 
 
@@ -281,7 +295,8 @@ def _attention_kernel(
 def _split_kernel(
     partials, qkv, k_cache, v_cache, k_scales, v_scales, context_lens, block_tables, num_splits, max_blocks, log2_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, ONE_LOOP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BY_TOKEN: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, FLAT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One split of one decode and KV head: its state to partials [decodes, H, num_splits, D + 2]."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -295,9 +310,10 @@ def _split_kernel(
         row = tl.minimum(row, GROUP - 1)
         q = _load_queries(qkv, sequence * GROUP + row, kv_head, HEADS, KV_HEADS, D, DIM, OPERAND)
         position = tl.full([BLOCK_M], 0, tl.int32) + (end - 1)
-        sums, peak, total = _attend_split(
+        sums, peak, total = _attend(
             q, k_cache, v_cache, k_scales, v_scales, block_tables + sequence.to(tl.int64) * max_blocks, kv_head,
-            position, split * SPLIT, end, end, log2_scale, KV_HEADS, D, BLOCK_SIZE, TILE, SPLIT, ONE_LOOP,
+            position, split * SPLIT, end, tl.minimum(end, split * SPLIT + SPLIT), log2_scale,
+            KV_HEADS, D, BLOCK_SIZE, BY_TOKEN, TILE, SPLIT, FLAT,
         )  # fmt: skip
         d = tl.arange(0, DIM)
         start = partials + ((sequence * HEADS + kv_head * GROUP + row).to(tl.int64) * num_splits + split) * (D + 2)
@@ -381,7 +397,7 @@ def paged_attention(
     here = target()
     common = {
         "HEADS": heads.num_heads, "KV_HEADS": heads.num_kv_heads, "D": heads.head_dim, "BLOCK_SIZE": cache.block_size,
-        "SPLIT": SPLIT, "OPERAND": operand_dtype(here, qkv), "ONE_LOOP": here.is_cpu,
+        "BY_TOKEN": cache.keys_by_token, "SPLIT": SPLIT, "OPERAND": operand_dtype(here, qkv), "FLAT": not here.is_cpu,
     }  # fmt: skip
     log2_scale = scale * 1.4426950408889634  # exp(x) = 2^(x log2(e))
     max_blocks = batch.block_tables.shape[1]
@@ -423,7 +439,7 @@ def _launch_splits(
         raise ValueError(f"the workspace has {prod(workspace.shape)} elements; {splits} splits need {needed}")
     inputs = (*read, batch.context_lens, batch.block_tables, splits, batch.block_tables.shape[1])
     launch(_split_kernel, (splits, kv_heads, batch.num_decodes), workspace, *inputs, log2_scale, **constexprs)
-    walking = ("BLOCK_SIZE", "TILE", "OPERAND", "ONE_LOOP")
+    walking = ("BLOCK_SIZE", "BY_TOKEN", "TILE", "OPERAND", "FLAT")
     merging = {name: value for name, value in constexprs.items() if name not in walking}
     launch(_merge_kernel, (kv_heads, batch.num_decodes), out, workspace, batch.context_lens, splits, **merging)
 
