@@ -269,7 +269,7 @@ def hopper_tiles(target: Target, rows: int, features: int, width: int) -> dict[s
         shape = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 6}
         return {"kernel": "skinny", "SWAPPED": True, **shape}
     for block_m, block_n, rule in HOPPER_TILES:  # noqa: B007 (used after the loop)
-        enough = cdiv(rows, block_m) * cdiv(features, block_n) >= 0.85 * target.parallelism
+        enough = cdiv(rows, block_m) * cdiv(features, block_n) >= 0.7 * target.parallelism
         if block_m <= max(64, next_power_of_2(rows)) and (enough or block_n == 32):
             break
     shape = {"BLOCK_M": block_m, "BLOCK_N": block_n, **rule}
@@ -284,12 +284,14 @@ def _runs_on_hopper(here: Target, out: TensorView, x: TensorView, weight: Linear
         return False
     row_bytes = out.shape[1] * ITEM_SIZES[out.dtype]
     aligned = all(tensor.pointer % 16 == 0 for tensor in (out, x, weight.data))
-    return weight.panel == 1 and weight.in_features % 128 == 0 and row_bytes % 16 == 0 and aligned
+    return weight.panel == 1 and weight.in_features % 64 == 0 and row_bytes % 16 == 0 and aligned
 
 
 def _launch_on_hopper(here: Target, out: TensorView, x: TensorView, weight: LinearWeight, gated: bool) -> None:
     (rows, width), features = x.shape, out.shape[1]
     rule = hopper_tiles(here, rows, weight.out_features, width)
+    if width % 128:
+        rule["BLOCK_K"] = 64
     tiles = cdiv(rows, rule["BLOCK_M"]) * cdiv(weight.out_features, rule["BLOCK_N"])
     arguments = (out, x, weight.data, weight.bias, rows, features, width)
     if rule.pop("kernel") == "skinny":

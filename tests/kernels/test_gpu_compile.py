@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fastdeploy.kernels import launch as launch_module
-from fastdeploy.kernels import logprobs, sampling
+from fastdeploy.kernels import logprobs
 from fastdeploy.kernels.activation import silu_mul
 from fastdeploy.kernels.attention import AttentionBatch, paged_attention
 from fastdeploy.kernels.embedding import embedding, gather_rows
@@ -36,7 +36,7 @@ from fastdeploy.kernels.quantised import (
     rows_fields,
 )
 from fastdeploy.kernels.rope import HeadLayout, HeadNorms, KVBlocks, cache_fields, rope_and_cache
-from fastdeploy.kernels.sampling import SamplingState, SamplingWorkspace, sample
+from fastdeploy.kernels.sampling import SamplingState, allocate_workspace, sample
 
 # target, bytes of shared memory that one program may use
 TARGETS = {
@@ -181,7 +181,7 @@ def run_sample(vocabulary):
         edit_bias=tensor(rows, edits, dtype="float32"),
         edit_seen=tensor(rows, edits, dtype="int32"),
     )
-    workspace = SamplingWorkspace(**fields(sampling.workspace_fields(rows, vocabulary, edits)))
+    workspace = allocate_workspace(lambda shape, dtype: tensor(*shape, dtype=dtype), rows, vocabulary, edits)
     sample(*integers(1), tensor(rows, vocabulary, dtype="float32"), *integers(3), state, workspace)
 
 
