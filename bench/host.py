@@ -6,12 +6,15 @@ A real model decodes; a stopwatch stands at the doors between the parts, and tim
 counts for the inner alone:
 
     schedule   `Scheduler.schedule`: who runs, in which KV blocks
-    inputs     `Runner.run`: the step's arrays
-    sampler    `Sampler.sample`: what the sampling kernels have to know of each request, and reading the tokens
+    inputs     `Runner.launch`: the step's arrays
+    sampler    `Sampler.launch`: what the sampling kernels have to know of each request; and reading the tokens
     update     `Scheduler.update`: tokens appended, ends found
     outputs    `outputs_of`: text and RequestOutputs, of every request at every step where the call streams
     loop       all else: the engine's loop, metrics, handing over the news, the progress bar
     kernels    `Plan.replay`, the model's and the sampler's: not host time, given for comparison
+
+Steps are computed one after the other, as is the rule on a CPU; where they overlap (a GPU), `Scheduler.ahead` does what
+is here under schedule, and all of it is done while the device computes.
 
 All in CPU time of the thread that does it, which other programs on the machine disturb little. A round takes the mean
 of the steps in which every request decodes, so that what happens now and then (a new block, the garbage collector)
@@ -35,14 +38,15 @@ from fastdeploy.engine.sampler import Sampler
 from fastdeploy.engine.scheduler import Scheduler
 from fastdeploy.triton_cpu.runtime import Plan
 
-DOORS: dict[str, tuple[Any, str]] = {
-    "schedule": (Scheduler, "schedule"),
-    "inputs": (Runner, "run"),
-    "sampler": (Sampler, "sample"),
-    "update": (Scheduler, "update"),
-    "outputs": (engine, "outputs_of"),
-    "kernels": (Plan, "replay"),
-}
+DOORS: list[tuple[str, Any, str]] = [
+    ("schedule", Scheduler, "schedule"),
+    ("inputs", Runner, "launch"),
+    ("sampler", Sampler, "launch"),
+    ("sampler", Runner, "finish"),
+    ("update", Scheduler, "update"),
+    ("outputs", engine, "outputs_of"),
+    ("kernels", Plan, "replay"),
+]
 HOST = ("schedule", "inputs", "sampler", "update", "outputs", "loop")
 SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -60,7 +64,7 @@ class Stopwatch:
         self.num_decodes: list[int] = []  # of each step
         self._parts = ["loop"]  # the innermost comes last
         self._since = time.thread_time()
-        for part, (owner, method) in DOORS.items():
+        for part, owner, method in DOORS:
             setattr(owner, method, self._timed(part, getattr(owner, method)))
 
     def _timed(self, part: str, method: Callable) -> Callable:

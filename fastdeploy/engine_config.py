@@ -50,6 +50,9 @@ class EngineConfig:
     enable_prefix_caching: keep the KV blocks of earlier tokens, and spare prompts that begin alike their computation.
     enforce_eager: launch each kernel of a decode step anew, instead of replaying the recorded step: the same tokens,
         slower; for finding faults and for comparisons.
+    overlap_steps: launch a decode step before the tokens of the step before it have been read, where they need not be
+        known for it: the same tokens, and the host's work is done while the device computes. None: on a GPU; a CPU
+        computes a step in the call that launches it.
     reasoning_parser: splits what the model thinks (reasoning_content) from what it answers (text): "qwen3", "ernie-x1"
         or "deepseek_r1", for the markers that such models write. None: all is text.
     chat_template: Jinja source or the path of a file, for `LLM.chat` to use instead of the tokenizer's own template.
@@ -72,6 +75,7 @@ class EngineConfig:
     seed: int = 0
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
+    overlap_steps: bool | None = None
     reasoning_parser: str | None = None
     chat_template: str | None = None
     tensor_parallel_size: int = 1
@@ -95,6 +99,11 @@ class EngineConfig:
             self._check_choice("quantization", tuple(filter(None, MODES)))
         for field in ("enable_prefix_caching", "enforce_eager"):
             self._check_choice(field, (True, False))
+        if self.overlap_steps is not None:
+            self._check_choice("overlap_steps", (True, False))
+        if self.overlap_steps and self.tensor_parallel_size > 1:
+            must = "must be False or None where tensor_parallel_size is above 1: ranks make every step together"
+            raise ValueError(complaint("LLM", "overlap_steps", True, must))
         if self.reasoning_parser is not None:
             self._check_choice("reasoning_parser", tuple(REASONING_PARSERS))
         if self.chat_template is not None:

@@ -80,8 +80,8 @@ def _load_runner(checkpoint: Checkpoint, config: ResolvedConfig, leader: Leader 
 
     model = load_part(checkpoint, config, None if leader is None else leader.group())
     if fit:
-        config = fit_to_memory(model, config)
-    runner = Runner(model, config, leader)
+        config = fit_to_memory(model, config)  # a step's memory is for no longer sequences than could ever be
+    runner = Runner(model, config, leader, fit=fit and leader is None)
     if leader is not None:
         leader.await_runners(replace(config, num_gpu_blocks_override=runner.num_blocks))
     return runner
@@ -102,7 +102,7 @@ class LLM:
     config: the EngineConfig, its lengths resolved to numbers.
     reader, intake, engine: the way of a request, for callers that queue their own (see batch.py).
     facts: what was logged at start, by name: device, dtype, quantization, kv_cache_dtype, max_model_len,
-        total_block_num, block_size.
+        total_block_num, block_size, fast_paths (what is on of: recorded steps, see enforce_eager; overlapped steps).
     """
 
     def __init__(self, model: str | None = None, **keywords: Any) -> None:
@@ -119,7 +119,7 @@ class LLM:
         )
         self.config = config
         self.tokenizer = tokenizer
-        self.engine = Engine(scheduler, runner)
+        self.engine = Engine(scheduler, runner, runner.overlaps)
         self._leader = loaded.leader
         self.facts = {
             "device": runner.device.describe(),
@@ -129,6 +129,7 @@ class LLM:
             "max_model_len": config.max_model_len,
             "total_block_num": num_blocks,
             "block_size": config.block_size,
+            "fast_paths": ", ".join(runner.fast_paths) or "none",
         }
         vocab_size = model_config.vocab_size
         eos_token_ids = frozenset([*model_config.eos_token_ids, *tokenizer.eos_token_ids])

@@ -33,6 +33,7 @@ from fastdeploy.engine_config import EngineConfig
         ("seed", -1, ValueError),
         ("enable_prefix_caching", 1, TypeError),
         ("enforce_eager", 1, TypeError),
+        ("overlap_steps", 1, TypeError),
         ("reasoning_parser", "qwen4", ValueError),
         ("reasoning_parser", True, TypeError),
         ("chat_template", 5, TypeError),
@@ -45,6 +46,12 @@ def test_a_bad_value_is_refused_by_name(field: str, value: object, error: type[E
     with pytest.raises(error) as raised:
         EngineConfig(**{"model": "some-model", field: value})
     assert str(raised.value).startswith(f"LLM({field}={value!r}): must be ")
+
+
+def test_ranks_do_not_overlap_steps() -> None:
+    assert EngineConfig("some-model", tensor_parallel_size=2).overlap_steps is None
+    with pytest.raises(ValueError, match="overlap_steps=True.* must be False or None where tensor_parallel_size"):
+        EngineConfig("some-model", overlap_steps=True, tensor_parallel_size=2)
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,11 @@ PROMPT = "The capital of France is"
 GREEDY = {"temperature": 0.0, "max_tokens": 12}
 
 
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM(MODEL, max_model_len=512, max_num_seqs=4, reasoning_parser="qwen3") as llm:
+@pytest.fixture(scope="module", params=[False, True], ids=["", "overlapping"])
+def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
+    """Every test runs with steps one after the other, and with steps that overlap."""
+    limits = {"max_model_len": 512, "max_num_seqs": 4}
+    with LLM(MODEL, reasoning_parser="qwen3", overlap_steps=request.param, **limits) as llm:
         yield llm
 
 

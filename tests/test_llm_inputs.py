@@ -58,8 +58,9 @@ class AnsweringRunner:
     """Answers ANSWER, then ends; a prompt that begins with "long" gets "x" for ever, one with "bad" fails, and one
     that begins with "say " gets the rest of the prompt."""
 
-    num_blocks, kv_cache_dtype = 20, "int8"
+    num_blocks, kv_cache_dtype, fast_paths = 20, "int8", ("recorded steps",)
     device, model = SimpleNamespace(describe=lambda: "pocket"), SimpleNamespace(dtype="bfloat16")
+    overlaps = False
 
     def __init__(self, config: ResolvedConfig) -> None:
         self.config = config
@@ -535,6 +536,7 @@ def test_one_line_of_facts_is_logged_at_start(llm: LLM, caplog: pytest.LogCaptur
         "max_model_len": 50,
         "total_block_num": 20,
         "block_size": 16,
+        "fast_paths": "recorded steps",
     }
     line = next(record.getMessage() for record in caplog.records if "total_block_num" in record.getMessage())
     assert all(f"{name} {value}" in line for name, value in facts.items())

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -112,6 +112,11 @@ class Device(ABC):
     @abstractmethod
     def record(self, launches: Callable[[], None]) -> Plan:
         """Record the kernel launches that the function makes, as a plan to replay. They may run once meanwhile."""
+
+    @abstractmethod
+    def plan_sizes(self, most: int) -> Sequence[int]:
+        """The batch sizes, up to `most`, that are worth a plan, ascending; a batch of another size is padded to the
+        next one. The last is `most`."""
 
     @abstractmethod
     def synchronize(self) -> None:

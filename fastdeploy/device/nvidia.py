@@ -7,7 +7,7 @@ order of that one stream.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -127,6 +127,12 @@ class NvidiaDevice(Device):
     def cache_budget(self, utilization: float) -> int:
         free, total = self.driver.memory()
         return max(0, int(free - (1 - utilization) * total) - RESERVE)
+
+    def plan_sizes(self, most: int) -> Sequence[int]:
+        """Few, as a CUDA graph takes memory and a fraction of a second: the weights, which all rows share, are most of
+        a small step's time, and tiles of 16 rows and more are padded anyway."""
+        sizes = (1, 2, 4, *range(8, 128, 8), *range(128, 256, 16), *range(256, most, 32))
+        return [*(size for size in sizes if size < most), most]
 
     def synchronize(self) -> None:
         self.driver.wait_for_stream(self.stream())

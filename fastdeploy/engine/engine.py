@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol, cast
 
 from fastdeploy.engine.request import Request, RequestOutput
 from fastdeploy.engine.scheduler import ScheduledBatch, Scheduler, StepOutput
@@ -26,24 +28,56 @@ class Runner(Protocol):
         """Compute a batch of at least one item."""
 
 
+class AsyncRunner(Runner, Protocol):
+    """What the engine needs where steps overlap."""
+
+    def launch(self, batch: ScheduledBatch) -> Callable[[], StepOutput]:
+        """Have a batch computed after all that were launched before; what is returned waits for what comes of it."""
+
+
+@dataclass
+class Flight:
+    """A step that was launched. began: when, by `now`."""
+
+    batch: ScheduledBatch
+    began: float
+    wait: Callable[[], StepOutput]
+
+
+@dataclass
+class Call:
+    """What a call of `Engine.run` is to hear of.
+
+    partial: of every new token, not of finished requests alone. news: who has changed since it last heard, as the keys.
+    """
+
+    partial: bool
+    news: dict[Request, None] = field(default_factory=dict)
+
+
 class Engine:
     """Runs requests to their end. What one call queued goes when the call is left, however it is left.
 
     Several calls may be under way at once (a stream that is not read to its end, and another call): each step serves
     the requests of all of them, and each call gets to see its own. They may come from several threads: one at a time
     computes steps, the others wait and find what it has computed for them.
+
+    overlap: launch a step before the tokens of the one before it are read, where the scheduler can foresee it. Between
+    two steps one is then in flight, unless there is nobody left to profit from it.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner, overlap: bool = False) -> None:
         self.scheduler = scheduler
         self.runner: Runner | None = runner  # None: closed
-        # Unfinished requests in order of arrival, and where to note their changes: one dict (an ordered set) a call.
-        self._news: dict[Request, dict[Request, None]] = {}
+        self._overlap = overlap
+        self._flight: Flight | None = None  # of the scheduler's `pending` batch
+        self._ended = 0.0  # when the latest step did
+        self._calls: dict[Request, Call] = {}  # of the unfinished requests, in order of arrival
         self._lock = threading.RLock()  # held by whoever computes a step or changes what is below or in the scheduler
         # Requests of calls that are over, to be freed: at once, but not in the middle of a change, where the garbage
         # collector may close an iterator.
         self._left: deque[Request] = deque()
-        self._busy: dict[Request, None] | None = None  # the news of the call that computes a step or leaves
+        self._busy: Call | None = None  # the one that computes a step or leaves
         self._intact = True  # False: what is above and in the scheduler is being changed, or a change was cut short
 
     def run(self, requests: Sequence[Request], partial: bool = True) -> Generator[list[RequestOutput], None, None]:
@@ -55,7 +89,7 @@ class Engine:
         Closing the iterator, or an exception from a step (Ctrl-C included), frees what is left of these requests.
         Raises RuntimeError once the engine is closed.
         """
-        news: dict[Request, None] = {}
+        call = Call(partial)
         num_unfinished = len(requests)
         arrival = now()  # before the wait for another thread's step
         try:
@@ -63,23 +97,30 @@ class Engine:
                 self._usable_runner()
                 for request in requests:
                     request.metrics.arrival_time = arrival
-                    self._news[request] = news
+                    self._calls[request] = call
                     self.scheduler.add(request)
             while num_unfinished:
                 with self._lock:
-                    while not news:
-                        self._step(news)
-                    num_unfinished -= sum([request.finish_reason is not None for request in news])
-                    outputs = outputs_of(news, partial)  # under the lock: other threads' steps change transcripts
-                    news.clear()
+                    while not call.news:
+                        self._step(call)
+                        if not partial:  # the caller may show how far it is
+                            break
+                    finished = [request for request in call.news if request.finish_reason is not None]
+                    num_unfinished -= len(finished)
+                    # Under the lock: other threads' steps change transcripts.
+                    outputs = outputs_of(call.news if partial else finished)
+                    call.news.clear()
                 yield outputs
         finally:
-            self._leave(requests, news)
+            self._leave(requests, call)
 
     def close(self) -> None:
         """Let go of the runner, and so of model and KV cache; calls under way and later ones raise RuntimeError."""
         with self._lock:
+            flight, self._flight = self._flight, None
             self.runner = None
+            if flight is not None:
+                flight.wait()  # it computes in the memory that will be gone
 
     def check_open(self) -> Runner:
         """The runner. Raises RuntimeError once the engine is closed."""
@@ -94,25 +135,21 @@ class Engine:
             raise RuntimeError("an LLM can't be called from within its own step, by a logits processor for example")
         return self.check_open()
 
-    def _step(self, news: dict[Request, None]) -> None:
-        """Compute one batch, of all calls' requests, for the call with these news, and note who changed."""
+    def _step(self, call: Call) -> None:
+        """Compute one batch, of all calls' requests, for this call, and note who changed."""
         runner = self._usable_runner()
         try:
-            self._busy = news
+            self._busy = call
             self._forget_left()
             self._intact = False
-            batch = self.scheduler.schedule()
-            started = now()
-            output = runner.run(batch) if batch.items else StepOutput([])
-            ended = now()
-            self.scheduler.update(batch, output)
-            for item, token_id in zip(batch.items, output.tokens, strict=True):
-                request = item.request
-                request.metrics.record_step(started, ended, token_id is not None and token_id >= 0)
-                if token_id is not None:
-                    self._note(request)
-            for request in batch.rejected:
-                self._note(request)
+            flight = self._flight or self._launch(runner, self.scheduler.schedule())
+            self._flight = self._launch_ahead(runner, flight.batch) if self._overlap else None
+            output = flight.wait()
+            began, self._ended = max(flight.began, self._ended), now()  # not before the step before it had ended
+            self.scheduler.update(flight.batch, output)
+            if self.scheduler.pending is None:  # the last request has ended
+                self._flight = None
+            self._note_step(flight.batch, output, began, self._ended)
             self._intact = True
             self._busy = None
         except BaseException:
@@ -120,15 +157,51 @@ class Engine:
             self._busy = None
             raise
 
-    def _leave(self, requests: Sequence[Request], news: dict[Request, None]) -> None:
+    def _launch(self, runner: Runner, batch: ScheduledBatch) -> Flight:
+        if not batch.items:
+            return Flight(batch, now(), lambda: StepOutput([]))
+        if self._overlap:
+            return Flight(batch, now(), cast(AsyncRunner, runner).launch(batch))
+        return Flight(batch, now(), partial(runner.run, batch))
+
+    def _launch_ahead(self, runner: Runner, batch: ScheduledBatch) -> Flight | None:
+        """Launch the step after `batch`, if it can be foreseen."""
+        following = self.scheduler.ahead(batch)
+        if following is None:
+            return None
+        self._note(following.rejected)
+        return self._launch(runner, following) if following.items else None
+
+    def _note_step(self, batch: ScheduledBatch, output: StepOutput, began: float, ended: float) -> None:
+        """Note who has changed, and measure how long it took."""
+        changed = []
+        for item, token_id in zip(batch.items, output.tokens, strict=True):
+            if not item.dropped:
+                item.request.metrics.record_step(began, ended, token_id is not None and token_id >= 0)
+                if token_id is not None:
+                    changed.append(item.request)
+        self._note(changed)
+        self._note(batch.rejected)
+
+    def _note(self, changed: Iterable[Request]) -> None:
+        """Have the calls of these requests hear of them. Who is noted as finished already is not again."""
+        for request in changed:
+            finished = request.finish_reason is not None  # `finished`, without a call: this is done 256 times a step
+            call = self._calls.get(request)
+            if call is not None and (call.partial or finished):
+                call.news[request] = None
+            if finished:
+                self._calls.pop(request, None)
+
+    def _leave(self, requests: Sequence[Request], call: Call) -> None:
         """Free what is left of a call's requests."""
         self._left.extend(requests)  # first of all: should Ctrl-C strike below, the next step forgets them
         with self._lock:
-            if self._busy is news:  # a second Ctrl-C, in the recovery from the first
+            if self._busy is call:  # a second Ctrl-C, in the recovery from the first
                 self._busy = None
             if self._busy is None:
                 try:
-                    self._busy = news
+                    self._busy = call
                     self._forget_left()
                     self._busy = None
                 except BaseException:
@@ -142,32 +215,31 @@ class Engine:
         self._intact = False
         while self._left:
             request = self._left[0]  # taken out last, see above
-            if request in self._news:
+            if request in self._calls:
                 self.scheduler.abort(request)
-                del self._news[request]
+                del self._calls[request]
             # The sampler remembers a request until somebody needs its slot: not with all of this.
             request.transcript, request.logprobs, request.prompt_logprobs = None, [], []
             self._left.popleft()
+        if self.scheduler.pending is None:  # nobody is left whom it is for
+            self._flight = None
         self._intact = True
-
-    def _note(self, request: Request) -> None:
-        self._news[request][request] = None
-        if request.finish_reason is not None:  # `finished`, without a call: this is done 256 times a step
-            del self._news[request]
 
     def _recover(self) -> None:
         """Rebuild rather than repair: the exception may have struck between any two statements."""
-        for request in list(self._news):
+        # What is in flight comes to nothing, and nobody waits for it: it writes to blocks that are handed out anew, but
+        # before any step that is launched from now on does.
+        self._flight = None
+        for request in list(self._calls):
             if request.transcript is not None:
                 request.transcript.rewind()
             request.conclude()  # its last token may have been appended and no more
             if request.finished:
-                self._note(request)
-        self.scheduler.restart(self._news)
+                self._note([request])
+        self.scheduler.restart(self._calls)
         self._intact = True
 
 
-def outputs_of(changed: Iterable[Request], partial: bool) -> list[RequestOutput]:
-    """What there is by now of the finished requests, with `partial` of the others, too."""
-    wanted = (request for request in changed if partial or request.finished)
-    return [request.transcript.output() for request in wanted if request.transcript is not None]
+def outputs_of(requests: Iterable[Request]) -> list[RequestOutput]:
+    """What there is by now of these requests, but for those that have no transcript."""
+    return [request.transcript.output() for request in requests if request.transcript is not None]

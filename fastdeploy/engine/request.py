@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
@@ -250,8 +251,10 @@ class Request:
 
     token_ids: list[int] = field(init=False)  # prompt and output
     stop_token_ids: frozenset[int] = field(init=False)
+    most_tokens: int = field(init=False)  # of prompt and output
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0
+    foreseeable: bool = False  # what `next_step_is_foreseeable` said when it was queued
     num_cached_tokens: int = 0  # prompt tokens that the prefix cache had when the request was first admitted
 
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of each output token if asked for, else empty
@@ -262,12 +265,16 @@ class Request:
     error_code: int = 200
     error_msg: str | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    _ends: frozenset[int] = field(init=False, repr=False)  # tokens that may end the output
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
         self.stop_token_ids = frozenset(self.sampling_params.stop_token_ids or ())
         if self.sampling_params.ignore_eos:
             self.eos_token_ids = frozenset()
+        self._ends = self.eos_token_ids | self.stop_token_ids
+        most = self.sampling_params.max_tokens
+        self.most_tokens = sys.maxsize if most is None else len(self.prompt_token_ids) + most
 
     @property
     def finished(self) -> bool:
@@ -283,6 +290,14 @@ class Request:
         wanted = self.sampling_params.prompt_logprobs is not None
         return wanted and len(self.prompt_logprobs) < len(self.prompt_token_ids) - 1
 
+    def next_step_is_foreseeable(self) -> bool:
+        """Whether all but the id is known of the step that computes a token before the token is: nothing that the host
+        does for the next one depends on it. (Where the token ends the output, there is no such step.)"""
+        params = self.sampling_params
+        reads_logits = params.logprobs is not None or params.prompt_logprobs is not None or params.logits_processors
+        penalises = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+        return not (reads_logits or penalises or self.banned or self.thinking is not None)
+
     def forced_token(self) -> int | None:
         """The token that must come next, to end a thinking that has used up its tokens; None: any may come."""
         if self.thinking is None:
@@ -294,29 +309,27 @@ class Request:
         if logprobs is not None:
             self.logprobs[self.num_output_tokens :] = [logprobs]  # an interrupted append may have left its own there
         self.token_ids.append(token_id)
-        self.conclude()
+        # Asked 256 times a step: `conclude` would double its cost.
+        if token_id in self._ends or len(self.token_ids) >= self.most_tokens or self.sampling_params.stop:
+            self.conclude()
 
     def conclude(self) -> None:
         """Finish if the last output token says so; to be called again if an exception struck in the middle of it."""
         if self.finish_reason is not None:
             return
-        # 256 times a step: properties and calls would double its cost.
         last, params = self.token_ids[-1], self.sampling_params
-        if (last in self.eos_token_ids or last in self.stop_token_ids) and self.ends_by_token():
+        if self.ends_by_token():
             self.stop_reason = last if last in self.stop_token_ids else None  # before what says that it is there
             self.finish_reason = "stop"
         elif params.stop and self.transcript is not None and (found := self.transcript.find_stop()) is not None:
             self.stop_reason = found
             self.finish_reason = "stop"
-        elif len(self.token_ids) - len(self.prompt_token_ids) == params.max_tokens:
+        elif self.num_output_tokens == params.max_tokens:
             self.finish_reason = "length"
 
     def ends_by_token(self) -> bool:
         """Whether the last token is a stop or end-of-sequence token of the output that comes late enough to end it."""
-        last = self.token_ids[-1]
-        if last not in self.eos_token_ids and last not in self.stop_token_ids:
-            return False
-        return self.num_output_tokens >= max(self.sampling_params.min_tokens, 1)
+        return self.token_ids[-1] in self._ends and self.num_output_tokens >= max(self.sampling_params.min_tokens, 1)
 
     def fail(self, code: int, message: str) -> None:
         """Finish with an error; the tokens so far are kept."""

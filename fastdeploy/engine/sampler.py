@@ -1,9 +1,9 @@
 """The host's side of sampling: which request samples how, and what the kernels have to know of it.
 
-A request that samples gets a slot: a row of the arrays from which the kernels read its parameters
-(`kernels.sampling.SamplingState`). It keeps the slot while it runs, so that a step writes no more than which slots its
-rows have and what the newest tokens changed. Of the slot's arrays three are its edit list, the tokens whose logits are
-not to be taken as the model gave them:
+A request's seat (seats.py) is its slot here: a row of the arrays from which the kernels read its parameters
+(`kernels.sampling.SamplingState`). They are written once, so that a step writes no more than which slots its rows have
+and what the newest tokens changed. Of the slot's arrays three are its edit list, the tokens whose logits are not to be
+taken as the model gave them:
 
     edit_ids    | 17 | 4    | 2    | 905                       |    a biased and a banned token, one that is held back
     edit_bias   | .5 | -inf | 0    | 0                         |    until min_tokens are there, and a penalised one,
@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ logger = logging.getLogger("fastdeploy")
 HELD, IN_PROMPT = HELD_BACK.value, SEEN_IN_PROMPT.value  # of edit_seen
 
 MAX_EXTRA_EDITS = 1024  # tokens that a request may bias, ban and hold back; its own tokens come on top
-ROWS = ("sampled", "slots", "positions", "forced")  # what a step has for each row, the first written by the kernels
+ROWS = ("slots", "positions", "forced")  # what a step has for each row
 PARAMETERS = {  # that a slot takes from SamplingParams as they are
     "temperature": "float32",
     "top_p": "float32",
@@ -49,6 +50,9 @@ PARAMETERS = {  # that a slot takes from SamplingParams as they are
     "top_k": "int32",
     "seed": "int64",
 }
+EDITS = {"edit_ids": "int32", "edit_bias": "float32", "edit_seen": "int32"}  # of a slot, an element per edit
+
+Sampled = tuple[list[int], dict[int, str]]  # tokens as in `StepOutput`; by row, what a logits processor raised
 
 
 class EditList:
@@ -116,8 +120,11 @@ class Sampler:
     Args:
         device: where the kernels run.
         logits: [rows, vocabulary] float32, a tensor of the device.
-        max_seqs: most requests of a step.
+        max_seqs: most requests of a step, and the number of slots.
         max_model_len: most tokens of a request.
+
+    Attributes:
+        sampled: [max_seqs] int32, a view of what the latest launch has sampled.
     """
 
     def __init__(self, device: Device, logits: Any, max_seqs: int, max_model_len: int) -> None:
@@ -125,102 +132,137 @@ class Sampler:
         max_edits = min(vocabulary, max_model_len + MAX_EXTRA_EDITS)
         self._device = device
         self._logits_view = view(logits)
-        self._slots = device.staging(_slot_fields(max_seqs, max_edits))
-        self._state = SamplingState(**{name: view(tensor) for name, tensor in self._slots.device.items()})
+        self._null = max_seqs  # a slot for padding: greedy, without edits, as zeros say
+        self._parameters = device.staging(_parameter_fields(max_seqs + 1))
+        self._edits = device.staging(_edit_fields(max_seqs + 1, max_edits))
+        given = {**self._parameters.device, **self._edits.device}
+        self._state = SamplingState(**{name: view(tensor) for name, tensor in given.items()})
         self._rows = device.staging({name: Field((max_seqs,), "int32") for name in ROWS})
         self._row_views = [view(self._rows.device[name]) for name in ROWS]
+        self._results = device.staging({"sampled": Field((max_seqs,), "int32")})
+        self.sampled = view(self._results.device["sampled"])
         buffers = workspace_fields(max_seqs, vocabulary, max_edits)
         self._workspace = SamplingWorkspace(**{name: view(device.empty(*field)) for name, field in buffers.items()})
-        self._slot_of: dict[Request, int] = {}
-        self._free = list(range(max_seqs))
-        self._following: dict[Request, EditList] = {}  # the edit lists that new tokens change
+        self._sizes = device.plan_sizes(max_seqs)
         self._plans: dict[int, Plan] = {}
+        self._written = False  # parameters, since their last upload
+        self._edited: set[int] = set()  # slots with edits written since their last upload
+        # The slots whose requests need the host at every step.
+        self._following: dict[int, EditList] = {}  # new tokens change the list
+        self._thinking: dict[int, Request] = {}  # a token may be forced
+        self._processing: dict[int, Request] = {}  # have logits processors
 
-    def sample(self, requests: Sequence[Request]) -> tuple[list[int], dict[int, str]]:
-        """The next token of each request, whose logits are row i for requests[i]. Leaves the logits as they were.
+    def record_all(self) -> None:
+        """Record the plans of all sizes, the largest first: the memory that graphs share is then large enough."""
+        for size in reversed(self._sizes):
+            self._plan(size)
 
-        Returns the tokens, as in `StepOutput`: NO_NUMBERS, ALL_BANNED or FAILED where there is none; and by row what a
-        logits processor raised.
+    def enter(self, request: Request, slot: int) -> None:
+        """Write a request's parameters to a slot, whoever had it before."""
+        for special in (self._following, self._thinking, self._processing):
+            special.pop(slot, None)
+        self._written = True
+        params, host = request.sampling_params, self._parameters.host
+        for name in PARAMETERS:
+            host[name][slot] = getattr(params, name)
+        host["hold_until"][slot] = len(request.prompt_token_ids) + params.min_tokens
+        edits = EditList(request, *(self._edits.host[name][slot] for name in EDITS))
+        host["num_edits"][slot] = len(edits)
+        if len(edits):
+            self._edited.add(slot)
+        if edits.follows_output:
+            self._following[slot] = edits
+        if request.thinking is not None:
+            self._thinking[slot] = request
+        if params.logits_processors:
+            self._processing[slot] = request
+
+    def launch(self, requests: Sequence[Request], slots: np.ndarray, positions: np.ndarray) -> Callable[[], Sampled]:
+        """Sample the next token of each request, whose logits are row i for requests[i]. They are the same afterwards.
+
+        slots: [requests], whose parameters were written by `enter`. positions: [requests], of the tokens to be sampled.
+        What is returned, called, waits for the tokens.
         """
-        try:
-            self._prepare(requests)
-        except BaseException:  # Ctrl-C, say: a slot may be half written
-            self._forget_all()
-            raise
+        count, places = len(requests), slots.tolist()
+        size = self._sizes[bisect_left(self._sizes, count)]
+        self._follow(requests, places)
+        self._upload_slots()
+        host = self._rows.host
+        for name, values, padding in (("slots", slots, self._null), ("positions", positions, 0)):
+            host[name][:count] = values
+            host[name][count:size] = padding
+        host["forced"][:size] = -1
+        if self._thinking:
+            tokens = (request.forced_token() for request in requests)
+            host["forced"][:count] = [-1 if token is None else token for token in tokens]
+        self._rows.upload()
+        raw, errors = self._process(places)
+        self._plan(size).replay()
+        fetched = self._results.fetch("sampled")
+        for row, logits in raw.items():
+            self._device.write(self._row(row), logits)
+
+        def tokens_and_errors() -> Sampled:
+            tokens = fetched()[:count].tolist()
+            for row in errors:
+                tokens[row] = FAILED
+            return tokens, errors
+
+        return tokens_and_errors
+
+    def _follow(self, requests: Sequence[Request], slots: Sequence[int]) -> None:
+        """Bring the edit lists that new tokens change up to date."""
+        if not self._following:
+            return
+        for slot, request in zip(slots, requests, strict=True):
+            edits = self._following.get(slot)
+            if edits is not None:
+                self._written = True
+                self._edited.add(slot)
+                edits.update(request)
+                self._parameters.host["num_edits"][slot] = len(edits)
+
+    def _upload_slots(self) -> None:
+        """Of the edit lists, which are most of the memory, only those that have changed."""
+        if self._written:
+            self._parameters.upload()
+            self._written = False
+        if self._edited:
+            self._edits.upload(sorted(self._edited))
+            self._edited.clear()
+
+    def _process(self, slots: Sequence[int]) -> tuple[dict[int, np.ndarray], dict[int, str]]:
+        """Call the logits processors. By row: the logits before, and what a processor raised."""
         raw: dict[int, np.ndarray] = {}
         errors: dict[int, str] = {}
-        for row, request in enumerate(requests):
-            if request.sampling_params.logits_processors:
+        if not self._processing:
+            return raw, errors
+        for row, slot in enumerate(slots):
+            request = self._processing.get(slot)
+            if request is not None:
                 raw[row] = self._device.to_numpy(self._row(row))
                 try:
                     self._device.write(self._row(row), processed(request, raw[row]))
                 except (Exception, SystemExit) as error:  # a user's function: it fails its request alone
                     logger.warning("a logits processor failed", exc_info=True)
                     errors[row] = f"a logits processor raised {type(error).__name__}: {error}"
-        plan = self._plans.get(len(requests))
-        if plan is None:
-            plan = self._device.record(lambda: self._launch(len(requests)))
-            self._plans[len(requests)] = plan
-        plan.replay()
-        tokens = self._rows.fetch("sampled")()[: len(requests)].tolist()
-        for row, logits in raw.items():
-            self._device.write(self._row(row), logits)
-        for row in errors:
-            tokens[row] = FAILED
-        return tokens, errors
+        return raw, errors
 
     def _row(self, row: int) -> TensorView:
         """A row of logits, [V]."""
         return self._logits_view.rows(1, row).reshape(self._logits_view.shape[1])
 
-    def _launch(self, count: int) -> None:
-        sampled, slots, positions, forced = (each.rows(count) for each in self._row_views)
-        sample(sampled, self._logits_view.rows(count), slots, positions, forced, self._state, self._workspace)
+    def _plan(self, size: int) -> Plan:
+        """The launches for this many rows, recorded."""
+        plan = self._plans.get(size)
+        if plan is None:
+            plan = self._plans[size] = self._device.record(lambda: self._sample(size))
+        return plan
 
-    def _prepare(self, requests: Sequence[Request]) -> None:
-        """Write what the kernels read."""
-        dirty = False
-        slots = self._slot_of
-        for request in requests:
-            edits = self._following.get(request)
-            if edits is not None:
-                edits.update(request)
-                self._slots.host["num_edits"][slots[request]] = len(edits)
-                dirty = True
-            elif request not in slots:
-                self._enter(request, requests)
-                dirty = True
-        if dirty:
-            self._slots.upload()  # all of it: free where host and device share their memory, as on a CPU
-        host, count = self._rows.host, len(requests)
-        host["slots"][:count] = [slots[request] for request in requests]
-        host["positions"][:count] = [len(request.token_ids) for request in requests]
-        host["forced"][:count] = [-1 if token is None else token for token in (r.forced_token() for r in requests)]
-        self._rows.upload()
-
-    def _enter(self, request: Request, requests: Sequence[Request]) -> None:
-        """Give a request a slot and write its parameters there."""
-        leavers = [each for each in self._slot_of if each.finished]
-        if not self._free and not leavers:  # the others may come back: they sit out this step
-            leavers = [each for each in self._slot_of if each not in requests]
-        for leaver in leavers:
-            self._free.append(self._slot_of.pop(leaver))
-            self._following.pop(leaver, None)
-        slot = self._free.pop()
-        host, params = self._slots.host, request.sampling_params
-        for name in PARAMETERS:
-            host[name][slot] = getattr(params, name)
-        host["hold_until"][slot] = len(request.prompt_token_ids) + params.min_tokens
-        edits = EditList(request, host["edit_ids"][slot], host["edit_bias"][slot], host["edit_seen"][slot])
-        host["num_edits"][slot] = len(edits)
-        if edits.follows_output:
-            self._following[request] = edits
-        self._slot_of[request] = slot
-
-    def _forget_all(self) -> None:
-        self._slot_of.clear()
-        self._following.clear()
-        self._free = list(range(self._slots.host["seed"].shape[0]))
+    def _sample(self, size: int) -> None:
+        slots, positions, forced = (each.rows(size) for each in self._row_views)
+        logits = self._logits_view.rows(size)
+        sample(self.sampled.rows(size), logits, slots, positions, forced, self._state, self._workspace)
 
 
 def processed(request: Request, logits: np.ndarray) -> np.ndarray:
@@ -241,13 +283,12 @@ def processed(request: Request, logits: np.ndarray) -> np.ndarray:
     return result
 
 
-def _slot_fields(max_seqs: int, max_edits: int) -> dict[str, Field]:
-    """The arrays of SamplingState, a row per slot."""
-    return {
-        **{name: Field((max_seqs,), dtype) for name, dtype in PARAMETERS.items()},
-        "hold_until": Field((max_seqs,), "int32"),
-        "num_edits": Field((max_seqs,), "int32"),
-        "edit_ids": Field((max_seqs, max_edits), "int32"),
-        "edit_bias": Field((max_seqs, max_edits), "float32"),
-        "edit_seen": Field((max_seqs, max_edits), "int32"),
-    }
+def _parameter_fields(num_slots: int) -> dict[str, Field]:
+    """The arrays of SamplingState that have a number per slot."""
+    dtypes = {**PARAMETERS, "hold_until": "int32", "num_edits": "int32"}
+    return {name: Field((num_slots,), dtype) for name, dtype in dtypes.items()}
+
+
+def _edit_fields(num_slots: int, max_edits: int) -> dict[str, Field]:
+    """The arrays of SamplingState that have a list per slot."""
+    return {name: Field((num_slots, max_edits), dtype) for name, dtype in EDITS.items()}

@@ -42,6 +42,23 @@ Python's dict finds an edge by a 64-bit hash of the tokens and then compares the
 - A request whose logits were no numbers takes its blocks out of the tree: nobody is to inherit NaN keys. What hangs
   below is cut off with them, unreachable, and falls to whoever needs a block. A request that already shares them goes
   on: if there are NaNs in them, its own next logits say so.
+
+
+Steps ahead. On a GPU the host would have nothing to do while a step is computed, and the GPU nothing while the host
+prepares the next one. So `ahead` says what the step after the one under way is, before its tokens are known:
+
+    host      schedule 1, launch 1 | ahead 2, launch 2 | wait 1, update 1 | ahead 3, launch 3 | wait 2, update 2 | ...
+    device                           step 1 ........................ step 2 ........................ step 3 ......
+
+All that is not known of step 2 are ids, which it finds on the device. Whoever has one token left is not in it. Whoever
+turns out to be at an end, by a stop token say, when step 1 has been read, or whose caller has gone, is in it in vain:
+its item is dropped, and nothing is made of what it samples.
+- Blocks given up meanwhile may be handed out at once, although step 2 writes a key and a value to one of them: who gets
+  it writes in step 3 or later, and the device computes one step after the other. What step 2 writes is no part of a
+  full block in the tree, since the token is one that is not known yet.
+- For the same reason a block that step 2 fills enters the tree only when its last token is known: in update 1.
+- Nobody is preempted and nobody waits in favour of a step ahead. Where blocks are short, or a request's next step can't
+  be foreseen (`Request.next_step_is_foreseeable`), there is no step ahead: the host waits, and schedules as ever.
 """
 
 from __future__ import annotations
@@ -224,25 +241,35 @@ class BlockManager:
 
 @dataclass(slots=True)
 class ScheduledRequest:
-    """Compute tokens start .. start+num_tokens-1 of a request; its block table has room for them."""
+    """Compute tokens start .. start+num_tokens-1 of a request; its block table has room for them.
+
+    samples: whether a token is to be sampled: the last one that there is is computed.
+    row: of the token to compute among those that the step before has sampled, where it is not known yet; else -1.
+    dropped: the request has ended since the step was launched: nothing is made of what it samples.
+    """
 
     request: Request
     start: int
     num_tokens: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether a token is to be sampled: the last known one is computed. Ask before the token is appended."""
-        return self.start + self.num_tokens == len(self.request.token_ids)
+    samples: bool
+    row: int = -1
+    dropped: bool = False
 
 
 @dataclass(slots=True)
 class ScheduledBatch:
-    """One step's work, oldest request first. The first num_decodes items are of one token; then comes a longer one."""
+    """One step's work, oldest request first. The first num_decodes items are of one token; then comes a longer one.
+
+    moved: requests whose block tables have changed since the batch before; they need not be in this one.
+    rejected: requests that failed while scheduling: too long for all the blocks.
+    filling: items of a step ahead that fill a block with a token that is not known yet.
+    """
 
     items: list[ScheduledRequest] = field(default_factory=list)
     num_decodes: int = 0
-    rejected: list[Request] = field(default_factory=list)  # failed while scheduling: too long for all the blocks
+    moved: list[Request] = field(default_factory=list)
+    rejected: list[Request] = field(default_factory=list)
+    filling: list[ScheduledRequest] = field(default_factory=list)
 
 
 NO_NUMBERS, ALL_BANNED, FAILED = -1, -2, -3  # instead of a token; the first two as kernels/sampling.py has them
@@ -310,7 +337,11 @@ class Statistics:
 
 
 class Scheduler:
-    """Cuts the work of all requests into steps: `schedule`, run the batch, `update`; again while `has_requests`."""
+    """Cuts the work of all requests into steps: `schedule`, run the batch, `update`; again while `has_requests`.
+
+    pending: what `ahead` has proposed, until `update` has seen it or none of it is of use any more. Meanwhile there is
+        nothing to `schedule`.
+    """
 
     def __init__(
         self,
@@ -325,6 +356,8 @@ class Scheduler:
         self.blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
+        self.pending: ScheduledBatch | None = None
+        self._moved: list[Request] = []  # block tables that have changed since the latest batch
         self._statistics = Statistics(num_blocks)
 
     @property
@@ -337,6 +370,7 @@ class Scheduler:
         return replace(self._statistics, blocks_in_use=self.blocks.num_blocks - self.blocks.num_free)
 
     def add(self, request: Request) -> None:
+        request.foreseeable = request.next_step_is_foreseeable()
         self.waiting.append(request)
 
     def schedule(self) -> ScheduledBatch:
@@ -345,11 +379,17 @@ class Scheduler:
         num_running = len(self.running)
         budget = self._continue_running(batch)
         if len(self.running) == num_running:  # else blocks are short: who admits now preempts again in the next step
-            self._admit_waiting(batch, budget)
+            self._admit_waiting(batch, budget, self.max_num_seqs - num_running)
+        self._complete(batch)
+        return batch
+
+    def _complete(self, batch: ScheduledBatch) -> None:
+        """Add what follows from the items of a batch."""
         batch.num_decodes = next((i for i, item in enumerate(batch.items) if item.num_tokens > 1), len(batch.items))
+        if batch.items:
+            batch.moved, self._moved = self._moved, []
         in_use = self.blocks.num_blocks - self.blocks.num_free
         self._statistics.peak_blocks_in_use = max(self._statistics.peak_blocks_in_use, in_use)
-        return batch
 
     def _continue_running(self, batch: ScheduledBatch) -> int:
         """Serve the running requests, oldest first. Returns the budget left."""
@@ -363,13 +403,16 @@ class Scheduler:
             if num_tokens > budget:  # min() takes as long as all the rest of this loop's arithmetic
                 num_tokens = budget
             end = start + num_tokens
-            if end > len(request.block_table) * block_size and not self._make_room(request, end):
-                if request.finished:
-                    batch.rejected.append(request)
-                break
-            batch.items.append(ScheduledRequest(request, start, num_tokens))
+            if end > len(request.block_table) * block_size:
+                if not self._make_room(request, end):
+                    if request.finished:
+                        batch.rejected.append(request)
+                    break
+                self._moved.append(request)
+            batch.items.append(ScheduledRequest(request, start, num_tokens, end == len(request.token_ids)))
             if end // block_size > start // block_size:
                 self.blocks.enter(request.block_table, request.token_ids, start, end)
+                self._moved.append(request)
             budget -= num_tokens
         return budget
 
@@ -392,8 +435,60 @@ class Scheduler:
                 return False
         return True
 
-    def _admit_waiting(self, batch: ScheduledBatch, budget: int) -> None:
-        """Admit in order of arrival while budget, places and blocks last.
+    def ahead(self, batch: ScheduledBatch) -> ScheduledBatch | None:
+        """The step after `batch`, which is being computed, as if no token of it ended a request; then it is `pending`,
+        unless it is empty. None if it has to wait for these tokens.
+
+        Launch it, then `update` with the output of `batch`; with its own when it has been computed.
+        """
+        following, changing = ScheduledBatch(), []
+        budget, size = self.max_num_batched_tokens, self.blocks.block_size
+        row = num_running = missing = 0
+        for item in batch.items:
+            request, start, samples = item.request, item.start + item.num_tokens, item.samples
+            if not request.foreseeable:
+                return None
+            num_tokens = 1 if samples else min(len(request.token_ids) - start, budget)  # 1, or more of its prompt
+            end = start + num_tokens
+            if not item.dropped:
+                num_running += 1
+                if not samples or end < request.most_tokens:
+                    is_sampled = samples or end == len(request.token_ids)
+                    next_item = ScheduledRequest(request, start, num_tokens, is_sampled, row if samples else -1)
+                    following.items.append(next_item)
+                    budget -= num_tokens
+                    if end % size < 2 or num_tokens > 1:  # begins or fills a block
+                        changing.append(next_item)
+                        missing += self.blocks.blocks_for(end) - len(request.block_table)
+            row += samples
+        places = self.max_num_seqs - len(following.items)
+        is_stuck = places and budget and self.waiting and not self.waiting[0].foreseeable
+        if num_running < len(self.running) or missing > self.blocks.num_free or is_stuck:
+            return None
+        for item in changing:
+            self._make_ready(item, following)
+        self._admit_waiting(following, budget, places, ahead=True)
+        self._complete(following)
+        if following.items:
+            self.pending = following
+        return following
+
+    def _make_ready(self, item: ScheduledRequest, batch: ScheduledBatch) -> None:
+        """Do what scheduling an item of a step ahead changes: blocks, which are there, and the prefix cache."""
+        request, end = item.request, item.start + item.num_tokens
+        size = self.blocks.block_size
+        if end > len(request.block_table) * size:
+            self.blocks.grow(request.block_table, end)
+            self._moved.append(request)
+        if item.row >= 0:
+            if end % size == 0:
+                batch.filling.append(item)
+        elif end // size > item.start // size:
+            self.blocks.enter(request.block_table, request.token_ids, item.start, end)
+            self._moved.append(request)
+
+    def _admit_waiting(self, batch: ScheduledBatch, budget: int, places: int, ahead: bool = False) -> None:
+        """Admit in order of arrival while budget, places and blocks last; in a step ahead, whom one more may follow.
 
         Blocks for all known tokens must be free, although chunks take them one by one, and one more for each running
         request to grow into: otherwise a newcomer is soon preempted and its prefill was for nothing. (256 requests of
@@ -401,8 +496,10 @@ class Scheduler:
         Blocks that the newcomer shares with running requests need not be free.
         """
         blocks = self.blocks
-        while self.waiting and budget and len(self.running) < self.max_num_seqs:
+        while self.waiting and budget and places:
             request = self.waiting[0]
+            if ahead and not request.foreseeable:
+                break
             needed = blocks.blocks_for(len(request.token_ids))
             if needed > blocks.num_blocks:
                 self._reject(self.waiting.popleft())
@@ -417,8 +514,10 @@ class Scheduler:
             end = min(len(request.token_ids), start + budget)
             blocks.grow(request.block_table, end)
             blocks.enter(request.block_table, request.token_ids, start, end)
-            batch.items.append(ScheduledRequest(request, start, end - start))
+            batch.items.append(ScheduledRequest(request, start, end - start, end == len(request.token_ids)))
+            self._moved.append(request)
             budget -= end - start
+            places -= 1
             request.num_computed = start
             self._count_hit(request)
 
@@ -439,27 +538,53 @@ class Scheduler:
         )
 
     def update(self, batch: ScheduledBatch, output: StepOutput) -> None:
-        """Take note of what was computed and append what was sampled; finished requests give their blocks back."""
+        """Take note of what was computed and append what was sampled; finished requests give their blocks back.
+
+        Items of requests that have ended since the batch was made are marked as dropped.
+        """
         items = batch.items
-        self._count_step(len(items))
+        if self.pending is batch:
+            self.pending = None
         for index, found in output.prompt_logprobs.items():
             items[index].request.prompt_logprobs.extend(found)
+        logprobs = output.logprobs
+        num_dropped = 0
         any_finished = False
-        logprobs = map(output.logprobs.get, range(len(items)))
-        for index, (item, token_id, token_logprobs) in enumerate(zip(items, output.tokens, logprobs, strict=True)):
+        for index, (item, token_id) in enumerate(zip(items, output.tokens, strict=True)):
             request = item.request
+            if item.dropped:
+                num_dropped += 1
+                continue
             request.num_computed = item.start + item.num_tokens
             if token_id is None:
                 continue
             if token_id >= 0:
-                request.append(token_id, token_logprobs)
+                request.append(token_id, logprobs.get(index) if logprobs else None)
             else:
                 self._fail(request, token_id, output.errors.get(index, ""))
             if request.finish_reason is not None:
                 self.blocks.release(request.block_table)
                 any_finished = True
+        self._count_step(len(items) - num_dropped)
         if any_finished:
             self.running = [request for request in self.running if not request.finished]
+        self._settle_pending(any_finished)
+
+    def _settle_pending(self, any_finished: bool) -> None:
+        """Now that the tokens before the step ahead are known: drop its items that are in vain, and let blocks that it
+        fills enter the prefix cache."""
+        if self.pending is None:
+            return
+        if any_finished:
+            for item in self.pending.items:
+                item.dropped = item.dropped or item.request.finish_reason is not None
+        for item in self.pending.filling:
+            if not item.dropped:
+                request, end = item.request, item.start + item.num_tokens
+                self.blocks.enter(request.block_table, request.token_ids, item.start, end)
+                self._moved.append(request)
+        if not self.running:
+            self.pending = None
 
     def _count_step(self, num_requests: int) -> None:
         if num_requests:
@@ -484,13 +609,19 @@ class Scheduler:
     def abort(self, request: Request) -> None:
         """Forget a request and free its blocks, wherever it is; nothing happens if it is not here any more.
 
-        Not between `schedule` and `update`: blocks that the batch was to fill are in the prefix cache already.
+        Not between `schedule` and `update`: blocks that the batch was to fill are in the prefix cache already. A step
+        ahead that was launched will fill them.
         """
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
             self.waiting.remove(request)
         self.blocks.release(request.block_table)
+        if self.pending is not None:
+            for item in self.pending.items:
+                item.dropped = item.dropped or item.request is request
+            if not self.running:
+                self.pending = None
 
     def restart(self, requests: Iterable[Request]) -> None:
         """Rebuild from nothing: all blocks free, nothing cached, `requests` waiting with the tokens they have.
@@ -500,6 +631,7 @@ class Scheduler:
         old = self.blocks
         self.blocks = BlockManager(old.num_blocks, old.block_size, old.enable_prefix_caching)
         self.running = []
+        self.pending, self._moved = None, []
         self.waiting = deque(requests)
         for request in self.waiting:
             request.block_table.clear()
@@ -509,16 +641,22 @@ class Scheduler:
         """RuntimeError unless every block is free, cached or owned, the counts are right, the cache holds what it says,
         and every request has the blocks it needs.
 
-        Call it between `update` and `schedule`.
+        Call it between `update` and `schedule` or `ahead`. What a step ahead is computing counts as computed.
         """
-        self.blocks.check_integrity((each.block_table, each.token_ids, each.num_computed) for each in self.running)
-        for request in self.running:
-            if len(request.block_table) != self.blocks.blocks_for(request.num_computed):
+        computed = {request: request.num_computed for request in self.running}
+        for item in () if self.pending is None else self.pending.items:
+            if not item.dropped:
+                if computed.get(item.request) != item.start:
+                    raise RuntimeError(f"request {item.request.request_id} is not where the step ahead takes it from")
+                computed[item.request] = item.start + item.num_tokens
+        self.blocks.check_integrity((each.block_table, each.token_ids, end) for each, end in computed.items())
+        for request, end in computed.items():
+            if len(request.block_table) != self.blocks.blocks_for(end):
                 raise RuntimeError(
-                    f"request {request.request_id}: {len(request.block_table)} blocks hold its "
-                    f"{request.num_computed} computed tokens"
+                    f"request {request.request_id}: {len(request.block_table)} blocks hold its {end} computed tokens"
                 )
-            if not 0 < request.num_computed < len(request.token_ids) or request.finished:
+            too_far = request.num_computed >= len(request.token_ids) or end > len(request.token_ids)
+            if end == 0 or too_far or request.finished:
                 raise RuntimeError(f"request {request.request_id} should not be running")
         for request in self.waiting:
             if request.block_table or request.num_computed or request.finished:

@@ -1,4 +1,4 @@
-"""Gathering rows: token embeddings from the packed table, hidden states of the tokens that need logits.
+"""Gathering rows: token embeddings from the packed table, hidden states of the tokens that need logits; late ids.
 
     embedding:     out[t, :] = W[ids[t], :]       gather_rows:     out[r, :] = x[rows[r], :]
 
@@ -8,6 +8,8 @@ A quantised table lies as quantised.py describes.
 
 One program copies BLOCK elements of one row. Cost: out's T*K elements written; from a table in panels of 32 each
 element comes with its cache line (64 B), in address order: 2 ms for 512 tokens of 576 elements, 1 % of their prefill.
+
+resolve_ids:  ids[t] = sampled[-1 - ids[t]]   where ids[t] < 0: tokens sampled one step before, and not read yet.
 
 Where ranks share a vocabulary, a rank's table has the ids from `first_id` on, and the ids that it lacks become zeros.
 """
@@ -61,6 +63,14 @@ def _dequantise_rows_kernel(out, data, scales, minimums, rows, first, count, K: 
     tl.store(out + target_row * K + k, values.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["count"])
+def _resolve_kernel(ids, sampled, count, BLOCK: tl.constexpr):
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    given = tl.load(ids + token, mask=token < count, other=0)
+    unknown = given < 0
+    tl.store(ids + token, tl.load(sampled + (-1 - given), mask=unknown, other=0), mask=unknown)
+
+
 def tiles(target: Target, width: int) -> dict[str, int]:
     """Tile rule: up to 1024 elements of a row; on a GPU 4096, as each load waits for an id, and then should be long."""
     return {"BLOCK": min(1024 if target.is_cpu else 4096, row_block(target, width, limit=512))}
@@ -101,6 +111,23 @@ def gather_rows(out: Any, x: Any, rows: Any) -> None:
     _gather(view(out), view(rows), x, 0, num_rows, width, panel=1)
 
 
+def resolve_ids(ids: Any, sampled: Any) -> None:
+    """ids[t] = sampled[-1 - ids[t]] where ids[t] < 0, in place: tokens that the host does not know yet.
+
+    What was sampled may be negative, too, where there was no token (sampling.py): `embedding` makes zeros of it.
+
+    Args:
+        ids: [T] int32; a negative one is -1 - the row of `sampled` that has the token.
+        sampled: [R] int32. That it has the rows is not checked.
+    """
+    ids, sampled = view(ids), view(sampled)
+    expect("ids", ids, ids.shape, "int32")
+    expect("sampled", sampled, sampled.shape, "int32")
+    (count,) = ids.shape
+    block = 16 if target().is_cpu else 256
+    launch(_resolve_kernel, (cdiv(count, block),), ids, sampled, count, BLOCK=block)
+
+
 def _gather(
     out: TensorView, rows: TensorView, table: TensorView, first: int, num_rows: int, width: int, panel: int
 ) -> None:
@@ -121,3 +148,8 @@ def _checked(out: TensorView, rows: TensorView, width: int) -> tuple[int, int]:
 def embedding_reference(ids: np.ndarray, table: np.ndarray) -> np.ndarray:
     """The specification; `table` is [vocabulary, K] before packing. `gather_rows` is the same with x for the table."""
     return table[ids]
+
+
+def resolve_ids_reference(ids: np.ndarray, sampled: np.ndarray) -> np.ndarray:
+    """The specification of `resolve_ids`."""
+    return np.where(ids < 0, sampled[np.maximum(-1 - ids, 0)], ids)

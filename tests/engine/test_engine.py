@@ -1,17 +1,21 @@
-"""The loop with a fake model: finish reasons, metrics, threads, and what is left after an exception."""
+"""The loop with a fake model: finish reasons, metrics, threads, and what is left after an exception.
+
+Every test runs twice: with steps one after the other, and with steps that overlap.
+"""
 
 import random
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import FrameType
 
 import pytest
 
 from fastdeploy.engine.engine import Engine
 from fastdeploy.engine.request import Request, RequestOutput
-from fastdeploy.engine.scheduler import ScheduledBatch, Scheduler, StepOutput
+from fastdeploy.engine.scheduler import ScheduledBatch, ScheduledRequest, Scheduler, StepOutput
 from fastdeploy.engine.transcript import Transcript
 from fastdeploy.sampling_params import SamplingParams, sampling_defaults
 
@@ -27,22 +31,43 @@ def make_request(name: str, num_prompt: int = 3, max_tokens: int = 4, **params: 
     return request
 
 
+overlapping = False  # what `make_engine` makes, see the fixture
+
+
+@pytest.fixture(params=[False, True], ids=["", "overlapping"], autouse=True)
+def overlap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(sys.modules[__name__], "overlapping", request.param)
+    return request.param
+
+
 class FakeRunner:
     """Says a function of (request, number of output tokens so far); may be told to raise before a step."""
 
     def __init__(self, say: Callable[[Request, int], int] = lambda request, count: 10 + count) -> None:
         self.say = say
         self.raise_in: dict[int, BaseException] = {}
+        self.raise_after: dict[int, BaseException] = {}  # when the step is waited for
         self.num_steps = 0
+        self.num_waited = 0
 
     def run(self, batch: ScheduledBatch) -> StepOutput:
+        return self.launch(batch)()
+
+    def launch(self, batch: ScheduledBatch) -> Callable[[], StepOutput]:
         self.num_steps += 1
         if self.num_steps in self.raise_in:
             raise self.raise_in[self.num_steps]
-        return StepOutput([self.speak(item.request) if item.samples else None for item in batch.items])
+        output = StepOutput([self.speak(item) if item.samples else None for item in batch.items])
+        return partial(self.wait, self.num_steps, output)
 
-    def speak(self, request: Request) -> int:
-        return self.say(request, request.num_output_tokens)
+    def wait(self, step: int, output: StepOutput) -> StepOutput:
+        self.num_waited += 1
+        if step in self.raise_after:
+            raise self.raise_after[step]
+        return output
+
+    def speak(self, item: ScheduledRequest) -> int:
+        return self.say(item.request, item.request.num_output_tokens + (item.row >= 0))
 
 
 class SpellingDetokenizer:
@@ -59,7 +84,7 @@ class SpellingDetokenizer:
 
 
 def make_engine(runner: FakeRunner, num_blocks: int = 20, max_num_seqs: int = 4, budget: int = 16) -> Engine:
-    return Engine(Scheduler(num_blocks, 2, max_num_seqs, budget), runner)
+    return Engine(Scheduler(num_blocks, 2, max_num_seqs, budget), runner, overlapping)
 
 
 def run(engine: Engine, requests: list[Request]) -> list[list[RequestOutput]]:
@@ -76,7 +101,7 @@ def finished(steps: list[list[RequestOutput]]) -> list[RequestOutput]:
 
 
 def assert_empty(engine: Engine) -> None:
-    assert not engine.scheduler.has_requests
+    assert not engine.scheduler.has_requests and engine.scheduler.pending is None and engine._flight is None
     assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
 
 
@@ -164,6 +189,42 @@ def test_an_exception_frees_what_the_call_queued_and_the_engine_goes_on(exceptio
     assert after.finish_reason == "length"
 
 
+def test_an_exception_of_a_step_in_flight_loses_nothing_of_another_call() -> None:
+    runner = FakeRunner()
+    engine = make_engine(runner)
+    outer = make_request("outer", max_tokens=9)
+    steps = engine.run([outer])
+    next(steps)
+    runner.raise_after = {3: RuntimeError("the kernel has failed")}
+    with pytest.raises(RuntimeError, match="the kernel has failed"):
+        list(engine.run([make_request("inner", max_tokens=5)]))
+    list(steps)
+    assert outer.token_ids[3:] == [10 + count for count in range(9)]
+    assert_empty(engine)
+
+
+def test_steps_are_launched_before_the_tokens_of_the_one_before_are_there(overlap: bool) -> None:
+    engine = make_engine(runner := FakeRunner())
+    steps = engine.run([make_request("a", max_tokens=9)])
+    for count in range(1, 9):
+        next(steps)
+        assert (runner.num_steps, runner.num_waited) == (count + overlap, count)
+    engine.close()
+    assert runner.num_waited == runner.num_steps, "nothing computes in memory that is given back"
+
+
+def test_a_token_that_ends_a_request_makes_its_part_of_the_step_in_flight_void(overlap: bool) -> None:
+    engine = make_engine(runner := FakeRunner(lambda request, count: EOS if count == 2 else 10 + count))
+    stops, goes_on = make_request("stops"), make_request("goes on", max_tokens=6, ignore_eos=True)
+    run(engine, [stops, goes_on])
+    assert stops.token_ids[3:] == [10, 11, EOS] and goes_on.token_ids[3:] == [10, 11, EOS, 13, 14, 15]
+    assert goes_on.metrics.model_forward_time <= goes_on.metrics.model_execute_time, "no second counts twice"
+    assert runner.num_steps == 6 and engine.scheduler.statistics.num_served == 9
+    run(engine, [make_request("stops alone")])
+    assert runner.num_steps == 9 + overlap, "the step that was launched in vain has not been waited for"
+    assert runner.num_waited == 9 and engine.scheduler.statistics.num_served == 12
+
+
 def test_a_closed_engine_says_so_to_calls_under_way_and_to_later_ones() -> None:
     engine = make_engine(FakeRunner())
     steps = engine.run([make_request("under way", max_tokens=50)])
@@ -225,8 +286,9 @@ def test_a_call_within_an_unfinished_call_disturbs_neither() -> None:
     run_inner = [[output.request_id for output in outputs] for outputs in engine.run([inner])]
     assert run_inner == [["inner"]] * 5
     (output,) = next(steps)
-    assert output.outputs.delta == "<11><12><13><14><15>", "its tokens of the meantime come at once"
-    assert len(list(steps)) == 3 and outer.num_output_tokens == 9
+    # Its tokens of the meantime come at once: one more where a step was in flight that `inner` was late for.
+    assert output.outputs.delta == "<11><12><13><14><15>" + "<16>" * overlapping
+    assert len(list(steps)) == 3 - overlapping and outer.num_output_tokens == 9
     assert_empty(engine)
 
 

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from fastdeploy.device import open_device
+from fastdeploy.device.cpu import CPUDevice
+from fastdeploy.engine.engine import Engine
 from fastdeploy.engine.request import Request
 from fastdeploy.engine.runner import SLAB, Runner, fit_to_memory
 from fastdeploy.engine.scheduler import Scheduler
 from fastdeploy.engine_config import EngineConfig
+from fastdeploy.kernels.launch import target
 from fastdeploy.models import load_model
 from fastdeploy.models.decoder import Decoder
 from fastdeploy.sampling_params import SamplingParams, sampling_defaults
+from tests.engine.fake_model import Overlapping
+from tests.engine.lazy_device import LazyDevice, LazyRunner
 from tests.models import reference
 from tests.models.tiny import BIASED, TIED, UNTIED, checkpoint, random_tensors
 
 MAX_MODEL_LEN = 320
 
 
-def load(config=TIED, dtype="float32") -> Decoder:
-    return load_model(checkpoint(config, random_tensors(config)), open_device(), dtype, MAX_MODEL_LEN, progress=False)
+def load(config=TIED, dtype="float32", device=None) -> Decoder:
+    tensors, device = random_tensors(config), device or open_device()
+    return load_model(checkpoint(config, tensors), device, dtype, MAX_MODEL_LEN, progress=False)
 
 
-def new_runner(model: Decoder, **keywords) -> Runner:
+def new_runner(model: Decoder, cls: type[Runner] = Runner, **keywords) -> Runner:
     keywords = {"max_model_len": MAX_MODEL_LEN, "block_size": 16, "num_gpu_blocks_override": 200, **keywords}
-    return Runner(model, EngineConfig(model="tiny", **keywords).resolved(TIED.max_position_embeddings))
+    return cls(model, EngineConfig(model="tiny", **keywords).resolved(TIED.max_position_embeddings))
 
 
 def new_request(length: int, seed: int = 0, max_tokens: int = 8, temperature: float = 0.0, **params) -> Request:
@@ -131,10 +139,169 @@ def test_logits_with_an_int8_cache_have_the_same_bits_alone_in_chunks_and_after_
         np.testing.assert_array_equal(logits, expected)
 
 
+def serve_overlapping(runner: Runner, requests: list[Request], budget: int = 2048) -> Scheduler:
+    """As `serve`, each step launched before the tokens of the one before are known, where that can be."""
+    scheduler = Scheduler(runner.num_blocks, runner.block_size, runner.max_seqs, budget)
+    for request in requests:
+        scheduler.add(request)
+    steps = Overlapping(scheduler, runner)
+    while scheduler.has_requests:
+        steps.step()
+    assert steps.num_ahead > 0.5 * scheduler.statistics.num_steps
+    return scheduler
+
+
+@pytest.mark.parametrize(
+    "limits", [{}, {"num_gpu_blocks_override": 22}, {"enforce_eager": True}, {"kv_cache_dtype": "int8"}]
+)
+@pytest.mark.parametrize("device", [CPUDevice, LazyDevice])
+def test_overlapping_steps_say_the_same_as_others(limits, device):
+    """Greedy and drawn; ends by stop tokens and by length; in chunks; with blocks that are short and shared."""
+
+    def some():
+        stops = list(range(0, TIED.vocab_size, 4))
+        drawn = [new_request(5 + seed, seed, 40, 9.0, stop_token_ids=stops, min_tokens=4 * seed) for seed in range(9)]
+        again = [new_request(40, 3, 12), new_request(40, 3, 30), new_request(250, 4, 25)]
+        growing = [new_request(3, 20 + index, 100) for index in range(4)]
+        return [*growing, *several(), *drawn, *again]
+
+    alone, overlapping = some(), some()
+    serve(new_runner(load(BIASED, "bfloat16"), **limits), alone, 77)
+    model = load(BIASED, "bfloat16", device())
+    runner = new_runner(model, LazyRunner if device is LazyDevice else Runner, overlap_steps=True, **limits)
+    scheduler = serve_overlapping(runner, overlapping, 77)
+    assert [request.token_ids for request in overlapping] == [request.token_ids for request in alone]
+    assert (scheduler.statistics.num_preemptions > 0) == ("num_gpu_blocks_override" in limits)
+    assert {request.finish_reason for request in overlapping} == {"stop", "length"}
+
+
+@pytest.fixture(scope="module")
+def lazy_runner() -> Runner:
+    model = load(BIASED, "bfloat16", LazyDevice())
+    return new_runner(model, LazyRunner, overlap_steps=True, num_gpu_blocks_override=30, max_num_seqs=6)
+
+
+def test_a_step_is_launched_without_anything_being_computed(lazy_runner):
+    scheduler = Scheduler(30, 16, 6, 100)
+    scheduler.add(new_request(5, 1, max_tokens=3))
+    batch = scheduler.schedule()
+    first, second = lazy_runner.launch(batch), lazy_runner.launch(scheduler.ahead(batch))
+    assert lazy_runner.device.stream
+    tokens = first().tokens + second().tokens
+    serve(new_runner(load(BIASED, "bfloat16")), [alone := new_request(5, 1, max_tokens=3)])
+    assert tokens == alone.token_ids[5:7]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_calls_that_are_left_interrupted_or_late_change_no_token_of_others(lazy_runner, biased_runner, seed):
+    """Steps in flight meanwhile; what they write goes to blocks that others have by then."""
+    rng = random.Random(seed)
+    engine = Engine(Scheduler(30, 16, 6, 64), lazy_runner, overlap=True)
+    outer = [new_request(5 + 20 * index, 100 + index, 60, 1.3 * index) for index in range(3)]
+    stream = engine.run(outer)
+    next(stream)
+    for _ in range(6):
+        stops = list(range(0, TIED.vocab_size, 7))
+        inner = [new_request(rng.randint(1, 40), rng.randint(0, 9), 20, 2.0, stop_token_ids=stops) for _ in range(4)]
+        steps, ends = engine.run(inner), rng.choice(["read", "left", "interrupted"])
+        with pytest.MonkeyPatch.context() as patch:
+            if ends == "interrupted":
+                launch, countdown = lazy_runner.launch, iter(range(rng.randint(1, 6), -1, -1))
+
+                def interrupting(batch, launch=launch, countdown=countdown):
+                    output = launch(batch)
+                    if next(countdown) == 0:
+                        raise KeyboardInterrupt
+                    return output
+
+                patch.setattr(lazy_runner, "launch", interrupting)
+            with contextlib.suppress(KeyboardInterrupt):
+                for number, _ in enumerate(steps):
+                    engine.scheduler.check_integrity()
+                    if ends == "left" and number == 5:
+                        break
+            steps.close()
+        if not all(request.finished for request in outer):
+            next(stream)
+    list(stream)
+    alone = [new_request(5 + 20 * index, 100 + index, 60, 1.3 * index) for index in range(3)]
+    serve(biased_runner, alone)
+    assert [request.token_ids for request in outer] == [request.token_ids for request in alone]
+    assert not engine.scheduler.has_requests and engine.scheduler.blocks.num_free == 30
+
+
+def test_a_row_without_numbers_fails_alone_in_overlapping_steps():
+    """It said the token whose embedding is NaN, and the step after it was launched before that was known."""
+    tensors = random_tensors(UNTIED)
+    requests = [new_request(5, seed, 12) for seed in range(4)]
+    model = load_model(checkpoint(UNTIED, tensors), open_device(), "float32", MAX_MODEL_LEN, progress=False)
+    serve(new_runner(model), requests)
+    outputs = [request.token_ids[5:] for request in requests]
+    said = {token for request in requests for token in request.token_ids}
+    poison = next(token for token in outputs[1][:-3] if sum(token in request.token_ids for request in requests) == 1)
+    assert poison in said
+    tensors["model.embed_tokens.weight"][poison] = np.nan
+    model = load_model(checkpoint(UNTIED, tensors), open_device(), "float32", MAX_MODEL_LEN, progress=False)
+    again = [new_request(5, seed, 12) for seed in range(4)]
+    serve_overlapping(new_runner(model, overlap_steps=True), again)
+    assert [request.error_code for request in again] == [200, 500, 200, 200]
+    assert again[1].token_ids == requests[1].token_ids[: len(again[1].token_ids)] and again[1].token_ids[-1] == poison
+    assert [again[i].token_ids for i in (0, 2, 3)] == [requests[i].token_ids for i in (0, 2, 3)]
+
+
+class Coarse(CPUDevice):
+    """Records steps of few sizes only, as a GPU does."""
+
+    def plan_sizes(self, most):
+        return [2, 5, most]
+
+
+def test_padded_steps_have_the_bits_of_others(biased_runner):
+    """Past a split of attention, too; and a row of padding leaves every slot of the cache as it was."""
+
+    def some():
+        return [*several(temperature=1.3), new_request(250, 8, max_tokens=20)]
+
+    unpadded, padded = some(), some()
+    expected = serve(biased_runner, unpadded)
+    runner = new_runner(load(BIASED, "bfloat16", Coarse()))
+    for logits, wanted in zip(serve(runner, padded), expected, strict=True):
+        np.testing.assert_array_equal(logits, wanted)
+    assert [request.token_ids for request in padded] == [request.token_ids for request in unpadded]
+    assert {size for size, _ in runner._plans} == {2, 5, 8}
+
+
+def test_decodes_that_keep_the_processor_busy_have_one_plan_for_all_contexts(monkeypatch):
+    runner = new_runner(load(), max_num_seqs=2)
+    serve(runner, [new_request(250, 1, 20), new_request(250, 2, 20)])
+    busy = target().parallelism * 4 <= 2 * TIED.num_kv_heads
+    assert set(runner._plans) == ({(2, 1)} if busy else {(2, 1), (2, 2)})
+    monkeypatch.setattr("fastdeploy.engine.runner.splits_in_parallel", lambda *_: False)
+    runner = new_runner(runner.model, max_num_seqs=2)
+    serve(runner, [new_request(250, 1, 20), new_request(250, 2, 20)])
+    assert set(runner._plans) == {(2, 1)}
+
+
+def test_all_plans_of_a_gpu_are_recorded_when_the_runner_is_made(caplog):
+    device = Coarse()
+    device.name = "pocket GPU"
+    model = load(TIED, device=device)
+    with caplog.at_level(logging.INFO, logger="fastdeploy"):
+        runner = new_runner(model)
+    assert {size for size, _ in runner._plans} == {2, 5, 8} and list(runner._sampler._plans) == [8, 5, 2]
+    assert f"{len(runner._plans)} decode steps recorded" in caplog.messages
+    recorded, requests = dict(runner._plans), several()
+    expected = serve(new_runner(load()), several())
+    for logits, wanted in zip(serve(runner, requests), expected, strict=True):
+        np.testing.assert_array_equal(logits, wanted)
+    assert runner._plans == recorded
+    assert new_runner(model, enforce_eager=True)._plans == {}
+
+
 class Unrecorded(Runner):
     """Launches decode steps one kernel at a time."""
 
-    def _replay_decode(self, num_seqs: int, num_splits: int) -> None:
+    def replay_decode(self, num_seqs: int, num_splits: int) -> None:
         self._decode(num_seqs, num_splits)
 
 

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from fastdeploy.device import open_device
+from fastdeploy.device.cpu import CPUDevice
 from fastdeploy.engine.request import Request
 from fastdeploy.engine.sampler import HELD, IN_PROMPT, EditList, Sampler
 from fastdeploy.engine.scheduler import FAILED, NO_NUMBERS
+from fastdeploy.engine.seats import Seats
 from fastdeploy.sampling_params import SamplingParams, sampling_defaults
 
 VOCABULARY = 50
@@ -81,11 +83,29 @@ def test_a_request_that_edits_nothing_has_an_empty_list():
     assert len(found) == 0 and not found.follows_output
 
 
-@pytest.fixture
-def sampler() -> tuple[Sampler, object]:
-    device = open_device()
+class SeatedSampler(Sampler):
+    """A sampler whose requests take their seats as the runner's do."""
+
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self.seats = Seats(3)
+
+    def sample(self, requests: list[Request]) -> tuple[list[int], dict[int, str]]:
+        seats, newcomers = self.seats.take(requests)
+        for request in newcomers:
+            self.enter(request, self.seats.of(request))
+        return self.launch(requests, seats, np.array([len(request.token_ids) for request in requests]))()
+
+
+def new_sampler(device=None) -> tuple[SeatedSampler, object]:
+    device = device or open_device()
     logits = device.empty((3, VOCABULARY), "float32")
-    return Sampler(device, logits, max_seqs=3, max_model_len=40), logits
+    return SeatedSampler(device, logits, 3, 40), logits
+
+
+@pytest.fixture
+def sampler() -> tuple[SeatedSampler, object]:
+    return new_sampler()
 
 
 def write(logits, values: np.ndarray) -> None:
@@ -163,17 +183,59 @@ def test_numbers_that_a_logits_processor_spoils_are_its_own_fault_and_not_the_mo
     assert list(errors) == [0] and "became NaN or +inf" in errors[0]
 
 
-def test_an_interrupt_while_slots_are_written_leaves_no_half_written_slot(sampler, rng):
+class UploadsCounted(CPUDevice):
+    """Notes which rows its stagings upload."""
+
+    def staging(self, fields):
+        made = super().staging(fields)
+        upload = lambda rows=None: self.uploads.append((next(iter(fields)), rows))  # noqa: E731
+        made.upload = upload
+        return made
+
+    uploads: list = []
+
+
+def test_only_what_has_changed_is_uploaded_of_the_slots_and_their_edits(rng):
+    device = UploadsCounted()
+    device.uploads = []
+    sampler, logits = new_sampler(device)
+    write(logits, rng.standard_normal((3, VOCABULARY)))
+    plain, biased = make_request([1]), make_request([2], logit_bias={3: 1.0})
+    penalised = make_request([3], frequency_penalty=1.0)
+    uploads = []
+    for requests in ([plain], [plain, biased], [plain, biased], [plain, biased, penalised], [biased, penalised]):
+        device.uploads.clear()
+        sampler.sample(requests)
+        uploads.append(device.uploads.copy())
+    parameters, rows = ("temperature", None), ("slots", None)
+    seats = {request: [sampler.seats.of(request)] for request in (biased, penalised)}
+    assert uploads == [
+        [parameters, rows],
+        [parameters, ("edit_ids", seats[biased]), rows],
+        [rows],
+        [parameters, ("edit_ids", seats[penalised]), rows],
+        [parameters, ("edit_ids", seats[penalised]), rows],
+    ]
+
+
+class Coarse(CPUDevice):
+    """Has plans for 3 rows only."""
+
+    def plan_sizes(self, most):
+        return [3]
+
+
+def test_padding_rows_change_nothing(sampler, rng):
     sampler, logits = sampler
-    request, other = (make_request([token], logit_bias={token: 100.0}, temperature=0) for token in (3, 4))
-    write(logits, rng.standard_normal((2, VOCABULARY)))
+    padded, its_logits = new_sampler(Coarse())
+    values = rng.standard_normal((3, VOCABULARY))
+    values[2] = np.nan  # what the row of padding has
+    for tensor in (logits, its_logits):
+        write(tensor, values)
 
-    class Interrupting(dict):
-        def items(self):
-            raise KeyboardInterrupt
+    def some(count):
+        return [make_request([token], seed=token, logit_bias={token: 3.0}) for token in range(count)]
 
-    whole, other.sampling_params.logit_bias = other.sampling_params.logit_bias, Interrupting({4: 1.0})
-    with pytest.raises(KeyboardInterrupt):
-        sampler.sample([request, other])
-    other.sampling_params.logit_bias = whole
-    assert sampler.sample([request, other]) == ([3, 4], {})
+    for count in (1, 2, 3):
+        assert padded.sample(some(count)) == sampler.sample(some(count))
+    assert list(padded._plans) == [3]

@@ -6,7 +6,7 @@ import pytest
 
 from fastdeploy.engine.request import INTERNAL_ERROR, UNSERVABLE, Request, TokenLogprobs
 from fastdeploy.engine.scheduler import BlockManager, Scheduler, StepOutput
-from tests.engine.fake_model import FakeRunner, expected_tokens, make_request, run_all, step
+from tests.engine.fake_model import FakeRunner, Overlapping, expected_tokens, make_request, run_all, step
 
 
 @pytest.mark.parametrize("seed", range(150))
@@ -199,3 +199,122 @@ def test_grow_takes_all_blocks_or_none() -> None:
     assert table == [] and blocks.num_free == 3
     assert blocks.grow(table, 5) and len(table) == 3
     assert blocks.grow(table, 6) and len(table) == 3
+
+
+# Steps ahead
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_random_load_in_overlapping_steps_ends_with_the_right_tokens_and_no_block_lost(seed: int) -> None:
+    """Stop tokens, lengths, late arrivals, aborts, few blocks, shared prefixes, logits that are no numbers."""
+    rng = random.Random(seed)
+    block_size, num_blocks = rng.choice([1, 2, 3, 8]), rng.choice([2, 5, 10, 40, 100])
+    scheduler = Scheduler(num_blocks, block_size, rng.choice([1, 3, 8, 32]), rng.choice([1, 5, 16, 100, 1000]))
+    runner = FakeRunner(block_size)
+    steps = Overlapping(scheduler, runner)
+    longest = min(max(1, num_blocks * block_size * rng.choice([1, 2, 3]) // 3), 60)
+    common = [rng.randrange(1000) for _ in range(longest)]
+    requests = []
+    for index in range(40):
+        prompt = common[: rng.randint(0, longest)] + [rng.randrange(3) for _ in range(rng.randint(1, 3))]
+        params = {"stop_token_ids": list(range(0, 1000, 20))} if rng.random() < 0.5 else {}
+        params |= {"frequency_penalty": 1.0} if rng.random() < 0.03 else {}
+        requests.append(make_request(str(index), prompt, rng.randint(1, max(1, longest // 2)), **params))
+    runner.faulty.update(request for request in requests if rng.random() < 0.03)
+    to_come, aborted = list(reversed(requests)), set()
+    for _ in range(50_000):
+        for request in to_come[len(to_come) - min(rng.choice([0, 0, 1, 3]), len(to_come)) :]:
+            scheduler.add(request)
+            to_come.remove(request)
+        if not to_come and not scheduler.has_requests:
+            break
+        steps.step()
+        if rng.random() < 0.05 and (live := [*scheduler.running, *scheduler.waiting]):
+            aborted.add(victim := rng.choice(live))
+            scheduler.abort(victim)
+            scheduler.check_integrity()
+            if scheduler.pending is None:
+                steps.flight = None
+    assert not scheduler.has_requests and scheduler.pending is None, "the scheduler does not come to an end"
+    assert scheduler.blocks.num_free == num_blocks
+    for request in set(requests) - aborted:
+        expected = expected_tokens(request)
+        if request.error_code == INTERNAL_ERROR:  # no numbers, its own or of a prefix that it shares
+            assert runner.faulty
+        elif request.finish_reason == "error":
+            assert len(request.token_ids) > num_blocks * block_size
+        else:
+            assert request.token_ids == expected
+        assert request.token_ids == expected[: len(request.token_ids)]
+
+
+def served(overlap: bool, **limits: int) -> tuple[list[list[int]], Scheduler, int]:
+    """What 30 requests say, who served them, and how many steps were launched ahead."""
+    scheduler, runner = Scheduler(limits.get("blocks", 200), 4, limits.get("seqs", 8), 100), FakeRunner(4)
+    stops = list(range(0, 1000, 20))
+    requests = [make_request(str(index), 3 + index % 7, 5 + index, stop_token_ids=stops) for index in range(30)]
+    for request in requests:
+        scheduler.add(request)
+    steps = Overlapping(scheduler, runner)
+    while scheduler.has_requests:
+        if overlap:
+            steps.step()
+        else:
+            step(scheduler, runner)
+    return [request.token_ids for request in requests], scheduler, steps.num_ahead
+
+
+@pytest.mark.parametrize("limits", [{}, {"seqs": 40}, {"blocks": 20}])
+def test_overlapping_steps_say_and_count_the_same_as_others(limits) -> None:
+    """Dropped items count as not served."""
+    tokens, scheduler, _ = served(False, **limits)
+    its_tokens, overlapping, num_ahead = served(True, **limits)
+    found, expected = overlapping.statistics, scheduler.statistics
+    assert its_tokens == tokens
+    assert found.num_prompt_tokens == expected.num_prompt_tokens and found.blocks_in_use == expected.blocks_in_use == 0
+    if not found.num_preemptions:
+        assert found.num_served == expected.num_served
+        assert num_ahead > 0.8 * found.num_steps
+
+
+def test_a_step_ahead_leaves_out_whose_last_token_is_being_computed_and_admits_in_its_place() -> None:
+    scheduler, runner = Scheduler(20, 4, max_num_seqs=2, max_num_batched_tokens=100), FakeRunner(4)
+    for name, max_tokens in {"a": 2, "b": 9, "c": 9}.items():
+        scheduler.add(make_request(name, 3, max_tokens))
+    steps = Overlapping(scheduler, runner)
+    names = [[item.request.request_id for item in steps.step().items] for _ in range(4)]
+    assert names == [["a", "b"], ["a", "b"], ["b", "c"], ["b", "c"]] and steps.num_ahead == 4
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"logprobs": 1}, {"prompt_logprobs": 1}, {"repetition_penalty": 1.1}, {"presence_penalty": 0.1},
+        {"logits_processors": [lambda token_ids, row: row]},
+    ],
+)  # fmt: skip
+def test_no_step_is_ahead_of_tokens_that_it_depends_on(params) -> None:
+    scheduler, runner = Scheduler(20, 4, max_num_seqs=2, max_num_batched_tokens=100), FakeRunner(4)
+    plain, special = make_request("plain", 3, 9), make_request("special", 3, 2, **params)
+    scheduler.add(plain)
+    steps = Overlapping(scheduler, runner)
+    steps.step()
+    assert scheduler.pending
+    scheduler.add(special)
+    steps.step()
+    assert scheduler.pending is None, "it is to be admitted in the next step, which nobody foresees"
+    assert [len(steps.step().items) for _ in range(2)] == [2, 2] and scheduler.pending is None
+    steps.step()
+    assert scheduler.pending
+
+
+def test_a_block_filled_ahead_is_found_only_when_its_tokens_are_known() -> None:
+    scheduler, runner = Scheduler(20, 2, max_num_seqs=2, max_num_batched_tokens=100), FakeRunner(2)
+    request = make_request("a", 2, 5)
+    scheduler.add(request)
+    steps = Overlapping(scheduler, runner)
+    found = []
+    for _ in range(4):
+        steps.step()
+        found.append((len(request.token_ids), len(scheduler.blocks.find(expected_tokens(request)))))
+    assert found == [(3, 1), (4, 2), (5, 2), (6, 3)], "computed is one token more than known"

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fastdeploy.kernels.embedding import embedding, embedding_reference, gather_rows
+from fastdeploy.kernels.embedding import embedding, embedding_reference, gather_rows, resolve_ids, resolve_ids_reference
 from fastdeploy.kernels.linear import LinearWeight, pack, packed_shape
 
 
@@ -41,3 +41,15 @@ def test_no_ids_is_nothing_to_do(normal, store, blank):
 def test_ids_are_int32(normal, store, blank):
     with pytest.raises(TypeError, match="ids or rows is int64, expected int32"):
         gather_rows(blank((2, 64)).view, normal(3, 64).view, store([0, 1], "int64").view)
+
+
+@pytest.mark.parametrize("count", [0, 1, 16, 17, 300])
+def test_resolve_ids_matches_reference(count, rng, store):
+    """Of the sampled ids one is -1, for a row without numbers; nothing beyond the ids is written."""
+    sampled = rng.integers(0, 1000, 40)
+    sampled[3] = -1
+    given = np.where(rng.random(count + 5) < 0.5, rng.integers(0, 1000, count + 5), -1 - rng.integers(0, 40, count + 5))
+    ids = store(given, "int32")
+    resolve_ids(ids.view.rows(count), store(sampled, "int32").view)
+    expected = [*resolve_ids_reference(given[:count], sampled), *given[count:]]
+    np.testing.assert_array_equal(ids.memory, expected)

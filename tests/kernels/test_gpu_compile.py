@@ -19,7 +19,7 @@ from fastdeploy.kernels import launch as launch_module
 from fastdeploy.kernels import logprobs
 from fastdeploy.kernels.activation import silu_mul
 from fastdeploy.kernels.attention import AttentionBatch, paged_attention
-from fastdeploy.kernels.embedding import embedding, gather_rows
+from fastdeploy.kernels.embedding import embedding, gather_rows, resolve_ids
 from fastdeploy.kernels.launch import TensorView, target
 from fastdeploy.kernels.linear import LinearWeight, default_panel, gated_linear, linear, pack, packed_shape
 from fastdeploy.kernels.logprobs import LogprobOutputs, LogprobWorkspace, token_logprobs
@@ -235,6 +235,7 @@ LAUNCHES = {
     "norms, 576": lambda: run_norms(576),
     "norms, 8192": lambda: run_norms(8192),
     "gathers": run_gathers,
+    "late ids": lambda: resolve_ids(tensor(TOKENS, dtype="int32"), tensor(TOKENS, dtype="int32")),
     "rope": lambda: run_rope(LLAMA3, 64),
     "rope, norms": lambda: run_rope(LLAMA3, 64, normed=True),
     "rope, head of 80, interleaved": lambda: run_rope(HeadLayout(8, 2, 80, True), 16),
