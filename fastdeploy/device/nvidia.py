@@ -17,7 +17,7 @@ from fastdeploy.device.driver import Driver, PinnedBuffer
 from fastdeploy.kernels.launch import TensorView, provide_scratch, view
 
 NUMPY_DTYPES = {"bfloat16": "uint16", "bool": "uint8"}  # of those that NumPy lacks, or that have no fixed bits
-SCRATCH = 1 << 20  # bytes for tensor descriptors: 3 of 128 bytes for each program of a persistent kernel take 50 KB
+SCRATCH = 64 << 20  # bytes for tensor descriptors, 256 a program of the prefill kernel: for 128 KV heads, 65536 rows
 RESERVE = 1 << 30  # left of the share that may be used: kernels' code, CUDA graphs, what others allocate meanwhile
 
 

@@ -12,7 +12,7 @@ A row is left to the long way where the list can't be complete (all tokens may b
 groups, the nucleus reaches below the bound) or has no room. Which way a row goes depends on that row alone, and what is
 kept is the same: masses are the integers of selection.py, ties go by id. Random numbers are those of sampling.py.
 
-Launches: gather, S x chunks; draw, S. Cost on an H200, 128 rows of 128,256 logits: bench/results/h200.md.
+Launches: bound, S; gather, S x chunks; draw, S. Cost on an H200, 128 rows of 128,256 logits: bench/results/h200.md.
 """
 
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 
 from fastdeploy.kernels.launch import Target, TensorView, cdiv, launch, next_power_of_2
-from fastdeploy.kernels.selection import CHUNK, IMPOSSIBLE, INFINITE, key_of, mass_of, value_of
+from fastdeploy.kernels.selection import CHUNK, IMPOSSIBLE, INFINITE, key_of, load_logits, mass_of, value_of
 
 CAPACITY = 64  # tokens of a chunk: the 50 most probable of a vocabulary sorted by frequency may lie in one
-MOST_GROUPS = 256  # that a row may have: each is compared with each
+MOST_GROUPS = 256  # that a row may have: their peaks are sorted
 UNDECIDED = tl.constexpr(-4)  # of SamplingWorkspace.choice: a row that goes the long way
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -36,9 +36,9 @@ class Shortlist:
 
     Attributes:
         ids, keys: [rows, chunks * CAPACITY] int32.
-        counts: [rows, chunks] int32, tokens of a chunk that reach the bound, listed or not; -1: the row has no list.
+        counts: [rows, chunks] int32, tokens of a chunk that reach the bound, listed or not.
         masses: [rows, chunks] int64, the mass of all tokens of a chunk that min_p allows, for top_p alone.
-        bounds: [rows] int32, the key that all tokens on the list reach, and no others do.
+        bounds: [rows] int32, the key that all tokens on the list reach, and no others do; IMPOSSIBLE: no list.
     """
 
     ids: TensorView
@@ -66,15 +66,6 @@ def makes_shortlists(target: Target, groups: int) -> bool:
 
 
 @triton.jit
-def _bound(peaks, groups, n, GROUPS: tl.constexpr):
-    """The greatest peak of a row, and the greatest that n groups reach (IMPOSSIBLE if there are fewer), as keys."""
-    place = tl.arange(0, GROUPS)
-    keys = tl.load(peaks + place, mask=place < groups, other=IMPOSSIBLE)  # [GROUPS]
-    reaching = tl.sum((keys[None, :] >= keys[:, None]).to(tl.int32) * (place < groups)[None, :].to(tl.int32), axis=1)
-    return tl.max(keys, axis=0), tl.max(tl.where(reaching >= n, keys, IMPOSSIBLE), axis=0)
-
-
-@triton.jit
 def least_allowed(greatest, sharpness, share):
     """The least finite key with p >= share * p_max: a bisection, as log2(p / p_max) grows with the key."""
     limit = tl.log2(share)
@@ -89,46 +80,69 @@ def least_allowed(greatest, sharpness, share):
     return high.to(tl.int32)
 
 
+@triton.jit(do_not_specialize=["V", "groups"])
+def _bound_kernel(
+    bounds, peaks, slots, forced, temperature, min_p, top_k, top_p, V, groups, GROUPS: tl.constexpr
+):  # fmt: skip
+    """The greatest peak that as many groups reach as a row may keep tokens, or 7 of 8 where that isn't known."""
+    this = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + this).to(tl.int64)
+    most = tl.load(top_k + slot)
+    share = tl.load(top_p + slot)
+    by_rank = (most > 0) & (most < V)
+    n = tl.where(by_rank, most, groups - groups // 8)
+    draws = (tl.load(temperature + slot) > 0.0) & (share > 0.0) & (most != 1) & (tl.load(forced + this) < 0)
+    few = by_rank | (share < 1.0) | (tl.load(min_p + slot) > 0.0)
+    bound = tl.full([], IMPOSSIBLE, tl.int32)
+    if draws & few & (n <= groups):
+        place = tl.arange(0, GROUPS)
+        keys = tl.load(peaks + this * groups + place, mask=place < groups, other=IMPOSSIBLE)  # [GROUPS]
+        if tl.max(keys, axis=0) != INFINITE:
+            bound = tl.max(tl.where(place == n - 1, tl.sort(keys, descending=True), IMPOSSIBLE), axis=0)
+    tl.store(bounds + this, bound)
+
+
 @triton.jit(do_not_specialize=["V", "groups", "chunks"])
 def _gather_kernel(
-    ids_out, keys_out, counts, masses, bounds, logits, peaks, slots, forced, temperature, min_p, top_k, top_p,
-    V, groups, chunks, GROUP: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr, CAPACITY: tl.constexpr,
+    ids_out, keys_out, counts, masses, bounds, logits, peaks, slots, temperature, min_p, top_k, top_p,
+    V, groups, chunks, GROUP: tl.constexpr, GROUPS: tl.constexpr, PER_CHUNK: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
     this = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
-    slot = tl.load(slots + this).to(tl.int64)
-    heat = tl.load(temperature + slot)
-    most = tl.load(top_k + slot)
-    share = tl.load(top_p + slot)
-    least = tl.load(min_p + slot)
-    by_rank = (most > 0) & (most < V)
-    n = tl.where(by_rank, most, groups - groups // 8)
-    draws = (heat > 0.0) & (share > 0.0) & (most != 1) & (tl.load(forced + this) < 0)
-    key, bound = _bound(peaks + this * groups, groups, n, GROUPS)
-    listed = by_rank | (share < 1.0) | (least > 0.0)
-    if (not draws) | (not listed) | (n > groups) | (bound == IMPOSSIBLE) | (key == INFINITE):
-        tl.store(counts + this * chunks + chunk, -1)
+    bound = tl.load(bounds + this)
+    if bound == IMPOSSIBLE:
         return
-    greatest = value_of(key)
-    sharpness = tl.minimum(LOG2E / heat, 1e30)  # finite, so that 0 * sharpness is 0
-    ids = chunk * CHUNK + tl.arange(0, CHUNK)  # [CHUNK]
-    by_mass = (not by_rank) & (share < 1.0)
-    group = ids // GROUP
-    worth = by_mass | (tl.load(peaks + this * groups + group, mask=group < groups, other=IMPOSSIBLE) >= bound)
-    values = tl.load(logits + this * V + ids, mask=worth & (ids < V), other=float("-inf"))
-    keys = key_of(values)
-    wanted = (keys >= bound) & (ids < V)
-    place = tl.cumsum(wanted.to(tl.int32), axis=0) - 1
-    at = (this * chunks + chunk) * CAPACITY + place
-    tl.store(ids_out + at, ids, mask=wanted & (place < CAPACITY))
-    tl.store(keys_out + at, keys, mask=wanted & (place < CAPACITY))
-    tl.store(counts + this * chunks + chunk, tl.sum(wanted.to(tl.int32), axis=0))
+    slot = tl.load(slots + this).to(tl.int64)
+    most = tl.load(top_k + slot)
+    by_mass = ((most <= 0) | (most >= V)) & (tl.load(top_p + slot) < 1.0)
+    greatest = tl.full([], 0.0, tl.float32)
+    sharpness = tl.full([], 0.0, tl.float32)
+    least = tl.full([], IMPOSSIBLE, tl.int32)
     if by_mass:
-        allowed = (keys >= least_allowed(greatest, sharpness, least)) & (ids < V)
-        mass = tl.where(allowed, mass_of(values, greatest, sharpness), 0)
-        tl.store(masses + this * chunks + chunk, tl.sum(mass, axis=0))
-    if chunk == 0:
-        tl.store(bounds + this, bound)
+        place = tl.arange(0, GROUPS)
+        greatest = value_of(tl.max(tl.load(peaks + this * groups + place, mask=place < groups, other=IMPOSSIBLE)))
+        sharpness = tl.minimum(LOG2E / tl.load(temperature + slot), 1e30)  # finite, so that 0 * sharpness is 0
+        least = least_allowed(greatest, sharpness, tl.load(min_p + slot))
+    count = tl.full([], 0, tl.int32)
+    total = tl.full([], 0, tl.int64)
+    first = (this * chunks + chunk) * CAPACITY
+    for group in range(chunk * PER_CHUNK, tl.minimum((chunk + 1) * PER_CHUNK, groups)):
+        reaches = tl.load(peaks + this * groups + group) >= bound
+        if reaches | by_mass:
+            ids = group * GROUP + tl.arange(0, GROUP)  # [GROUP]
+            values = load_logits(logits + this * V, ids, V)
+            keys = key_of(values)
+            if by_mass:
+                allowed = (keys >= least) & (ids < V)
+                total += tl.sum(tl.where(allowed, mass_of(values, greatest, sharpness), 0), axis=0)
+            if reaches:
+                wanted = (keys >= bound) & (ids < V)
+                at = count + tl.cumsum(wanted.to(tl.int32), axis=0) - 1
+                tl.store(ids_out + first + at, ids, mask=wanted & (at < CAPACITY))
+                tl.store(keys_out + first + at, keys, mask=wanted & (at < CAPACITY))
+                count += tl.sum(wanted.to(tl.int32), axis=0)
+    tl.store(counts + this * chunks + chunk, count)
+    tl.store(masses + this * chunks + chunk, total)
 
 
 @triton.jit
@@ -156,8 +170,11 @@ def _draw_kernel(
     this = tl.program_id(0).to(tl.int64)
     counts += this * chunks
     part = tl.arange(0, CHUNKS)
-    found = tl.load(counts + part, mask=part < chunks, other=0)
-    if (tl.min(found, axis=0) < 0) | (tl.max(found, axis=0) > CAPACITY):
+    bound = tl.load(bounds + this)
+    if bound == IMPOSSIBLE:
+        tl.store(choice + this, UNDECIDED)
+        return
+    if tl.max(tl.load(counts + part, mask=part < chunks, other=0), axis=0) > CAPACITY:
         tl.store(choice + this, UNDECIDED)
         return
     keys, ids, real = _sorted(
@@ -174,7 +191,7 @@ def _draw_kernel(
     kept = kept & ((tl.arange(0, LENGTH) < most) | (not by_rank))
     mass = tl.where(kept, mass_of(value_of(keys), greatest, sharpness), 0)
     listed = tl.sum(mass, axis=0)
-    complete = by_rank | (tl.load(bounds + this) <= least)
+    complete = by_rank | (bound <= least)
     if share < 1.0:
         total = tl.sum(tl.load(masses + this * chunks + part, mask=part < chunks, other=0), axis=0)
         total = tl.where(by_rank, listed, total)
@@ -210,9 +227,13 @@ def draw_from_shortlists(
     slots, positions, forced = rows
     listed = (lists.ids, lists.keys, lists.counts, lists.masses, lists.bounds)
     steered = (steering.temperature, steering.min_p, steering.top_k, steering.top_p)
+    sorted_groups = next_power_of_2(groups)
     launch(
-        _gather_kernel, (count, chunks), *listed, logits, peaks, slots, forced, *steered, vocabulary, groups, chunks,
-        GROUP=group, GROUPS=next_power_of_2(groups), CHUNK=CHUNK, CAPACITY=CAPACITY, num_warps=8,
+        _bound_kernel, (count,), lists.bounds, peaks, slots, forced, *steered, vocabulary, groups, GROUPS=sorted_groups
+    )
+    launch(
+        _gather_kernel, (count, chunks), *listed, logits, peaks, slots, *steered, vocabulary, groups, chunks,
+        GROUP=group, GROUPS=sorted_groups, PER_CHUNK=CHUNK // group, CAPACITY=CAPACITY,
     )  # fmt: skip
     padded = next_power_of_2(chunks)
     launch(
