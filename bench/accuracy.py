@@ -28,7 +28,7 @@ import fastdeploy
 from bench.markdown import conditions, publish, table
 from fastdeploy.config import DTYPES
 from fastdeploy.device import open_device
-from fastdeploy.kernels.attention import SPLIT, AttentionBatch
+from fastdeploy.kernels.attention import AttentionBatch, split_keys
 from fastdeploy.kernels.launch import cdiv, view
 from fastdeploy.models import load_model
 from fastdeploy.models.decoder import StepInputs
@@ -106,7 +106,7 @@ class Reader:
             num_decodes=0,
             num_seqs=1,
             max_query_len=count,
-            num_splits=cdiv(count, SPLIT),
+            num_splits=cdiv(count, split_keys()),
             cu_seqlens=view(np.array([0, count], np.int32)),
             context_lens=view(np.array([count], np.int32)),
             block_tables=view(np.arange(LENGTH // BLOCK_SIZE, dtype=np.int32)[None]),

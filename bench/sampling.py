@@ -26,7 +26,7 @@ from fastdeploy.device import Device, open_device
 from fastdeploy.engine.request import Request
 from fastdeploy.engine.sampler import Sampler
 from fastdeploy.kernels.launch import target, view
-from fastdeploy.kernels.sampling import SamplingState, SamplingWorkspace, Steering, sample, workspace_fields
+from fastdeploy.kernels.sampling import SamplingState, Steering, allocate_workspace, sample
 from fastdeploy.sampling_params import sampling_defaults
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -91,8 +91,7 @@ def kernels(device: Device, logits: Any, ids: np.ndarray, setting: dict[str, Any
     state |= {name: state[name].astype(np.int32) for name in ("top_k", "hold_until")}
     state |= {"seed": np.arange(count), "num_edits": np.full(count, edits, np.int32), "edit_ids": ids}
     state |= {"edit_bias": np.zeros(ids.shape, np.float32), "edit_seen": np.ones(ids.shape, np.int32)}
-    buffers = workspace_fields(count, vocabulary, OCCURRED)
-    workspace = SamplingWorkspace(**{name: view(device.empty(*field)) for name, field in buffers.items()})
+    workspace = allocate_workspace(device.empty, count, vocabulary, OCCURRED)
     sampled, slots, forced = np.zeros(count, np.int32), np.arange(count, dtype=np.int32), np.full(count, -1, np.int32)
     positions = np.full(count, OCCURRED, np.int32)
     views = SamplingState(**{name: view(array) for name, array in state.items()})

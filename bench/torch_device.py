@@ -29,6 +29,7 @@ class TorchDevice(NvidiaDevice):
         super().__init__(cuda_driver(0))
         if torch.cuda.current_stream() == torch.cuda.default_stream():
             torch.cuda.set_stream(torch.cuda.Stream())  # the default one waits for all others, and can't be captured
+        self.provide_scratch()
 
     def stream(self) -> int:
         return torch.cuda.current_stream().cuda_stream

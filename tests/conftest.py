@@ -9,6 +9,11 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may depend on a network
 
+if os.environ.get("FASTDEPLOY_TESTS_ON") == "torch":  # a GPU under PyTorch, for the tests that ask for a device
+    from bench.torch_device import use_torch
+
+    use_torch()
+
 
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:

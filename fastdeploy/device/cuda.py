@@ -86,6 +86,7 @@ class CUDADevice(NvidiaDevice):
         super().__init__(cuda_driver(number), number)
         if not isinstance(triton.runtime.driver._active, PaddleDriver):
             triton.runtime.driver.set_active(PaddleDriver(number))
+        self.provide_scratch()
 
     def stream(self) -> int:
         return raw_stream(self.number)

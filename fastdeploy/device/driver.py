@@ -46,7 +46,7 @@ class Driver:
             self._thread.ready = True
 
     def copy_to_device(self, device: int, host: int, nbytes: int, stream: int) -> None:
-        """In the order of the stream. Pinned memory has to stay as it is until then; other memory may change at once."""
+        """In the order of the stream. Pinned memory has to stay as it is until then; other may change at once."""
         self._enter()
         sizes = (ctypes.c_size_t(nbytes), ctypes.c_void_p(stream))
         self._call("cuMemcpyHtoDAsync_v2", ctypes.c_uint64(device), ctypes.c_void_p(host), *sizes)

@@ -14,9 +14,10 @@ import numpy as np
 
 from fastdeploy.device import GIB, Device, Field, Staging, field_offsets, host_fields
 from fastdeploy.device.driver import Driver, PinnedBuffer
-from fastdeploy.kernels.launch import TensorView, view
+from fastdeploy.kernels.launch import TensorView, provide_scratch, view
 
 NUMPY_DTYPES = {"bfloat16": "uint16", "bool": "uint8"}  # of those that NumPy lacks, or that have no fixed bits
+SCRATCH = 64 << 20  # bytes for tensor descriptors, 256 a program of the prefill kernel: for 128 KV heads, 65536 rows
 RESERVE = 1 << 30  # left of the share that may be used: kernels' code, CUDA graphs, what others allocate meanwhile
 
 
@@ -92,6 +93,10 @@ class NvidiaDevice(Device):
     @abstractmethod
     def stream(self) -> int:
         """The handle of the stream that kernels are launched on."""
+
+    def provide_scratch(self) -> None:
+        """Give kernels scratch memory, for as long as the process lives."""
+        provide_scratch(self.empty((SCRATCH,), "uint8"))
 
     def write(self, tensor: Any, values: np.ndarray) -> None:
         there, values = view(tensor), np.ascontiguousarray(values)

@@ -50,7 +50,7 @@ from fastdeploy.engine.sampler import Sampled, Sampler
 from fastdeploy.engine.scheduler import ScheduledBatch, ScheduledRequest, StepOutput
 from fastdeploy.engine.seats import Seats
 from fastdeploy.engine_config import ResolvedConfig
-from fastdeploy.kernels.attention import SPLIT, AttentionBatch, splits_in_parallel
+from fastdeploy.kernels.attention import AttentionBatch, split_keys, splits_in_parallel
 from fastdeploy.kernels.embedding import resolve_ids
 from fastdeploy.kernels.launch import target, view
 from fastdeploy.models.decoder import Decoder, StepInputs
@@ -94,7 +94,7 @@ class Runner:
         self._allocate_step(config)
         # Second, because a GPU's memory is what the first has left.
         self.config = config = fit_to_memory(model, config) if fit else config
-        self.max_splits = -(-config.max_model_len // SPLIT)
+        self.max_splits = -(-config.max_model_len // split_keys())
         self.num_blocks = choose_num_blocks(model, config)
         self.kv_cache_dtype = model.cache_dtype(config.kv_cache_dtype)
         self._cache = model.allocate_cache(self.num_blocks, self.block_size, config.kv_cache_dtype)
@@ -306,7 +306,7 @@ class Runner:
 
     def _record_all(self) -> None:
         """Record the plans of all shapes, so that no request waits for one: on a GPU that takes a while."""
-        contexts = [SPLIT << power for power in range(self.max_splits.bit_length() + 1)]
+        contexts = [split_keys() << power for power in range(self.max_splits.bit_length() + 1)]
         self._staging.host["slots"][:] = -1  # a recording may run: it shall write no keys
         self._staging.upload()
         for size in reversed(self._sizes):
@@ -383,13 +383,13 @@ class Runner:
         return found
 
     def _num_splits(self, context: int, num_decodes: int) -> int:
-        """Into how many parts of SPLIT keys attention cuts decodes of up to this context: a power of two, or as many as
+        """Into how many splits attention cuts decodes of up to this context: a power of two, or as many as
         the longest sequence has.
 
         Few numbers, so that few plans are recorded: a part past a sequence's end costs next to nothing. 1 for as many
         decodes as keep the processor busy uncut: each then walks over its own context, whatever this number is.
         """
-        needed = -(-context // SPLIT)
+        needed = -(-context // split_keys())
         num_splits = min(1 << (needed - 1).bit_length(), self.max_splits)
         return num_splits if splits_in_parallel(target(), num_decodes, self.model.heads, num_splits) else 1
 

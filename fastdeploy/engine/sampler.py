@@ -28,9 +28,8 @@ from fastdeploy.kernels.sampling import (
     HELD_BACK,
     SEEN_IN_PROMPT,
     SamplingState,
-    SamplingWorkspace,
+    allocate_workspace,
     sample,
-    workspace_fields,
 )
 from fastdeploy.sampling_params import SamplingParams
 
@@ -141,8 +140,7 @@ class Sampler:
         self._row_views = [view(self._rows.device[name]) for name in ROWS]
         self._results = device.staging({"sampled": Field((max_seqs,), "int32")})
         self.sampled = view(self._results.device["sampled"])
-        buffers = workspace_fields(max_seqs, vocabulary, max_edits)
-        self._workspace = SamplingWorkspace(**{name: view(device.empty(*field)) for name, field in buffers.items()})
+        self._workspace = allocate_workspace(device.empty, max_seqs, vocabulary, max_edits)
         self._sizes = device.plan_sizes(max_seqs)
         self._plans: dict[int, Plan] = {}
         self._written = False  # parameters, since their last upload

@@ -3,7 +3,8 @@
     out[t, h] = sum_j softmax_j(scale * q[t, h] . k[j, h / group]) v[j, h / group]      over the keys j <= position of t
 
     qkv [T, (H + 2 KVH) * D]                    only q is read; the new keys and values are already in the cache
-    k_cache [blocks, KVH, D, block_size]        transposed, so that a tile of keys is a right operand of q.k as it lies
+    k_cache [blocks, KVH, D, block_size]        transposed, so that a tile of keys is a right operand of q.k as it lies;
+                                                on GPUs, whose tensor cores take either, [blocks, KVH, block_size, D]
     v_cache [blocks, KVH, block_size, D]
     k_scales, v_scales [blocks, KVH, block_size]   of an int8 cache, see rope.py
     block_tables [sequences, max_blocks]        key j of a sequence is in its block table[j // block_size]
@@ -17,11 +18,17 @@ block. Tiles of keys that no row may see are never visited; only those that some
     rows of tokens  . . . . . . . . . . . . . . . . . . \\               \\ = the causal edge
     4, 5, 6, ...    . . . . . . . . . . . . . . . . . . . . \\
 
-Splits. The softmax is computed over splits of SPLIT keys at fixed positions and the splits' states are merged in
+Splits. The softmax is computed over splits of `split_keys` keys at fixed positions and the splits' states are merged in
 ascending order, always: a row's sum is done in one order only, whether one program walks over the splits or, for the
 few decodes of a small batch, every split is a program of its own (`_split_kernel`) and a second launch merges
 (`_merge_kernel`). What that fixed order costs: a merge every 256 keys. A decode of 512 keys takes 23 us on one core
-of a CPU (9 query heads of 64, 3 KV heads), without merges 22; of 4096 keys 178, without 169.
+of a CPU (9 query heads of 64, 3 KV heads), without merges 22; of 4096 keys 178, without 169. On GPUs it is every 1024
+keys: a prompt's query tile has no registers left for a second state, and parks it in memory during a split.
+
+GPUs add a row's weights up by the tensor cores, in which a sum's order is the same for tiles of 16 rows (decodes) and
+of 128 (prompts): the total is the product with a column of ones. Prompts on Hopper have a kernel of their own,
+`_prefill_kernel`: keys and values come by the tensor memory accelerator, and the scores of the next tile are under way
+on the tensor cores while this tile's go through the softmax (as in FlashAttention-3; Shah et al., 2024).
 
 The state of a softmax over some keys, in the manner of FlashAttention-2 (Dao, 2023), in base 2:
     peak = max of scores,   total = sum of 2^(score - peak),   sums = sum of 2^(score - peak) v
@@ -58,7 +65,7 @@ from fastdeploy.kernels.launch import (
 )
 from fastdeploy.kernels.rope import HeadLayout, KVBlocks
 
-SPLIT = 256  # keys; a multiple of every block size. Part of the arithmetic: another value gives other last bits.
+SPLIT, GPU_SPLIT = 256, 1024  # keys; a multiple of every block size. Part of the arithmetic: it decides on last bits.
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class AttentionBatch:
     """Who attends to what in one step. Decodes come first: sequence i < num_decodes is the one token i.
 
     num_decodes, num_seqs, max_query_len: known on the host; max_query_len is the longest prompt chunk.
-    num_splits: at least ceil(longest context of a decode / SPLIT); more is right too, if slower.
+    num_splits: at least ceil(longest context of a decode / split_keys()); more is right too, if slower.
     cu_seqlens [num_seqs + 1] int32: sequence i has the tokens cu_seqlens[i] to cu_seqlens[i + 1] of the step.
     context_lens [num_seqs] int32: keys that the last token of a sequence sees, itself included; 0 for padding.
     block_tables [num_seqs, max_blocks] int32.
@@ -92,6 +99,19 @@ def _empty_state(ROWS: tl.constexpr, DIM: tl.constexpr):
 
 
 @triton.jit
+def _empty_part(ROWS: tl.constexpr, DIM: tl.constexpr):
+    """The state of a split under way on a GPU: its total comes in equal columns, the fewest that a product has."""
+    sums, peak, _ = _empty_state(ROWS, DIM)
+    return sums, peak, tl.zeros([ROWS, 16], tl.float32)
+
+
+@triton.jit
+def _add_part(sums, peak, total, part_sums, part_peak, part_total):
+    """The state with that of a split that is done."""
+    return _merge(sums, peak, total, part_sums, part_peak, tl.max(part_total, axis=1))
+
+
+@triton.jit
 def _finite(peak):
     """`peak` as something to subtract: -inf - -inf would be NaN, while 2^(-inf - 0) is the 0 we want."""
     return tl.where(peak == float("-inf"), 0.0, peak)
@@ -109,10 +129,10 @@ def _merge(sums, peak, total, more_sums, more_peak, more_total):
 
 @triton.jit
 def _add_keys(
-    sums, peak, total, q, keys, values, key_scales, value_scales, key, position, end, log2_scale,
-    D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    sums, peak, total, q, k_cache, v_cache, k_scales, v_scales, block, key, position, end, log2_scale,
+    D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BY_TOKEN: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The state after the TILE keys from `key` on; `keys`, `values` and their scales, if any, point to their block.
+    """The state after the TILE keys from `key` on; `block` is the place of their block's first token in the cache.
 
     MASKED: some row may not see some of them, those from `end` on exist for no row and may hold anything, even NaN.
         (NaN in the value of a key that exists reaches rows of its tile that may not see it, too: 0 NaN is NaN.)
@@ -121,27 +141,40 @@ def _add_keys(
     d = tl.arange(0, DIM)
     t = key % BLOCK_SIZE + tl.arange(0, TILE)  # places in the block
     number = key + tl.arange(0, TILE)  # places in the sequence
-    k = tl.load(keys + d[:, None] * BLOCK_SIZE + t[None, :], mask=_head_mask(d, D, DIM)[:, None], other=0.0)
+    k_tile = (
+        k_cache + block * D + (t[None, :] * D + d[:, None] if BY_TOKEN else d[:, None] * BLOCK_SIZE + t[None, :])
+    )  # [DIM, TILE]
+    k = tl.load(k_tile, mask=_head_mask(d, D, DIM)[:, None], other=0.0)
     scores = tl.dot(q, k.to(q.dtype), input_precision="ieee")  # [rows, TILE]
-    if key_scales is not None:
-        scores *= tl.load(key_scales + t)[None, :]
+    if k_scales is not None:
+        scores *= tl.load(k_scales + block + t)[None, :]
     if MASKED:
         scores = tl.where(number[None, :] <= position[:, None], scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, axis=1) * log2_scale)
     shift = tl.broadcast_to(-_finite(new_peak)[:, None], scores.shape)
     weights = tl.exp2(tl.fma(scores, tl.full(scores.shape, log2_scale, tl.float32), shift))
     kept = tl.exp2(peak - _finite(new_peak))
-    total = tl.fma(total, kept, tl.sum(weights, axis=1))
-    if value_scales is not None:
+    if len(total.shape) == 2:
+        total = _add_columns(total, kept, weights.to(q.dtype))
+    else:
+        total = tl.fma(total, kept, tl.sum(weights, axis=1))
+    if v_scales is not None:
         exists = number < end if MASKED else tl.full([TILE], True, tl.int1)
-        weights *= tl.load(value_scales + t, mask=exists, other=0.0)[None, :]
-    v_tile = values + t[:, None] * D + d[None, :]
-    if MASKED and value_scales is None:  # int8 is never NaN
+        weights *= tl.load(v_scales + block + t, mask=exists, other=0.0)[None, :]
+    v_tile = v_cache + block * D + t[:, None] * D + d[None, :]
+    if MASKED and v_scales is None:  # int8 is never NaN
         v = tl.load(v_tile, mask=(number < end)[:, None] & _head_mask(d, D, DIM)[None, :], other=0.0)
     else:
         v = tl.load(v_tile, mask=_head_mask(d, D, DIM)[None, :], other=0.0)
     sums = tl.dot(weights.to(q.dtype), v.to(q.dtype), sums * kept[:, None], input_precision="ieee")
     return sums, new_peak, total
+
+
+@triton.jit
+def _add_columns(total, kept, weights):
+    """total [rows, 16] with the sum of each row of weights added to all of its columns."""
+    ones = tl.full([weights.shape[1], total.shape[1]], 1.0, weights.dtype)
+    return tl.dot(weights, ones, total * kept[:, None], input_precision="ieee")
 
 
 @triton.jit
@@ -154,39 +187,50 @@ def _head_mask(d, D: tl.constexpr, DIM: tl.constexpr):
 
 
 @triton.jit
-def _offset(pointer, count):
-    """pointer + count; None stays None."""
-    return pointer if pointer is None else pointer + count
-
-
-@triton.jit
-def _attend_split(
+def _attend(
     q, k_cache, v_cache, k_scales, v_scales, block_table, kv_head, position, first, seen_by_all, end, log2_scale,
-    KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
-    ONE_LOOP: tl.constexpr,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BY_TOKEN: tl.constexpr, TILE: tl.constexpr,
+    SPLIT: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
-    """The state of the keys from `first` to the end of their split, or to `end` if that comes first.
+    """The state of the keys from `first`, where a split begins, to `end`: its splits' states, merged.
 
     q: [rows, DIM]; position: [rows], a row sees keys up to it; seen_by_all: the number of keys that every row sees.
-    ONE_LOOP: mask every tile, needed or not. On a CPU that is no slower, and half the code to compile.
+    FLAT: for GPUs, one loop over all tiles, because loads are pipelined within a loop, and a second for those that need
+        a mask. On a CPU a loop for each split and a mask for each tile are no slower, and half the code to compile.
     """
     sums, peak, total = _empty_state(q.shape[0], q.shape[1])
-    end_of_split = tl.minimum(first + SPLIT, end)
-    unmasked = first if ONE_LOOP else tl.minimum(tl.maximum(seen_by_all // TILE * TILE, first), end_of_split)
-    for key in range(first, unmasked, TILE):
-        block = (tl.load(block_table + key // BLOCK_SIZE).to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE
-        sums, peak, total = _add_keys(
-            sums, peak, total, q, k_cache + block * D, v_cache + block * D, _offset(k_scales, block),
-            _offset(v_scales, block), key, position, end, log2_scale,
-            D, BLOCK_SIZE, TILE, False,
-        )  # fmt: skip
-    for key in range(unmasked, end_of_split, TILE):
-        block = (tl.load(block_table + key // BLOCK_SIZE).to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE
-        sums, peak, total = _add_keys(
-            sums, peak, total, q, k_cache + block * D, v_cache + block * D, _offset(k_scales, block),
-            _offset(v_scales, block), key, position, end, log2_scale,
-            D, BLOCK_SIZE, TILE, True,
-        )  # fmt: skip
+    if FLAT:
+        part_sums, part_peak, part_total = _empty_part(q.shape[0], q.shape[1])  # the split under way
+        unmasked = tl.minimum(tl.maximum(seen_by_all // TILE * TILE, first), end)
+        for key in range(first, unmasked, TILE):
+            if key % SPLIT == 0:
+                sums, peak, total = _add_part(sums, peak, total, part_sums, part_peak, part_total)
+                part_sums, part_peak, part_total = _empty_part(q.shape[0], q.shape[1])
+            block = (tl.load(block_table + key // BLOCK_SIZE).to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE
+            part_sums, part_peak, part_total = _add_keys(
+                part_sums, part_peak, part_total, q, k_cache, v_cache, k_scales, v_scales, block, key, position, end,
+                log2_scale, D, BLOCK_SIZE, BY_TOKEN, TILE, False,
+            )  # fmt: skip
+        for key in range(unmasked, end, TILE):
+            if key % SPLIT == 0:
+                sums, peak, total = _add_part(sums, peak, total, part_sums, part_peak, part_total)
+                part_sums, part_peak, part_total = _empty_part(q.shape[0], q.shape[1])
+            block = (tl.load(block_table + key // BLOCK_SIZE).to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE
+            part_sums, part_peak, part_total = _add_keys(
+                part_sums, part_peak, part_total, q, k_cache, v_cache, k_scales, v_scales, block, key, position, end,
+                log2_scale, D, BLOCK_SIZE, BY_TOKEN, TILE, True,
+            )  # fmt: skip
+        sums, peak, total = _add_part(sums, peak, total, part_sums, part_peak, part_total)
+    else:
+        for start in range(first, end, SPLIT):
+            more_sums, more_peak, more_total = _empty_state(q.shape[0], q.shape[1])
+            for key in range(start, tl.minimum(start + SPLIT, end), TILE):
+                block = (tl.load(block_table + key // BLOCK_SIZE).to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE
+                more_sums, more_peak, more_total = _add_keys(
+                    more_sums, more_peak, more_total, q, k_cache, v_cache, k_scales, v_scales, block, key, position,
+                    end, log2_scale, D, BLOCK_SIZE, BY_TOKEN, TILE, True,
+                )  # fmt: skip
+            sums, peak, total = _merge(sums, peak, total, more_sums, more_peak, more_total)
     return sums, peak, total
 
 
@@ -241,21 +285,23 @@ def _attention_kernel(
     out, qkv, k_cache, v_cache, k_scales, v_scales, cu_seqlens, context_lens, block_tables,
     num_decodes, num_seqs, max_blocks, log2_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, ONE_LOOP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BY_TOKEN: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, FLAT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     DECODE: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one KV head, over all its splits. DECODE: a tile is one sequence's only token."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
     kv_head = tl.program_id(1)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most keys begin, so that none ends long after all
     if DECODE:
-        sequence = tl.program_id(0)
+        sequence = tile
         first_token = sequence
         first_row = 0
         count = 1
     else:
-        sequence, first_tile = _find_sequence(tl.program_id(0), cu_seqlens, num_decodes, num_seqs, GROUP, BLOCK_M)
+        sequence, first_tile = _find_sequence(tile, cu_seqlens, num_decodes, num_seqs, GROUP, BLOCK_M)
         first_token = tl.load(cu_seqlens + sequence)
-        first_row = (tl.program_id(0) - first_tile) * BLOCK_M
+        first_row = (tile - first_tile) * BLOCK_M
         count = tl.load(cu_seqlens + sequence + 1) - first_token
     if first_row < count * GROUP:
         past = tl.load(context_lens + sequence) - count  # keys before this step's
@@ -267,11 +313,101 @@ def _attention_kernel(
         seen_by_all = past + first_row // GROUP + 1
         end = past + tl.minimum((first_row + BLOCK_M - 1) // GROUP + 1, count)
         block_table = block_tables + sequence.to(tl.int64) * max_blocks
-        sums, peak, total = _empty_state(BLOCK_M, DIM)
-        for first in range(0, end, SPLIT):
+        sums, _, total = _attend(
+            q, k_cache, v_cache, k_scales, v_scales, block_table, kv_head, position, 0, seen_by_all, end, log2_scale,
+            KV_HEADS, D, BLOCK_SIZE, BY_TOKEN, TILE, SPLIT, FLAT,
+        )  # fmt: skip
+        _store_attended(out, sums, total, first_token * GROUP + row, real, kv_head, HEADS, KV_HEADS, D, DIM)
+
+
+@triton.jit
+def _next_scores(
+    scores, place, peak, total, q, k_tiles, block_table, kv_head, position, key, end, log2_scale,
+    KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Begins the scores of the tile of keys after `key`'s, and takes `key`'s, which are done, through the softmax.
+
+    Returns the next tile's scores and place in the cache; this one's weights; peak and total with them; what is kept of
+    the sums before them.
+    """
+    following = tl.minimum(key + TILE, (end - 1) // TILE * TILE)  # after the last tile: the last once more
+    block = tl.load(block_table + following // BLOCK_SIZE)
+    next_place = (block * KV_HEADS + kv_head) * BLOCK_SIZE + following % BLOCK_SIZE
+    next_scores = tl.dot(q, k_tiles.load([next_place, 0]).T)
+    if MASKED:
+        scores = tl.where((key + tl.arange(0, TILE))[None, :] <= position[:, None], scores, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, axis=1) * log2_scale)
+    shift = tl.broadcast_to(-_finite(new_peak)[:, None], scores.shape)
+    weights = tl.exp2(tl.fma(scores, tl.full(scores.shape, log2_scale, tl.float32), shift)).to(q.dtype)
+    kept = tl.exp2(peak - _finite(new_peak))
+    return next_scores, next_place, weights, new_peak, _add_columns(total, kept, weights), kept
+
+
+@triton.jit
+def _attend_split(
+    q, k_tiles, v_tiles, block_table, kv_head, position, first, seen_by_all, end, log2_scale,
+    KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """What `_attend` computes, of one split; keys and values by tensor descriptors."""
+    sums, peak, total = _empty_part(q.shape[0], q.shape[1])
+    place = (tl.load(block_table + first // BLOCK_SIZE) * KV_HEADS + kv_head) * BLOCK_SIZE + first % BLOCK_SIZE
+    scores = tl.dot(q, k_tiles.load([place, 0]).T)
+    unmasked = tl.minimum(tl.maximum(seen_by_all // TILE * TILE, first), end)
+    for key in range(first, unmasked, TILE):
+        scores, next_place, weights, peak, total, kept = _next_scores(
+            scores, place, peak, total, q, k_tiles, block_table, kv_head, position, key, end, log2_scale,
+            KV_HEADS, BLOCK_SIZE, TILE, False,
+        )  # fmt: skip
+        sums = tl.dot(weights, v_tiles.load([place, 0]), sums * kept[:, None])
+        place = next_place
+    for key in range(unmasked, end, TILE):
+        scores, next_place, weights, peak, total, kept = _next_scores(
+            scores, place, peak, total, q, k_tiles, block_table, kv_head, position, key, end, log2_scale,
+            KV_HEADS, BLOCK_SIZE, TILE, True,
+        )  # fmt: skip
+        exists = (key + tl.arange(0, TILE) < end)[:, None]
+        v = v_tiles.load([place, 0])
+        sums = tl.dot(weights, tl.where(exists, v, 0.0).to(v.dtype), sums * kept[:, None])
+        place = next_place
+    return sums, peak, tl.max(total, axis=1)
+
+
+@triton.jit(do_not_specialize=["num_decodes", "num_seqs", "max_blocks", "cache_rows"])
+def _prefill_kernel(
+    out, qkv, k_cache, v_cache, cu_seqlens, context_lens, block_tables,
+    num_decodes, num_seqs, max_blocks, log2_scale, cache_rows,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """What `_attention_kernel` does for prompts, on Hopper; of the cache's rows, one per token and KV head, there are
+    `cache_rows`."""
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    kv_head = tl.program_id(1)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most keys begin, so that none ends long after all
+    sequence, first_tile = _find_sequence(tile, cu_seqlens, num_decodes, num_seqs, GROUP, BLOCK_M)
+    first_token = tl.load(cu_seqlens + sequence)
+    first_row = (tile - first_tile) * BLOCK_M
+    count = tl.load(cu_seqlens + sequence + 1) - first_token
+    if first_row < count * GROUP:
+        past = tl.load(context_lens + sequence) - count
+        row = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+        real = row < count * GROUP
+        row = tl.minimum(row, count * GROUP - 1)
+        q = _load_queries(qkv, first_token * GROUP + row, kv_head, HEADS, KV_HEADS, D, DIM, OPERAND)
+        position = past + row // GROUP
+        seen_by_all = past + first_row // GROUP + 1
+        end = past + tl.minimum((first_row + BLOCK_M - 1) // GROUP + 1, count)
+        block_table = block_tables + sequence.to(tl.int64) * max_blocks
+        k_tiles = tl.make_tensor_descriptor(k_cache, [cache_rows, D], [D, 1], [TILE, DIM])
+        v_tiles = tl.make_tensor_descriptor(v_cache, [cache_rows, D], [D, 1], [TILE, DIM])
+        sums, peak, total = _attend_split(
+            q, k_tiles, v_tiles, block_table, kv_head, position, 0, seen_by_all, tl.minimum(end, SPLIT), log2_scale,
+            KV_HEADS, BLOCK_SIZE, TILE,
+        )  # fmt: skip
+        for first in range(SPLIT, end, SPLIT):
             more_sums, more_peak, more_total = _attend_split(
-                q, k_cache, v_cache, k_scales, v_scales, block_table, kv_head, position, first, seen_by_all, end,
-                log2_scale, KV_HEADS, D, BLOCK_SIZE, TILE, SPLIT, ONE_LOOP,
+                q, k_tiles, v_tiles, block_table, kv_head, position, first, seen_by_all,
+                tl.minimum(end, first + SPLIT), log2_scale, KV_HEADS, BLOCK_SIZE, TILE,
             )  # fmt: skip
             sums, peak, total = _merge(sums, peak, total, more_sums, more_peak, more_total)
         _store_attended(out, sums, total, first_token * GROUP + row, real, kv_head, HEADS, KV_HEADS, D, DIM)
@@ -281,7 +417,8 @@ def _attention_kernel(
 def _split_kernel(
     partials, qkv, k_cache, v_cache, k_scales, v_scales, context_lens, block_tables, num_splits, max_blocks, log2_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, ONE_LOOP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BY_TOKEN: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, FLAT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One split of one decode and KV head: its state to partials [decodes, H, num_splits, D + 2]."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -295,9 +432,10 @@ def _split_kernel(
         row = tl.minimum(row, GROUP - 1)
         q = _load_queries(qkv, sequence * GROUP + row, kv_head, HEADS, KV_HEADS, D, DIM, OPERAND)
         position = tl.full([BLOCK_M], 0, tl.int32) + (end - 1)
-        sums, peak, total = _attend_split(
+        sums, peak, total = _attend(
             q, k_cache, v_cache, k_scales, v_scales, block_tables + sequence.to(tl.int64) * max_blocks, kv_head,
-            position, split * SPLIT, end, end, log2_scale, KV_HEADS, D, BLOCK_SIZE, TILE, SPLIT, ONE_LOOP,
+            position, split * SPLIT, end, tl.minimum(end, split * SPLIT + SPLIT), log2_scale,
+            KV_HEADS, D, BLOCK_SIZE, BY_TOKEN, TILE, SPLIT, FLAT,
         )  # fmt: skip
         d = tl.arange(0, DIM)
         start = partials + ((sequence * HEADS + kv_head * GROUP + row).to(tl.int64) * num_splits + split) * (D + 2)
@@ -310,9 +448,12 @@ def _split_kernel(
 def _merge_kernel(
     out, partials, context_lens, num_splits,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """The states of one decode and KV head, merged in ascending order as `_attention_kernel` does."""
+    """The states of one decode and KV head, merged in ascending order as `_attention_kernel` does.
+
+    AT_ONCE: so many are loaded before the first of them is merged; what is past the end merges as a state of no keys.
+    """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     kv_head = tl.program_id(0)
     sequence = tl.program_id(1)
@@ -322,34 +463,62 @@ def _merge_kernel(
     d = tl.arange(0, DIM)
     start = partials + (sequence * HEADS + kv_head * GROUP + row).to(tl.int64) * num_splits * (D + 2)
     sums, peak, total = _empty_state(BLOCK_M, DIM)
-    for split in range(0, tl.cdiv(tl.load(context_lens + sequence), SPLIT)):
-        at = start + split * (D + 2)
-        more_sums = tl.load(at[:, None] + d[None, :], mask=_head_mask(d, D, DIM)[None, :], other=0.0)
-        sums, peak, total = _merge(sums, peak, total, more_sums, tl.load(at + D), tl.load(at + D + 1))
+    num_used = tl.cdiv(tl.load(context_lens + sequence), SPLIT)
+    for first in range(0, num_used, AT_ONCE):
+        for split in tl.static_range(AT_ONCE):
+            used = tl.full([BLOCK_M], first + split, tl.int32) < num_used
+            at = start + (first + split) * (D + 2)
+            inside = used[:, None] & _head_mask(d, D, DIM)[None, :]
+            more_sums = tl.load(at[:, None] + d[None, :], mask=inside, other=0.0)
+            more_peak = tl.load(at + D, mask=used, other=float("-inf"))
+            sums, peak, total = _merge(
+                sums, peak, total, more_sums, more_peak, tl.load(at + D + 1, mask=used, other=0.0)
+            )
     _store_attended(out, sums, total, sequence * GROUP + row, real, kv_head, HEADS, KV_HEADS, D, DIM)
 
 
 # The launcher
 
 
+def split_keys() -> int:
+    """Keys of a split on the active target."""
+    return SPLIT if target().is_cpu else GPU_SPLIT
+
+
 def tiles(target: Target, heads: HeadLayout, cache: KVBlocks, query_len: int) -> dict[str, Any]:
     """Tile rule. The tile of keys follows from the block size alone: 64 keys, or the block where that is smaller.
 
     On a CPU the query tile fits the rows there are, up to 32 (see linear.py on why it may depend on them there): with
-    64, the tiles of a head of 128 leave the first cache (512 tokens, 16 heads: 26 ms on a core, with 32 15.6). On a
-    GPU it is 64 rows for prompts and decodes alike, so that a token has the same bits in both.
+    64, the tiles of a head of 128 leave the first cache (512 tokens, 16 heads: 26 ms on a core, with 32 15.6). On an
+    NVIDIA GPU it is 16 rows for decodes, with 2 warps, so that many programs have loads under way (an H200: 64 decodes
+    of 4096 keys at 4.3 TB/s; 64 rows 3.9), and 64 for prompts. AMD's matrix instructions differ by tile: 64 for both.
     """
     shape: dict[str, Any] = {"DIM": next_power_of_2(heads.head_dim), "TILE": min(cache.block_size, 64)}
     rows = next_power_of_2(heads.group * query_len)
     if target.is_cpu:
         # one size for decodes, two for prompts: every size is a compilation of 0.3 s
         return {**shape, "BLOCK_M": rows if query_len == 1 else 16 if rows <= 16 else 32}
+    small = cache.k_cache.dtype in ("bfloat16", "float16") and shape["DIM"] <= 128
+    if target.kind == "cuda" and query_len == 1:
+        shape["BLOCK_M"] = max(16, next_power_of_2(heads.group))
+        few = small and shape["BLOCK_M"] == 16
+        return {**shape, "num_warps": 2 if few else 4, "num_stages": 4 if few else 2}
     shape["BLOCK_M"] = max(64, next_power_of_2(heads.group))
     # Without wgmma, and where int8 is converted on its way, 4 warps or a second stage spill registers.
-    int8 = cache.k_cache.dtype == "int8"
-    if target.kind == "cuda" and (int8 or (target.arch == 80 and shape["DIM"] > 64)):
+    if target.kind == "cuda" and (not small or (target.arch == 80 and shape["DIM"] > 64)):
         return {**shape, "num_warps": 8, "num_stages": 1}
     return {**shape, "num_warps": 4, "num_stages": 2 if target.kind == "cuda" else 1}
+
+
+def prefill_tiles(target: Target, heads: HeadLayout, cache: KVBlocks, operand: str) -> dict[str, Any] | None:
+    """The tile rule of `_prefill_kernel`, or None where it can't be used."""
+    dim, rows = next_power_of_2(heads.head_dim), max(128, next_power_of_2(heads.group))
+    hopper = target.kind == "cuda" and target.arch == 90
+    if not hopper or operand != cache.k_cache.dtype or operand not in ("bfloat16", "float16") or dim > 128:
+        return None
+    if cache.block_size < 64 or heads.head_dim % 8 or rows > 128:  # 16 bytes, the unit of descriptors
+        return None
+    return {"DIM": dim, "TILE": 64, "BLOCK_M": rows, "num_warps": 8, "num_stages": 3}
 
 
 def splits_in_parallel(target: Target, num_decodes: int, heads: HeadLayout, num_splits: int) -> bool:
@@ -359,7 +528,7 @@ def splits_in_parallel(target: Target, num_decodes: int, heads: HeadLayout, num_
 
 def workspace_shape(max_decodes: int, heads: HeadLayout, max_context: int) -> tuple[int, int, int, int]:
     """The shape of the float32 workspace for steps of up to `max_decodes` decodes of up to `max_context` tokens."""
-    return (max_decodes, heads.num_heads, cdiv(max_context, SPLIT), heads.head_dim + 2)
+    return (max_decodes, heads.num_heads, cdiv(max_context, split_keys()), heads.head_dim + 2)
 
 
 def paged_attention(
@@ -381,7 +550,8 @@ def paged_attention(
     here = target()
     common = {
         "HEADS": heads.num_heads, "KV_HEADS": heads.num_kv_heads, "D": heads.head_dim, "BLOCK_SIZE": cache.block_size,
-        "SPLIT": SPLIT, "OPERAND": operand_dtype(here, qkv), "ONE_LOOP": here.is_cpu,
+        "BY_TOKEN": cache.keys_by_token, "SPLIT": split_keys(), "OPERAND": operand_dtype(here, qkv),
+        "FLAT": not here.is_cpu,
     }  # fmt: skip
     log2_scale = scale * 1.4426950408889634  # exp(x) = 2^(x log2(e))
     max_blocks = batch.block_tables.shape[1]
@@ -394,10 +564,16 @@ def paged_attention(
     else:
         launch(_attention_kernel, (batch.num_decodes, heads.num_kv_heads), *walked, **common, **rule, DECODE=True)
     if batch.num_seqs > batch.num_decodes:
-        rule = tiles(here, heads, cache, batch.max_query_len)
+        quick = prefill_tiles(here, heads, cache, qkv.dtype)
+        rule = quick or tiles(here, heads, cache, batch.max_query_len)
         rows = (qkv.shape[0] - batch.num_decodes) * heads.group
-        query_tiles = rows // rule["BLOCK_M"] + batch.num_seqs - batch.num_decodes
-        launch(_attention_kernel, (query_tiles, heads.num_kv_heads), *walked, **common, **rule, DECODE=False)
+        grid = (rows // rule["BLOCK_M"] + batch.num_seqs - batch.num_decodes, heads.num_kv_heads)
+        if quick:
+            del common["BY_TOKEN"], common["FLAT"]
+            inputs = (out, qkv, cache.k_cache, cache.v_cache, *walked[6:])
+            launch(_prefill_kernel, grid, *inputs, prod(cache.v_cache.shape[:3]), **common, **rule)
+        else:
+            launch(_attention_kernel, grid, *walked, **common, **rule, DECODE=False)
 
 
 def _check(out: TensorView, qkv: TensorView, batch: AttentionBatch, heads: HeadLayout, block_size: int) -> None:
@@ -423,8 +599,9 @@ def _launch_splits(
         raise ValueError(f"the workspace has {prod(workspace.shape)} elements; {splits} splits need {needed}")
     inputs = (*read, batch.context_lens, batch.block_tables, splits, batch.block_tables.shape[1])
     launch(_split_kernel, (splits, kv_heads, batch.num_decodes), workspace, *inputs, log2_scale, **constexprs)
-    walking = ("BLOCK_SIZE", "TILE", "OPERAND", "ONE_LOOP")
+    walking = ("BLOCK_SIZE", "BY_TOKEN", "TILE", "OPERAND", "FLAT")
     merging = {name: value for name, value in constexprs.items() if name not in walking}
+    merging["AT_ONCE"] = 8 if constexprs["FLAT"] else 1
     launch(_merge_kernel, (kv_heads, batch.num_decodes), out, workspace, batch.context_lens, splits, **merging)
 
 

@@ -13,6 +13,7 @@ width could change the order of a sum (see DESIGN.md, "A token does not depend o
 import ctypes
 import functools
 import os
+import threading
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 # Triton 3.10 stops contracting a * b + c by default: slower on GPUs, and other bits than before.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+import triton
 import triton.language as tl
 from triton import knobs
 from triton.runtime import driver
@@ -229,23 +231,48 @@ def row_block(target: Target, width: int, limit: int) -> int:
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constexprs: Any) -> None:
     """Run `kernel` on every program of `grid`; nothing happens where the grid is empty.
 
-    Arguments are `TensorView`s, DLPack tensors, numbers or None.
+    Arguments are `TensorView`s, DLPack tensors, numbers or None. A kernel's constexprs come after its arguments.
     """
     if 0 in grid:
         return
     ready = [view(argument) if hasattr(argument, "__dlpack__") else argument for argument in arguments]
-    if not target().is_cpu:
-        _launch_by_jit(kernel, grid, ready, constexprs)
-        return
-    key = (kernel, *map(_variant, ready), *constexprs.items())
-    compiled = _compiled.get(key)
-    if compiled is None:
+    variant = _cpu_variant if target().is_cpu else _gpu_variant
+    key = (kernel, *map(variant, ready), *constexprs.items())
+    found = _compiled.get(key)
+    if found is None:
+        _lend_scratch()
         compiled = _launch_by_jit(kernel, grid, ready, constexprs)
         if compiled is not None:  # Triton's interpreter compiles nothing
-            _compiled[key] = compiled
+            constants = [constexprs[name] for name in kernel.arg_names[len(ready) :]]
+            _compiled[key] = (compiled, constants)
         return
-    # Past the JIT, which would look at every argument again for 8 us. No stream, no hooks on a CPU.
-    compiled.run(*grid, *_ONES[len(grid) :], 0, compiled.function, compiled.packed_metadata, None, None, None, *ready)
+    # Past the JIT, which would look at every argument again for 8 us.
+    compiled, constants = found
+    stream = driver.active.get_current_stream(driver.active.get_current_device())
+    programs = (*grid, *_ONES[len(grid) :])
+    _lend_scratch()
+    compiled.run(*programs, stream, compiled.function, compiled.packed_metadata, None, None, None, *ready, *constants)
+
+
+def provide_scratch(memory: Any) -> None:
+    """Give kernels on a GPU memory for tensor descriptors, which programs make for themselves and forget at their end:
+    a tensor of bytes, which all launches of the process use in turn, as they do the stream."""
+    global _scratch
+    _scratch = view(memory)
+
+
+def _lend_scratch() -> None:
+    """Have Triton take scratch memory from what was provided; it asks in every thread anew."""
+    if _scratch is not None and not getattr(_lent, "done", False):
+        triton.set_allocator(_take_scratch)
+        _lent.done = True
+
+
+def _take_scratch(nbytes: int, alignment: int, stream: int | None) -> TensorView:
+    if _scratch is None or nbytes > _scratch.nbytes:
+        have = 0 if _scratch is None else _scratch.nbytes
+        raise MemoryError(f"a kernel needs {nbytes} bytes of scratch memory, {have} were provided")
+    return _scratch
 
 
 def _launch_by_jit(kernel: Any, grid: tuple[int, ...], arguments: list[Any], constexprs: dict[str, Any]) -> Any:
@@ -261,14 +288,25 @@ def _launch_by_jit(kernel: Any, grid: tuple[int, ...], arguments: list[Any], con
         raise OSError(error.errno, message, error.filename) from error
 
 
-_compiled: dict[tuple, Any] = {}  # CPU kernels by source, argument variants and constexprs
+_compiled: dict[tuple, tuple[Any, list[Any]]] = {}  # kernels and their constexprs, by all that distinguishes them
 _ONES = (1, 1, 1)
+_scratch: TensorView | None = None
+_lent = threading.local()
 
 
-def _variant(argument: Any) -> Any:
+def _cpu_variant(argument: Any) -> Any:
     """What Triton's JIT distinguishes arguments by: element types, the integer 1, widths of other integers, None."""
     if isinstance(argument, TensorView):
         return argument.dtype
     if type(argument) is int and argument != 1:
         return -(2**31) <= argument < 2**31, argument < 2**63
     return argument if type(argument) is int else type(argument)
+
+
+def _gpu_variant(argument: Any) -> Any:
+    """The same for GPUs, where multiples of 16 are something else, too: there, loads may take 16 bytes."""
+    if isinstance(argument, TensorView):
+        return argument.dtype, argument.pointer % 16 == 0
+    if type(argument) is int:
+        return _cpu_variant(argument), argument % 16 == 0
+    return type(argument)

@@ -12,7 +12,7 @@ Layout: x, out, residual, delta [T, K] row-major; weight [K] float32. All arithm
     one program = one row          | BLOCK | BLOCK | BLOCK | ... |     K elements
 
 A program walks its row twice in chunks of BLOCK: first for the sum of squares, one partial sum per lane, then to scale.
-The second walk finds the row in the cache (or, on a GPU, where BLOCK covers the row, in registers).
+The second walk finds the row in the cache. Where BLOCK covers the row, as on GPUs, it stays in registers in between.
 Cost: T*K reads and writes, bandwidth bound. The order of the sum depends on K alone.
 """
 
@@ -33,6 +33,7 @@ def _rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64) * K
     lanes = tl.arange(0, BLOCK)
     squares = tl.zeros([BLOCK], tl.float32)
+    values = squares
     for start in range(0, K, BLOCK):
         columns = start + lanes  # [BLOCK]
         values = _row_chunk(x, residual, delta, row, columns, K, BLOCK)
@@ -41,7 +42,8 @@ def _rms_norm_kernel(
     for start in range(0, K, BLOCK):
         columns = start + lanes
         inside = _inside(columns, K, BLOCK)
-        values = _row_chunk(x, residual, delta, row, columns, K, BLOCK)
+        if BLOCK < K:
+            values = _row_chunk(x, residual, delta, row, columns, K, BLOCK)
         if residual is not None:
             tl.store(residual + row + columns, values.to(residual.dtype.element_ty), mask=inside)
         gains = tl.load(weight + columns, mask=inside)

@@ -10,12 +10,16 @@ Some families (Qwen3) first divide every head of q and k by its root mean square
 
     qkv [T, (H + 2 KVH) * D]    | q: H heads | k: KVH heads | v: KVH heads |     q is turned in place, k on its way
                                                                                  into the cache, v is only copied
-    k_cache [blocks, KVH, D, block_size]    transposed: q.k reads along the tokens of a block
+    k_cache [blocks, KVH, D, block_size]    transposed for CPUs: q.k reads along the tokens of a block
+            [blocks, KVH, block_size, D]    by token for GPUs: written 16 bytes at a time; tensor cores read either
     v_cache [blocks, KVH, block_size, D]                p.v reads along a token's vector
     slots [T]: block * block_size + offset, or -1 for a token that is not kept
 
-One program takes one token and one KV head, with the H / KVH query heads that share it. fp32 arithmetic, one rounding
-to the cache's type. Cost: one pass over qkv and over the new tokens' part of the cache, bandwidth bound.
+One program takes ROWS pairs of token and KV head, with the H / KVH query heads that share it: one on a CPU, on a GPU as
+many as keep enough loads in flight. fp32 arithmetic, one rounding to the cache's type. Cost: one pass over qkv and over
+the new tokens' part of the cache, bandwidth bound.
+
+    rows   token 0, KV head 0 | token 0, KV head 1 | ... | token 1, KV head 0 | ...        each [D / 2] pairs wide
 
 An int8 cache keeps, for the key and for the value of every token and KV head, a float32 scale beside the blocks:
 
@@ -24,14 +28,14 @@ An int8 cache keeps, for the key and for the value of every token and KV head, a
 so a token takes D + 4 bytes for each of the two: a head of 64 53 % of what bfloat16 takes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import triton
 import triton.language as tl
 
-from fastdeploy.kernels.launch import FLOATS, TensorView, expect, launch, next_power_of_2, target, view
+from fastdeploy.kernels.launch import FLOATS, Target, TensorView, cdiv, expect, launch, next_power_of_2, target, view
 
 CACHE_DTYPES = (*FLOATS, "int8")
 
@@ -68,17 +72,19 @@ class KVBlocks:
 
     k_cache [blocks, KVH, D, block_size], v_cache [blocks, KVH, block_size, D], of one of `CACHE_DTYPES`.
     k_scales, v_scales [blocks, KVH, block_size] float32: the scale of a token's elements in int8; None in floats.
+    keys_by_token: k_cache is laid out as v_cache is; as `by_token` says for the active target, if not given.
     """
 
     k_cache: TensorView
     v_cache: TensorView
     k_scales: TensorView | None = None
     v_scales: TensorView | None = None
+    keys_by_token: bool = field(default_factory=lambda: by_token(target()))
 
     @property
     def block_size(self) -> int:
         """Tokens in a block."""
-        return self.k_cache.shape[-1]
+        return self.v_cache.shape[-2]
 
     def tensors(self) -> tuple[TensorView | None, ...]:
         """In the order in which kernels take them."""
@@ -87,7 +93,8 @@ class KVBlocks:
     def expect(self, heads: HeadLayout) -> None:
         """Check that shapes and types fit each other and the layer's heads."""
         expect("k_cache", self.k_cache, self.k_cache.shape, *CACHE_DTYPES)
-        fields = cache_fields(heads, self.k_cache.shape[0], self.block_size, self.k_cache.dtype)
+        sizes = (self.k_cache.shape[0], self.block_size, self.k_cache.dtype)
+        fields = cache_fields(heads, *sizes, keys_by_token=self.keys_by_token)
         for name in ("k_scales", "v_scales"):
             if (getattr(self, name) is None) == (name in fields):
                 wanted = "needs" if name in fields else "has no use for"
@@ -96,12 +103,18 @@ class KVBlocks:
             expect(name, getattr(self, name), shape, dtype)
 
 
-def cache_fields(heads: HeadLayout, blocks: int, block_size: int, dtype: str) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of the tensors of `KVBlocks`, by name."""
-    fields: dict[str, tuple[tuple[int, ...], str]] = {
-        "k_cache": ((blocks, heads.num_kv_heads, heads.head_dim, block_size), dtype),
-        "v_cache": ((blocks, heads.num_kv_heads, block_size, heads.head_dim), dtype),
-    }
+def by_token(target: Target) -> bool:
+    """Whether keys lie as values do, a token's vector in one piece."""
+    return not target.is_cpu
+
+
+def cache_fields(
+    heads: HeadLayout, blocks: int, block_size: int, dtype: str, keys_by_token: bool | None = None
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of the tensors of `KVBlocks`, by name; `keys_by_token` as there."""
+    values = (blocks, heads.num_kv_heads, block_size, heads.head_dim)
+    keys = values if (by_token(target()) if keys_by_token is None else keys_by_token) else (*values[:2], *values[:1:-1])
+    fields: dict[str, tuple[tuple[int, ...], str]] = {"k_cache": (keys, dtype), "v_cache": (values, dtype)}
     if dtype == "int8":
         per_token = ((blocks, heads.num_kv_heads, block_size), "float32")
         fields |= {"k_scales": per_token, "v_scales": per_token}
@@ -109,30 +122,20 @@ def cache_fields(heads: HeadLayout, blocks: int, block_size: int, dtype: str) ->
 
 
 @triton.jit
-def _to_int8(a, b):
-    """float32 [PAIRS] each, together one head, as int8 values, and their scale.
+def _to_int8(scales, a, b, kept):
+    """float32 [ROWS, PAIRS] each, together a head a row, as int8 values; stores their scales to `scales`, [ROWS].
 
     Halves are rounded away from zero. A head with NaN or infinities has the scale NaN: int8 has no way to say so, and
     tl.max looks past them.
     """
-    largest = tl.max(tl.maximum(tl.abs(a), tl.abs(b)), axis=0)
+    largest = tl.max(tl.maximum(tl.abs(a), tl.abs(b)), axis=1)
     # Below 1e-30 the reciprocal nears float32's end, and beside any other key or value these are zeros.
-    inverse = tl.where(largest > 1e-30, 127.0 / largest, 0.0)
-    scale = largest * (1.0 / 127.0) + tl.sum(a * 0.0 + b * 0.0, axis=0)  # NaN for those, else 0
+    inverse = tl.where(largest > 1e-30, 127.0 / largest, 0.0)[:, None]
+    tl.store(scales, largest * (1.0 / 127.0) + tl.sum(a * 0.0 + b * 0.0, axis=1), mask=kept)  # NaN for those, else + 0
     a, b = a * inverse, b * inverse
     a = (a + tl.where(a < 0, -0.5, 0.5)).to(tl.int32)
     b = (b + tl.where(b < 0, -0.5, 0.5)).to(tl.int32)
-    return a, b, scale
-
-
-@triton.jit
-def _store_head(cache, scale_place, a, b, first, second, inside):
-    """Store float32 a at cache + first and b at cache + second; of int8, their scale to `scale_place`."""
-    if scale_place is not None:
-        a, b, scale = _to_int8(a, b)
-        tl.store(scale_place, scale)
-    tl.store(cache + first, a.to(cache.dtype.element_ty), mask=inside)
-    tl.store(cache + second, b.to(cache.dtype.element_ty), mask=inside)
+    return a, b
 
 
 @dataclass(frozen=True)
@@ -147,59 +150,94 @@ class HeadNorms:
     eps: float
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _rope_and_cache_kernel(
-    qkv, positions, slots, cos, sin, q_norm, k_norm, eps, k_cache, v_cache, k_scales, v_scales,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    INTERLEAVED: tl.constexpr, PAIRS: tl.constexpr,
+    qkv, positions, slots, cos, sin, q_norm, k_norm, eps, k_cache, v_cache, k_scales, v_scales, count,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BY_TOKEN: tl.constexpr,
+    INTERLEAVED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
+    """WHOLE: heads are loaded and stored in one piece and cut into pairs in registers, as interleaved ones on a GPU,
+    where a thread should read 16 bytes that lie together."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    token = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
-    position = tl.load(positions + token).to(tl.int64)
-    pair = tl.arange(0, PAIRS)  # [PAIRS], PAIRS >= D / 2
-    inside = pair < D // 2 if PAIRS != D // 2 else tl.full([PAIRS], True, tl.int1)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    real = row < count * KV_HEADS if ROWS > 1 else tl.full([ROWS], True, tl.int1)
+    token = row // KV_HEADS
+    kv_head = row % KV_HEADS
+    pair = tl.arange(0, PAIRS)[None, :]  # [1, PAIRS], PAIRS >= D / 2
+    inside = real[:, None] & (pair < D // 2 if PAIRS != D // 2 else tl.full([1, PAIRS], True, tl.int1))
     first = pair * 2 if INTERLEAVED else pair
     second = first + 1 if INTERLEAVED else pair + D // 2
-    cosines = tl.load(cos + position * (D // 2) + pair, mask=inside, other=0.0)
-    sines = tl.load(sin + position * (D // 2) + pair, mask=inside, other=0.0)
+    angle = tl.load(positions + token, mask=real, other=0).to(tl.int64)[:, None] * (D // 2) + pair
+    cosines = tl.load(cos + angle, mask=inside, other=0.0)
+    sines = tl.load(sin + angle, mask=inside, other=0.0)
 
-    row = qkv + token * (HEADS + 2 * KV_HEADS) * D
+    start = token * (HEADS + 2 * KV_HEADS) * D
     for head in range(GROUP):
-        query = row + (kv_head * GROUP + head) * D
-        a, b = _load_pairs(query, first, second, inside, q_norm, eps, D)
-        tl.store(query + first, (a * cosines - b * sines).to(qkv.dtype.element_ty), mask=inside)
-        tl.store(query + second, (b * cosines + a * sines).to(qkv.dtype.element_ty), mask=inside)
+        query = qkv + (start + (kv_head * GROUP + head) * D)[:, None]  # [ROWS, 1]
+        a, b = _load_pairs(query, first, second, inside, q_norm, eps, D, WHOLE)
+        _store_pairs(query, a * cosines - b * sines, b * cosines + a * sines, first, second, inside, D, WHOLE)
 
-    slot = tl.load(slots + token)
-    if slot >= 0:
-        # The token's place in [blocks, KVH, block_size], int64: caches exceed 2^31 elements.
-        block = (slot // BLOCK_SIZE * KV_HEADS + kv_head) * BLOCK_SIZE
-        offset = slot % BLOCK_SIZE
-        key = row + (HEADS + kv_head) * D
-        a, b = _load_pairs(key, first, second, inside, k_norm, eps, D)
-        _store_head(
-            k_cache + block * D + offset, k_scales + block + offset if k_scales is not None else None,
-            a * cosines - b * sines, b * cosines + a * sines, first * BLOCK_SIZE, second * BLOCK_SIZE, inside,
-        )  # fmt: skip
-        value = row + (HEADS + KV_HEADS + kv_head) * D
-        a, b = _load_pairs(value, first, second, inside, None, eps, D)
-        _store_head(
-            v_cache + (block + offset) * D, v_scales + block + offset if v_scales is not None else None,
-            a, b, first, second, inside,
-        )  # fmt: skip
+    slot = tl.load(slots + token, mask=real, other=-1)
+    kept = slot >= 0
+    inside = inside & kept[:, None]
+    # A row's place in [blocks, KVH, block_size], int64: caches exceed 2^31 elements.
+    block = (slot // BLOCK_SIZE * KV_HEADS + kv_head) * BLOCK_SIZE
+    offset = slot % BLOCK_SIZE
+    place = block + offset
+    key = qkv + (start + (HEADS + kv_head) * D)[:, None]
+    a, b = _load_pairs(key, first, second, inside, k_norm, eps, D, WHOLE)
+    a, b = a * cosines - b * sines, b * cosines + a * sines
+    if k_scales is not None:
+        a, b = _to_int8(k_scales + place, a, b, kept)
+    if BY_TOKEN:
+        _store_pairs(k_cache + (place * D)[:, None], a, b, first, second, inside, D, WHOLE)
+    else:
+        column = k_cache + (block * D + offset)[:, None]
+        _store_pairs(column, a, b, first * BLOCK_SIZE, second * BLOCK_SIZE, inside, D, False)
+    value = qkv + (start + (HEADS + KV_HEADS + kv_head) * D)[:, None]
+    a, b = _load_pairs(value, first, second, inside, None, eps, D, WHOLE)
+    if v_scales is not None:
+        a, b = _to_int8(v_scales + place, a, b, kept)
+    _store_pairs(v_cache + (place * D)[:, None], a, b, first, second, inside, D, WHOLE)
 
 
 @triton.jit
-def _load_pairs(head, first, second, inside, norm, eps, D: tl.constexpr):
-    """The two elements of each rotary pair of a head, [PAIRS] float32 each, normalised if there is a norm's weight."""
-    a = tl.load(head + first, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(head + second, mask=inside, other=0.0).to(tl.float32)
+def _load_pairs(heads, first, second, inside, norm, eps, D: tl.constexpr, WHOLE: tl.constexpr):
+    """The two elements of each rotary pair of a head a row, [ROWS, PAIRS] float32 each, normalised if there is a norm's
+    weight."""
+    if WHOLE:
+        both = tl.arange(0, 2 * first.shape[1])[None, :]
+        row = tl.max(inside.to(tl.int32), axis=1)[:, None] > 0
+        x = tl.load(heads + both, mask=row & (both < D), other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(x, [x.shape[0], first.shape[1], 2]))
+    else:
+        a = tl.load(heads + first, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(heads + second, mask=inside, other=0.0).to(tl.float32)
     if norm is not None:
-        scale = tl.rsqrt(tl.sum(a * a + b * b, axis=0) / D + eps)
-        a = a * scale * tl.load(norm + first, mask=inside, other=0.0)
-        b = b * scale * tl.load(norm + second, mask=inside, other=0.0)
+        scale = tl.rsqrt(tl.sum(a * a + b * b, axis=1) / D + eps)[:, None]
+        a = a * scale * tl.load(norm + first, mask=first < D, other=0.0)
+        b = b * scale * tl.load(norm + second, mask=second < D, other=0.0)
     return a, b
+
+
+@triton.jit
+def _store_pairs(heads, a, b, first, second, inside, D: tl.constexpr, WHOLE: tl.constexpr):
+    """The elements of the pairs back to their heads."""
+    if WHOLE:
+        both = tl.arange(0, 2 * first.shape[1])[None, :]
+        row = tl.max(inside.to(tl.int32), axis=1)[:, None] > 0
+        tl.store(heads + both, tl.interleave(a, b).to(heads.dtype.element_ty), mask=row & (both < D))
+    else:
+        tl.store(heads + first, a.to(heads.dtype.element_ty), mask=inside)
+        tl.store(heads + second, b.to(heads.dtype.element_ty), mask=inside)
+
+
+def tiles(target: Target, head_dim: int) -> dict[str, int]:
+    """Tile rule: on a GPU 1024 pairs, 8 for each of 128 threads, which is 16 bytes a load of a half head."""
+    pairs = next_power_of_2(head_dim // 2)
+    if target.is_cpu:
+        return {"ROWS": 1, "PAIRS": pairs}
+    return {"ROWS": max(1, 1024 // pairs), "PAIRS": pairs, "num_warps": 4}
 
 
 def rope_and_cache(
@@ -229,14 +267,13 @@ def rope_and_cache(
         weights = (norms.query, norms.key, norms.eps)
         for weight in weights[:2]:
             expect("the norm of a head", weight, (heads.head_dim,), "float32")
-    rule = {"PAIRS": next_power_of_2(heads.head_dim // 2)}
-    if not target().is_cpu:
-        rule["num_warps"] = 1  # one warp holds a head
+    rule = tiles(target(), heads.head_dim)
     inputs = (qkv, positions, slots, cos, sin, *weights)
     launch(
-        _rope_and_cache_kernel, (count, heads.num_kv_heads), *inputs, *cache.tensors(),
+        _rope_and_cache_kernel, (cdiv(count * heads.num_kv_heads, rule["ROWS"]),), *inputs, *cache.tensors(), count,
         HEADS=heads.num_heads, KV_HEADS=heads.num_kv_heads, D=heads.head_dim,
-        BLOCK_SIZE=cache.block_size, INTERLEAVED=heads.interleaved, **rule,
+        BLOCK_SIZE=cache.block_size, BY_TOKEN=cache.keys_by_token, INTERLEAVED=heads.interleaved,
+        WHOLE=heads.interleaved and not target().is_cpu, **rule,
     )  # fmt: skip
 
 

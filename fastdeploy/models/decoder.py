@@ -206,7 +206,8 @@ class Decoder:
         fields = cache_fields(self.heads, num_blocks, block_size, dtype).items()
 
         def layer() -> KVBlocks:
-            return KVBlocks(**{name: view(self.device.empty(shape, type_)) for name, (shape, type_) in fields})
+            memory = {name: view(self.device.empty(shape, type_)) for name, (shape, type_) in fields}
+            return KVBlocks(memory["k_cache"], memory["v_cache"], memory.get("k_scales"), memory.get("v_scales"))
 
         return KVCache([layer() for _ in range(self.config.num_layers)], dtype)
 

@@ -15,12 +15,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fastdeploy.kernels import logprobs, sampling
+from fastdeploy.kernels import launch as launch_module
+from fastdeploy.kernels import logprobs
 from fastdeploy.kernels.activation import silu_mul
 from fastdeploy.kernels.attention import AttentionBatch, paged_attention
 from fastdeploy.kernels.embedding import embedding, gather_rows, resolve_ids
 from fastdeploy.kernels.launch import TensorView, target
-from fastdeploy.kernels.linear import LinearWeight, default_panel, linear, pack, packed_shape
+from fastdeploy.kernels.linear import LinearWeight, default_panel, gated_linear, linear, pack, packed_shape
 from fastdeploy.kernels.logprobs import LogprobOutputs, LogprobWorkspace, token_logprobs
 from fastdeploy.kernels.moe import ExpertWeights, Routing, combine, grouped_linear, padded, route, routing_fields
 from fastdeploy.kernels.norm import add_rms_norm, rms_norm
@@ -35,7 +36,7 @@ from fastdeploy.kernels.quantised import (
     rows_fields,
 )
 from fastdeploy.kernels.rope import HeadLayout, HeadNorms, KVBlocks, cache_fields, rope_and_cache
-from fastdeploy.kernels.sampling import SamplingState, SamplingWorkspace, sample
+from fastdeploy.kernels.sampling import SamplingState, allocate_workspace, sample
 
 # target, bytes of shared memory that one program may use
 TARGETS = {
@@ -77,6 +78,7 @@ def gpu(request, monkeypatch):
     found, shared_limit = TARGETS[request.param]
     kernels = []
     monkeypatch.setattr(driver, "_active", CompileOnly(found, 1000 + list(TARGETS).index(request.param)))
+    monkeypatch.setattr(launch_module, "_scratch", tensor(1 << 20, dtype="uint8"))
     monkeypatch.setattr(triton.knobs.amd, "use_buffer_ops", False)  # in Triton 3.6 it wants to ask PyTorch for sizes
     load = triton.compiler.CompiledKernel._init_handles
 
@@ -103,6 +105,12 @@ def weight(rows, width, dtype="bfloat16", bias=False):
 def run_linear(rows, out_features, in_features, dtype="bfloat16", bias=False):
     x, out = tensor(rows, in_features, dtype=dtype), tensor(rows, out_features, dtype=dtype)
     linear(out, x, weight(out_features, in_features, dtype, bias))
+
+
+def run_gated(rows, intermediate=3072, width=1024):
+    x, out, both = tensor(rows, width), tensor(rows, intermediate), weight(2 * intermediate, width, bias=True)
+    if not gated_linear(out, x, both):
+        linear(tensor(rows, 2 * intermediate), x, both)
 
 
 def run_quantised(kind):
@@ -173,7 +181,7 @@ def run_sample(vocabulary):
         edit_bias=tensor(rows, edits, dtype="float32"),
         edit_seen=tensor(rows, edits, dtype="int32"),
     )
-    workspace = SamplingWorkspace(**fields(sampling.workspace_fields(rows, vocabulary, edits)))
+    workspace = allocate_workspace(lambda shape, dtype: tensor(*shape, dtype=dtype), rows, vocabulary, edits)
     sample(*integers(1), tensor(rows, vocabulary, dtype="float32"), *integers(3), state, workspace)
 
 
@@ -209,6 +217,14 @@ LLAMA3 = HeadLayout(32, 8, 128)
 LAUNCHES = {
     "linear, small": lambda: run_linear(1, 576, 576),
     "linear, large, bias": lambda: run_linear(TOKENS, 14336, 4096, bias=True),
+    "linear, 16 rows": lambda: run_linear(16, 4096, 4096),
+    "linear, 64 rows, bias": lambda: run_linear(64, 4096, 4096, bias=True),
+    "linear, 256 rows": lambda: run_linear(256, 6144, 1024),
+    "linear, 4096 rows, bias": lambda: run_linear(4096, 14336, 4096, bias=True),
+    "linear, long rows": lambda: run_linear(4096, 4096, 14336),
+    "gated linear, 16 rows": lambda: run_gated(16),
+    "gated linear, 64 rows": lambda: run_gated(64),
+    "gated linear, 4096 rows": lambda: run_gated(4096),
     "linear, odd width": lambda: run_linear(TOKENS, 100, 72),
     "linear, float16": lambda: run_linear(TOKENS, 1536, 576, "float16"),
     "pack": run_pack,

@@ -102,7 +102,7 @@ def test_logits_with_a_cache_of_any_type_equal_the_reference(kv_cache_dtype, tol
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "float32", "bfloat16", "int8"])
 def test_a_block_takes_the_bytes_that_are_allocated_for_it(kv_cache_dtype):
     steps = load(UNTIED, "float16", kv_cache_dtype=kv_cache_dtype)
-    tensors = [part for layer in steps.cache.layers for part in vars(layer).values() if part is not None]
+    tensors = [part for layer in steps.cache.layers for part in layer.tensors() if part is not None]
     allocated = sum(math.prod(tensor.shape) * ITEM_SIZES[tensor.dtype] for tensor in tensors)
     assert allocated == 4 * MAX_BLOCKS * steps.model.cache_bytes_per_block(BLOCK_SIZE, kv_cache_dtype)
 
