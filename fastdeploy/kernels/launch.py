@@ -228,6 +228,22 @@ def row_block(target: Target, width: int, limit: int) -> int:
     return divisor if divisor >= 16 else min(next_power_of_2(width), limit)
 
 
+@triton.jit
+def wait_for_inputs(EARLY: tl.constexpr):
+    """What a kernel begins with that `early` may have launched before its predecessor has ended: it waits for that, and
+    lets its successor be launched in turn."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def early(target: Target) -> dict[str, bool]:
+    """Constants of a kernel that begins with `wait_for_inputs`. On Hopper its programs are brought to the processor
+    while those of the kernel before are at work ("programmatic dependent launch"), which hides what a launch costs."""
+    on_hopper = target.kind == "cuda" and target.arch == 90
+    return {"EARLY": True, "launch_pdl": True} if on_hopper else {"EARLY": False}
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constexprs: Any) -> None:
     """Run `kernel` on every program of `grid`; nothing happens where the grid is empty.
 

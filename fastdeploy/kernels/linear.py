@@ -46,12 +46,14 @@ from fastdeploy.kernels.launch import (
     Target,
     TensorView,
     cdiv,
+    early,
     expect,
     launch,
     next_power_of_2,
     operand_dtype,
     target,
     view,
+    wait_for_inputs,
 )
 from fastdeploy.kernels.quantised import QuantisedWeight, quantised_linear
 
@@ -170,9 +172,11 @@ def tiles(target: Target, rows: int, weight: LinearWeight) -> dict[str, Any]:
 def _skinny_kernel(
     y, x, weight, bias, rows, N, K,
     GATED: tl.constexpr, SWAPPED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """SWAPPED: y.T = W x.T, where 16 rows are enough for a tensor core whose left operand has 64. GATED: half of a
     tile's features are gate's, the other half up's."""
+    wait_for_inputs(EARLY)
     FEATURES: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N  # of y
     row_blocks = tl.cdiv(rows, BLOCK_M)
     first = tl.program_id(0) // row_blocks * FEATURES
@@ -217,9 +221,10 @@ def _swiglu(gate, up):
 def _persistent_kernel(
     y, x, weight, bias, rows, N, K,
     GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    HALVES: tl.constexpr,
+    HALVES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """HALVES: a tile is stored in so many parts, because its copy in shared memory takes room from loads."""
+    wait_for_inputs(EARLY)
     x_tiles = tl.make_tensor_descriptor(x, [rows, K], [K, 1], [BLOCK_M, BLOCK_K])  # zeros past the end
     weight_tiles = tl.make_tensor_descriptor(weight, [2 * N if GATED else N, K], [K, 1], [BLOCK_N, BLOCK_K])
     y_tiles = tl.make_tensor_descriptor(y, [rows, N], [N, 1], [BLOCK_M, BLOCK_N // HALVES])
@@ -295,14 +300,14 @@ def _launch_on_hopper(here: Target, out: TensorView, x: TensorView, weight: Line
     tiles = cdiv(rows, rule["BLOCK_M"]) * cdiv(weight.out_features, rule["BLOCK_N"])
     arguments = (out, x, weight.data, weight.bias, rows, features, width)
     if rule.pop("kernel") == "skinny":
-        launch(_skinny_kernel, (tiles,), *arguments, GATED=gated, **rule)
+        launch(_skinny_kernel, (tiles,), *arguments, GATED=gated, **early(here), **rule)
         return
     if gated:  # the tile's weights are those of two smaller tiles
         rule["BLOCK_N"] //= 2
         rule["HALVES"] = 1
     elif width >= 8192 and out.dtype != "float32":
         rule["HALVES"] = 1  # a tile takes long, its end matters less than room for loads: 12 % faster at 14336
-    launch(_persistent_kernel, (min(tiles, here.parallelism),), *arguments, GATED=gated, **rule)
+    launch(_persistent_kernel, (min(tiles, here.parallelism),), *arguments, GATED=gated, **early(here), **rule)
 
 
 def gated_linear(out: Any, x: Any, weight: LinearWeight) -> bool:

@@ -22,14 +22,27 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from fastdeploy.kernels.launch import FLOATS, Target, TensorView, expect, launch, row_block, target, view
+from fastdeploy.kernels.launch import (
+    FLOATS,
+    Target,
+    TensorView,
+    early,
+    expect,
+    launch,
+    row_block,
+    target,
+    view,
+    wait_for_inputs,
+)
 from fastdeploy.kernels.quantised import QuantisedRows, store_quantised
 
 
 @triton.jit
 def _rms_norm_kernel(
-    out, out_scales, out_sums, out_low, x, residual, delta, weight, eps, K: tl.constexpr, BLOCK: tl.constexpr
+    out, out_scales, out_sums, out_low, x, residual, delta, weight, eps, K: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(EARLY)
     row = tl.program_id(0).to(tl.int64) * K
     lanes = tl.arange(0, BLOCK)
     squares = tl.zeros([BLOCK], tl.float32)
@@ -119,7 +132,7 @@ def _check(out: Any, weight: TensorView, **inputs: TensorView) -> None:
 def _launch(out: Any, *arguments: Any) -> None:
     count, width = out.shape
     written = out.tensors if isinstance(out, QuantisedRows) else (view(out), None, None, None)
-    launch(_rms_norm_kernel, (count,), *written, *arguments, K=width, **tiles(target(), width))
+    launch(_rms_norm_kernel, (count,), *written, *arguments, K=width, **tiles(target(), width), **early(target()))
 
 
 def rms_norm_reference(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:

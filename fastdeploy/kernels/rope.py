@@ -35,7 +35,19 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from fastdeploy.kernels.launch import FLOATS, Target, TensorView, cdiv, expect, launch, next_power_of_2, target, view
+from fastdeploy.kernels.launch import (
+    FLOATS,
+    Target,
+    TensorView,
+    cdiv,
+    early,
+    expect,
+    launch,
+    next_power_of_2,
+    target,
+    view,
+    wait_for_inputs,
+)
 
 CACHE_DTYPES = (*FLOATS, "int8")
 
@@ -155,9 +167,11 @@ def _rope_and_cache_kernel(
     qkv, positions, slots, cos, sin, q_norm, k_norm, eps, k_cache, v_cache, k_scales, v_scales, count,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BY_TOKEN: tl.constexpr,
     INTERLEAVED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """WHOLE: heads are loaded and stored in one piece and cut into pairs in registers, as interleaved ones on a GPU,
     where a thread should read 16 bytes that lie together."""
+    wait_for_inputs(EARLY)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     real = row < count * KV_HEADS if ROWS > 1 else tl.full([ROWS], True, tl.int1)
@@ -273,7 +287,7 @@ def rope_and_cache(
         _rope_and_cache_kernel, (cdiv(count * heads.num_kv_heads, rule["ROWS"]),), *inputs, *cache.tensors(), count,
         HEADS=heads.num_heads, KV_HEADS=heads.num_kv_heads, D=heads.head_dim,
         BLOCK_SIZE=cache.block_size, BY_TOKEN=cache.keys_by_token, INTERLEAVED=heads.interleaved,
-        WHOLE=heads.interleaved and not target().is_cpu, **rule,
+        WHOLE=heads.interleaved and not target().is_cpu, **early(target()), **rule,
     )  # fmt: skip
 
 
