@@ -1,4 +1,4 @@
-"""Tests that need a GPU: under Paddle's GPU build or, where that is missing, under PyTorch. Skipped where neither is."""
+"""Tests that need a GPU, under PyTorch or else under Paddle; skipped where neither has one."""
 
 from collections.abc import Callable
 from typing import Any
