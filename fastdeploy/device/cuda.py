@@ -92,8 +92,7 @@ class CUDADevice(NvidiaDevice):
         return raw_stream(self.number)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        with paddle.base.dygraph.guard(self._place):  # other threads may have chosen the host
-            return exporting(paddle.empty(list(shape), dtype=getattr(paddle, dtype)))
+        return exporting(paddle.empty(list(shape), dtype=getattr(paddle, dtype)))
 
     def from_numpy(self, array: np.ndarray) -> Any:
         return exporting(paddle.to_tensor(np.ascontiguousarray(array), place=self._place))

@@ -498,7 +498,8 @@ def tiles(target: Target, heads: HeadLayout, cache: KVBlocks, query_len: int) ->
     On a CPU the query tile fits the rows there are, up to 32 (see linear.py on why it may depend on them there): with
     64, the tiles of a head of 128 leave the first cache (512 tokens, 16 heads: 26 ms on a core, with 32 15.6). On an
     NVIDIA GPU it is 16 rows for decodes, with 2 warps, so that many programs have loads under way (an H200: 64 decodes
-    of 4096 keys at 4.3 TB/s; 64 rows 3.9), and 64 for prompts. AMD's matrix instructions differ by tile: 64 for both.
+    of 4096 keys at 4.3 TB/s; 64 rows 3.9), and 64 for prompts. It is 64 for both where the order of a product's sum
+    differs by tile: for int8 caches, whose conversion to operands reorders them, and for AMD's matrix instructions.
     """
     shape: dict[str, Any] = {"DIM": next_power_of_2(heads.head_dim), "TILE": min(cache.block_size, 64)}
     rows = next_power_of_2(heads.group * query_len)
@@ -506,7 +507,7 @@ def tiles(target: Target, heads: HeadLayout, cache: KVBlocks, query_len: int) ->
         # one size for decodes, two for prompts: every size is a compilation of 0.3 s
         return {**shape, "BLOCK_M": rows if query_len == 1 else 16 if rows <= 16 else 32}
     small = cache.k_cache.dtype in ("bfloat16", "float16") and shape["DIM"] <= 128
-    if target.kind == "cuda" and query_len == 1:
+    if target.kind == "cuda" and query_len == 1 and cache.k_cache.dtype != "int8":
         shape["BLOCK_M"] = max(16, next_power_of_2(heads.group))
         few = small and shape["BLOCK_M"] == 16
         return {**shape, "num_warps": 2 if few else 4, "num_stages": 4 if few else 2}
@@ -519,13 +520,13 @@ def tiles(target: Target, heads: HeadLayout, cache: KVBlocks, query_len: int) ->
 
 def prefill_tiles(target: Target, heads: HeadLayout, cache: KVBlocks, operand: str) -> dict[str, Any] | None:
     """The tile rule of `_prefill_kernel`, or None where it can't be used."""
-    dim, rows = next_power_of_2(heads.head_dim), max(128, next_power_of_2(heads.group))
+    dim, rows = next_power_of_2(heads.head_dim), max(64, next_power_of_2(heads.group))
     hopper = target.kind == "cuda" and target.arch == 90
     if not hopper or operand != cache.k_cache.dtype or operand not in ("bfloat16", "float16") or dim > 128:
         return None
-    if cache.block_size < 64 or heads.head_dim % 8 or rows > 128:  # 16 bytes, the unit of descriptors
+    if cache.block_size < 64 or heads.head_dim % 8 or rows > 64:  # 16 bytes, the unit of descriptors
         return None
-    return {"DIM": dim, "TILE": 64, "BLOCK_M": rows, "num_warps": 8, "num_stages": 3}
+    return {"DIM": dim, "TILE": 64, "BLOCK_M": rows, "num_warps": 4, "num_stages": 2}
 
 
 def splits_in_parallel(target: Target, num_decodes: int, heads: HeadLayout, num_splits: int) -> bool:

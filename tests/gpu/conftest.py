@@ -1,5 +1,7 @@
 """Tests that need a GPU, under PyTorch or else under Paddle; skipped where neither has one."""
 
+import contextlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,15 +14,14 @@ from tests.kernels.conftest import Stored
 
 
 def open_gpu() -> NvidiaDevice | None:
-    try:
+    """FASTDEPLOY_TESTS_ON=paddle passes PyTorch by."""
+    with contextlib.suppress(ImportError):
         import torch
 
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and os.environ.get("FASTDEPLOY_TESTS_ON") != "paddle":
             from bench.torch_device import TorchDevice
 
             return TorchDevice()
-    except ImportError:
-        pass
     try:
         from fastdeploy.device.cuda import CUDADevice
     except ImportError:
