@@ -8,6 +8,9 @@ load by which compact engines are compared (nano-vllm's). The model has Qwen3-0.
 take the same time. Counted are output tokens over the wall time of the whole load, prompts included. The first run
 compiles and is not counted; each of the others has new prompts of the same lengths, so that none comes from a cache.
 
+`--peer 0.25`: transformers' own continuous batching on the same prompts, with a quarter of each output, since it takes
+its time; the shorter contexts are in its favour.
+
 The roofline: bytes that must be read, at the copy bandwidth measured in the same run: the weights once a decode step,
 the keys and values of each sequence once for each of its tokens; and 2 FLOPs a weight and prompt token at the
 arithmetic peak.
@@ -87,6 +90,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=QWEN3["num_hidden_layers"], help="fewer, to try it on a CPU")
     parser.add_argument("--torch", action="store_true", help="on a GPU under PyTorch")
+    parser.add_argument("--peer", type=float, metavar="SHARE", help="transformers, too, with SHARE of each output")
     parser.add_argument("--bandwidth", type=float, help="bytes a second of a copy, for the roofline")
     parser.add_argument("--max-num-batched-tokens", type=int, default=16384)
     parser.add_argument("--temperature", type=float, default=0.6)
@@ -124,6 +128,13 @@ def main() -> None:
     if options.bandwidth:
         share = (weights + cache) / options.bandwidth / statistics.median(seconds)
         rows.append(["of the memory roofline of decoding", f"{share:.1%}"])
+    if options.peer:
+        from bench.peers.transformers_batching import output_rate
+
+        llm.close()
+        peer = output_rate(config, lengths, options.peer)
+        text = f"{peer:.0f}; ours is {statistics.median(rates) / peer:.1f} times as fast"
+        rows.append([f"transformers' continuous batching, {options.peer:.0%} of each output, tokens/s", text])
     facts = ", ".join(f"{name} {value}" for name, value in llm.facts.items())
     publish("Throughput", table(["what", "measured"], rows), conditions(facts, llm.statistics.describe()), options.save)
 

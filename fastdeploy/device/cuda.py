@@ -20,6 +20,7 @@ from fastdeploy.device import Plan
 from fastdeploy.device.driver import cuda_driver
 from fastdeploy.device.nvidia import NvidiaDevice
 from fastdeploy.device.quiet_paddle import paddle
+from fastdeploy.kernels.launch import forbid_early_launches
 
 core: Any = paddle.base.core
 
@@ -84,6 +85,8 @@ class CUDADevice(NvidiaDevice):
         # The first tensor makes the device's context, which Triton would otherwise make, of device 0.
         self._first = paddle.to_tensor(np.zeros(1, np.float32), place=self._place)
         super().__init__(cuda_driver(number), number)
+        if not hasattr(core, "_get_current_raw_stream"):
+            forbid_early_launches()  # Paddle 2.6: to its CUDA 11.8 a graph has no such edges
         if not isinstance(triton.runtime.driver._active, PaddleDriver):
             triton.runtime.driver.set_active(PaddleDriver(number))
         self.provide_scratch()
@@ -100,7 +103,9 @@ class CUDADevice(NvidiaDevice):
     def record(self, launches: Callable[[], None]) -> Plan:
         launches()  # compiles and loads what would otherwise be loaded in the middle of the capture
         self.synchronize()
-        graph = paddle.device.cuda.graphs.CUDAGraph(self._place, mode="thread_local")
+        from paddle.device.cuda.graphs import CUDAGraph  # exists on a CPU, too, but can't be made there
+
+        graph = CUDAGraph(self._place, mode="thread_local")
         graph.capture_begin()
         try:
             launches()

@@ -29,9 +29,9 @@ class LogprobReader:
     """Reads logprobs off the first rows of `logits`, [rows, vocabulary] float32, a tensor of the device."""
 
     def __init__(self, device: Device, logits: Any) -> None:
-        rows, vocabulary = logits.shape
-        self._device = device
         self._logits_view = view(logits)
+        rows, vocabulary = self._logits_view.shape
+        self._device = device
         self._most_top = min(MOST_TOP, vocabulary)
         self._tokens = device.staging({"tokens": Field((rows,), "int32")})
         self._tokens_view = view(self._tokens.device["tokens"])

@@ -127,10 +127,10 @@ class Sampler:
     """
 
     def __init__(self, device: Device, logits: Any, max_seqs: int, max_model_len: int) -> None:
-        vocabulary = logits.shape[1]
+        self._logits_view = view(logits)
+        vocabulary = self._logits_view.shape[1]
         max_edits = min(vocabulary, max_model_len + MAX_EXTRA_EDITS)
         self._device = device
-        self._logits_view = view(logits)
         self._null = max_seqs  # a slot for padding: greedy, without edits, as zeros say
         self._parameters = device.staging(_parameter_fields(max_seqs + 1))
         self._edits = device.staging(_edit_fields(max_seqs + 1, max_edits))

@@ -240,8 +240,14 @@ def wait_for_inputs(EARLY: tl.constexpr):
 def early(target: Target) -> dict[str, bool]:
     """Constants of a kernel that begins with `wait_for_inputs`. On Hopper its programs are brought to the processor
     while those of the kernel before are at work ("programmatic dependent launch"), which hides what a launch costs."""
-    on_hopper = target.kind == "cuda" and target.arch == 90
+    on_hopper = target.kind == "cuda" and target.arch == 90 and _may_be_early
     return {"EARLY": True, "launch_pdl": True} if on_hopper else {"EARLY": False}
+
+
+def forbid_early_launches() -> None:
+    """From now on, each kernel begins when the one before has ended."""
+    global _may_be_early
+    _may_be_early = False
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constexprs: Any) -> None:
@@ -306,6 +312,7 @@ def _launch_by_jit(kernel: Any, grid: tuple[int, ...], arguments: list[Any], con
 
 _compiled: dict[tuple, tuple[Any, list[Any]]] = {}  # kernels and their constexprs, by all that distinguishes them
 _ONES = (1, 1, 1)
+_may_be_early = True
 _scratch: TensorView | None = None
 _lent = threading.local()
 
