@@ -43,29 +43,37 @@ def _rms_norm_kernel(
     EARLY: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(EARLY)
-    row = tl.program_id(0).to(tl.int64) * K
+    row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
-    squares = tl.zeros([BLOCK], tl.float32)
-    values = squares
-    for start in range(0, K, BLOCK):
-        columns = start + lanes  # [BLOCK]
-        values = _row_chunk(x, residual, delta, row, columns, K, BLOCK)
-        squares += values * values
-    scale = tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
-    for start in range(0, K, BLOCK):
-        columns = start + lanes
-        inside = _inside(columns, K, BLOCK)
-        if BLOCK < K:
-            values = _row_chunk(x, residual, delta, row, columns, K, BLOCK)
-        if residual is not None:
-            tl.store(residual + row + columns, values.to(residual.dtype.element_ty), mask=inside)
-        gains = tl.load(weight + columns, mask=inside)
-        normed = values * scale * gains
-        if out_scales is None:
-            tl.store(out + row + columns, normed.to(out.dtype.element_ty), mask=inside)
-        else:
-            row_index = tl.program_id(0).to(tl.int64)
-            store_quantised(out, out_scales, out_sums, out_low, normed, row_index, start, K, BLOCK)
+    written = (out, out_scales, out_sums, out_low)
+    if BLOCK >= K:
+        values = _row_chunk(x, residual, delta, row * K, lanes, K, BLOCK)
+        scale = tl.rsqrt(tl.sum(values * values, axis=0) / K + eps)
+        _store_chunk(written, residual, weight, values, scale, row, 0, K, BLOCK)
+    else:
+        squares = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, K, BLOCK):
+            values = _row_chunk(x, residual, delta, row * K, start + lanes, K, BLOCK)
+            squares += values * values
+        scale = tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
+        for start in range(0, K, BLOCK):
+            values = _row_chunk(x, residual, delta, row * K, start + lanes, K, BLOCK)
+            _store_chunk(written, residual, weight, values, scale, row, start, K, BLOCK)
+
+
+@triton.jit
+def _store_chunk(written, residual, weight, values, scale, row, start, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns from `start` on of the row: `values` to the residual stream if there is one, normed to `written`."""
+    out, out_scales, out_sums, out_low = written
+    columns = start + tl.arange(0, BLOCK)  # [BLOCK]
+    inside = _inside(columns, K, BLOCK)
+    if residual is not None:
+        tl.store(residual + row * K + columns, values.to(residual.dtype.element_ty), mask=inside)
+    normed = values * scale * tl.load(weight + columns, mask=inside)
+    if out_scales is None:
+        tl.store(out + row * K + columns, normed.to(out.dtype.element_ty), mask=inside)
+    else:
+        store_quantised(out, out_scales, out_sums, out_low, normed, row, start, K, BLOCK)
 
 
 @triton.jit

@@ -173,10 +173,15 @@ def _rope_and_cache_kernel(
     where a thread should read 16 bytes that lie together."""
     wait_for_inputs(EARLY)
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    real = row < count * KV_HEADS if ROWS > 1 else tl.full([ROWS], True, tl.int1)
-    token = row // KV_HEADS
-    kv_head = row % KV_HEADS
+    if ROWS == 1:  # on a CPU: no division, 0.1 us a program
+        token = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+        kv_head = tl.program_id(1) + tl.arange(0, 1)
+        real = tl.full([1], True, tl.int1)
+    else:
+        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        token = row // KV_HEADS  # [ROWS]
+        kv_head = row % KV_HEADS
+        real = row < count * KV_HEADS
     pair = tl.arange(0, PAIRS)[None, :]  # [1, PAIRS], PAIRS >= D / 2
     inside = real[:, None] & (pair < D // 2 if PAIRS != D // 2 else tl.full([1, PAIRS], True, tl.int1))
     first = pair * 2 if INTERLEAVED else pair
@@ -283,8 +288,10 @@ def rope_and_cache(
             expect("the norm of a head", weight, (heads.head_dim,), "float32")
     rule = tiles(target(), heads.head_dim)
     inputs = (qkv, positions, slots, cos, sin, *weights)
+    programs = cdiv(count * heads.num_kv_heads, rule["ROWS"])
+    grid = (count, heads.num_kv_heads) if rule["ROWS"] == 1 else (programs,)
     launch(
-        _rope_and_cache_kernel, (cdiv(count * heads.num_kv_heads, rule["ROWS"]),), *inputs, *cache.tensors(), count,
+        _rope_and_cache_kernel, grid, *inputs, *cache.tensors(), count,
         HEADS=heads.num_heads, KV_HEADS=heads.num_kv_heads, D=heads.head_dim,
         BLOCK_SIZE=cache.block_size, BY_TOKEN=cache.keys_by_token, INTERLEAVED=heads.interleaved,
         WHOLE=heads.interleaved and not target().is_cpu, **early(target()), **rule,
