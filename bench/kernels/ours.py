@@ -13,7 +13,7 @@ from bench.kernels.machine import Machine
 from bench.kernels.operations import EPS, Attention, Linear, Logprobs, Mixture, QuantisedLinear, Sampling, cache_of
 from fastdeploy.kernels import logprobs, sampling
 from fastdeploy.kernels.activation import silu_mul
-from fastdeploy.kernels.attention import SPLIT, AttentionBatch, paged_attention, workspace_shape
+from fastdeploy.kernels.attention import AttentionBatch, paged_attention, split_keys, workspace_shape
 from fastdeploy.kernels.embedding import embedding, gather_rows
 from fastdeploy.kernels.launch import TensorView, cdiv, target
 from fastdeploy.kernels.linear import LinearWeight, default_panel, linear, pack, packed_shape
@@ -125,7 +125,7 @@ class Ours:
             num_decodes=case.decodes,
             num_seqs=len(contexts),
             max_query_len=max(tokens for tokens, _ in case.sequences),
-            num_splits=cdiv(max(contexts[: case.decodes], default=1), SPLIT),
+            num_splits=cdiv(max(contexts[: case.decodes], default=1), split_keys()),
             **{name: self.view(tensors[name]) for name in ("cu_seqlens", "context_lens", "block_tables")},
         )
         workspace = self._empty(workspace_shape(max(case.decodes, 1), heads, max(contexts)), "float32")
@@ -142,8 +142,7 @@ class Ours:
             "edit_seen": np.zeros((rows, 1), np.int32),
         }  # fmt: skip
         state = sampling.SamplingState(**{name: view(self.machine.from_numpy(a)) for name, a in arrays.items()})
-        fields = sampling.workspace_fields(rows, case.model.vocabulary, 1)
-        workspace = sampling.SamplingWorkspace(**{name: self._empty(*field) for name, field in fields.items()})
+        workspace = sampling.allocate_workspace(self._empty, rows, case.model.vocabulary, 1)
         slots, positions, forced = (
             view(self.machine.from_numpy(array))
             for array in (np.arange(rows, dtype=np.int32), np.full(rows, 100, np.int32), np.full(rows, -1, np.int32))
