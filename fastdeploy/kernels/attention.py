@@ -512,9 +512,9 @@ def tiles(target: Target, heads: HeadLayout, cache: KVBlocks, query_len: int) ->
         few = small and shape["BLOCK_M"] == 16
         return {**shape, "num_warps": 2 if few else 4, "num_stages": 4 if few else 2}
     shape["BLOCK_M"] = max(64, next_power_of_2(heads.group))
-    # Without wgmma, and where int8 is converted on its way, 4 warps or a second stage spill registers.
+    # Without wgmma 4 warps spill registers; where int8 is converted on its way a second stage does, too.
     if target.kind == "cuda" and (not small or (target.arch == 80 and shape["DIM"] > 64)):
-        return {**shape, "num_warps": 8, "num_stages": 1}
+        return {**shape, "num_warps": 8, "num_stages": 2 if small else 1}
     return {**shape, "num_warps": 4, "num_stages": 2 if target.kind == "cuda" else 1}
 
 

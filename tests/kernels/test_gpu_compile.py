@@ -79,6 +79,7 @@ def gpu(request, monkeypatch):
     found, shared_limit = TARGETS[request.param]
     kernels = []
     monkeypatch.setattr(driver, "_active", CompileOnly(found, 1000 + list(TARGETS).index(request.param)))
+    monkeypatch.setattr(launch_module, "_compiled", {})  # else a launch of an earlier test is not compiled again
     monkeypatch.setattr(launch_module, "_scratch", tensor(1 << 20, dtype="uint8"))
     monkeypatch.setattr(triton.knobs.amd, "use_buffer_ops", False)  # in Triton 3.6 it wants to ask PyTorch for sizes
     load = triton.compiler.CompiledKernel._init_handles
@@ -286,5 +287,6 @@ def test_matrix_products_run_on_tensor_cores(gpu):
     run_linear(TOKENS, 576, 576)
     run_attention(LLAMA3, 64, num_splits=1)
     instruction = {"80": "mma.sync", "90": "wgmma", "gfx942": "v_mfma"}[str(driver.active.get_current_target().arch)]
-    for kernel in gpu.kernels:
-        assert instruction in kernel.asm["ptx" if gpu.is_cuda else "amdgcn"], kernel.name
+    for kernel in gpu.kernels:  # the tile of a decode has too few rows for wgmma
+        wanted = "mma.sync" if instruction == "wgmma" and kernel.name == "_attention_kernel" else instruction
+        assert wanted in kernel.asm["ptx" if gpu.is_cuda else "amdgcn"], kernel.name
