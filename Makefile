@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/python demo.py
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
