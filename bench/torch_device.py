@@ -27,12 +27,13 @@ class TorchDevice(NvidiaDevice):
         torch.cuda.set_device(0)
         torch.zeros(1, device="cuda")  # makes the device's context
         super().__init__(cuda_driver(0))
-        if torch.cuda.current_stream() == torch.cuda.default_stream():
-            torch.cuda.set_stream(torch.cuda.Stream())  # the default one waits for all others, and can't be captured
+        self._stream = torch.cuda.Stream()  # the default one waits for all others, and can't be captured
+        self.stream()
         self.provide_scratch()
 
     def stream(self) -> int:
-        return torch.cuda.current_stream().cuda_stream
+        torch.cuda.set_stream(self._stream)  # PyTorch has a current one per thread, from which Triton takes it
+        return self._stream.cuda_stream
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         return torch.empty(shape, dtype=getattr(torch, dtype), device="cuda")
@@ -41,10 +42,11 @@ class TorchDevice(NvidiaDevice):
         return torch.from_numpy(np.ascontiguousarray(array)).cuda()
 
     def record(self, launches: Callable[[], None]) -> Plan:
+        self.stream()
         launches()  # compiles and loads what would otherwise be loaded in the middle of the capture
         self.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             launches()
         return graph
 

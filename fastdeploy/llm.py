@@ -102,7 +102,8 @@ class LLM:
     config: the EngineConfig, its lengths resolved to numbers.
     reader, intake, engine: the way of a request, for callers that queue their own (see batch.py).
     facts: what was logged at start, by name: device, dtype, quantization, kv_cache_dtype, max_model_len,
-        total_block_num, block_size, fast_paths (what is on of: recorded steps, see enforce_eager; overlapped steps).
+        total_block_num, block_size, fast_paths (what is on of: recorded steps, see enforce_eager; overlapped steps),
+        attention_split (keys of a context that are summed up together).
     """
 
     def __init__(self, model: str | None = None, **keywords: Any) -> None:
@@ -130,6 +131,7 @@ class LLM:
             "total_block_num": num_blocks,
             "block_size": config.block_size,
             "fast_paths": ", ".join(runner.fast_paths) or "none",
+            "attention_split": runner.split_keys,
         }
         vocab_size = model_config.vocab_size
         eos_token_ids = frozenset([*model_config.eos_token_ids, *tokenizer.eos_token_ids])

@@ -128,6 +128,11 @@ class Runner:
         self._one_token_each = np.arange(1, self.max_seqs + 1)  # where the tokens of a step of decodes end
 
     @property
+    def split_keys(self) -> int:
+        """Keys of a context that attention sums up before it adds them to the rest."""
+        return split_keys()
+
+    @property
     def fast_paths(self) -> list[str]:
         """What is done to be fast that the configuration can switch off."""
         paths = {"recorded steps": not self.config.enforce_eager, "overlapped steps": self.overlaps}

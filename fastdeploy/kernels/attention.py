@@ -492,7 +492,9 @@ def split_keys() -> int:
     return SPLIT if target().is_cpu else GPU_SPLIT
 
 
-def tiles(target: Target, heads: HeadLayout, cache: KVBlocks, query_len: int) -> dict[str, Any]:
+def tiles(
+    target: Target, heads: HeadLayout, cache: KVBlocks, query_len: int, in_splits: bool = False
+) -> dict[str, Any]:
     """Tile rule. The tile of keys follows from the block size alone: 64 keys, or the block where that is smaller.
 
     On a CPU the query tile fits the rows there are, up to 32 (see linear.py on why it may depend on them there): with
@@ -509,8 +511,11 @@ def tiles(target: Target, heads: HeadLayout, cache: KVBlocks, query_len: int) ->
     small = cache.k_cache.dtype in ("bfloat16", "float16") and shape["DIM"] <= 128
     if target.kind == "cuda" and query_len == 1 and cache.k_cache.dtype != "int8":
         shape["BLOCK_M"] = max(16, next_power_of_2(heads.group))
-        few = small and shape["BLOCK_M"] == 16
-        return {**shape, "num_warps": 2 if few else 4, "num_stages": 4 if few else 2}
+        if not small or shape["BLOCK_M"] > 16:
+            return {**shape, "num_warps": 4, "num_stages": 2}
+        if in_splits:  # few programs: more loads for each. 32k keys take 5 % less, 4k 25 %
+            return {**shape, "num_warps": 4, "num_stages": 6}
+        return {**shape, "num_warps": 2, "num_stages": 4}
     shape["BLOCK_M"] = max(64, next_power_of_2(heads.group))
     # Without wgmma 4 warps spill registers; where int8 is converted on its way a second stage does, too.
     if target.kind == "cuda" and (not small or (target.arch == 80 and shape["DIM"] > 64)):
@@ -566,24 +571,14 @@ def paged_attention(
     read = (qkv, *cache.tensors())
     sequences = (batch.cu_seqlens, batch.context_lens, batch.block_tables)
     walked = (out, *read, *sequences, batch.num_decodes, batch.num_seqs, max_blocks, log2_scale)
-    rule = tiles(here, heads, cache, query_len=1)
-    if splits_in_parallel(here, batch.num_decodes, heads, batch.num_splits):
-        if rule.get("num_stages") == 4:  # few programs: more loads for each. 32k keys 5 % faster, 4k 25 %
-            rule |= {"num_warps": 4, "num_stages": 6}
+    in_splits = splits_in_parallel(here, batch.num_decodes, heads, batch.num_splits)
+    rule = tiles(here, heads, cache, query_len=1, in_splits=in_splits)
+    if in_splits:
         _launch_splits(out, read, batch, workspace, log2_scale, {**common, **rule})
     else:
         launch(_attention_kernel, (batch.num_decodes, heads.num_kv_heads), *walked, **common, **rule, DECODE=True)
     if batch.num_seqs > batch.num_decodes:
-        quick = prefill_tiles(here, heads, cache, qkv.dtype)
-        rule = quick or tiles(here, heads, cache, batch.max_query_len)
-        rows = (qkv.shape[0] - batch.num_decodes) * heads.group
-        grid = (rows // rule["BLOCK_M"] + batch.num_seqs - batch.num_decodes, heads.num_kv_heads)
-        if quick:
-            common = {name: value for name, value in common.items() if name not in ("BY_TOKEN", "FLAT")}
-            inputs = (out, qkv, cache.k_cache, cache.v_cache, *walked[6:])
-            launch(_prefill_kernel, grid, *inputs, prod(cache.v_cache.shape[:3]), **common, **rule)
-        else:
-            launch(_attention_kernel, grid, *walked, **common, **rule, DECODE=False)
+        _launch_prompts(walked, cache, batch, heads, common)
 
 
 def _check(out: TensorView, qkv: TensorView, batch: AttentionBatch, heads: HeadLayout, block_size: int) -> None:
@@ -595,6 +590,23 @@ def _check(out: TensorView, qkv: TensorView, batch: AttentionBatch, heads: HeadL
     expect("cu_seqlens", batch.cu_seqlens, (batch.num_seqs + 1,), "int32")
     expect("context_lens", batch.context_lens, (batch.num_seqs,), "int32")
     expect("block_tables", batch.block_tables, (batch.num_seqs, batch.block_tables.shape[1]), "int32")
+
+
+def _launch_prompts(
+    walked: tuple[Any, ...], cache: KVBlocks, batch: AttentionBatch, heads: HeadLayout, constexprs: dict[str, Any]
+) -> None:
+    """The chunks of prompts; `walked` are the arguments of `_attention_kernel`."""
+    out, qkv, *_ = walked
+    quick = prefill_tiles(target(), heads, cache, qkv.dtype)
+    rule = quick or tiles(target(), heads, cache, batch.max_query_len)
+    rows = (qkv.shape[0] - batch.num_decodes) * heads.group
+    grid = (rows // rule["BLOCK_M"] + batch.num_seqs - batch.num_decodes, heads.num_kv_heads)
+    if quick is None:
+        launch(_attention_kernel, grid, *walked, **constexprs, **rule, DECODE=False)
+    else:
+        known = {name: value for name, value in constexprs.items() if name not in ("BY_TOKEN", "FLAT")}
+        inputs = (out, qkv, cache.k_cache, cache.v_cache, *walked[6:])
+        launch(_prefill_kernel, grid, *inputs, prod(cache.v_cache.shape[:3]), **known, **rule)
 
 
 def _launch_splits(
