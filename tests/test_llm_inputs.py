@@ -60,7 +60,7 @@ class AnsweringRunner:
 
     num_blocks, kv_cache_dtype, fast_paths = 20, "int8", ("recorded steps",)
     device, model = SimpleNamespace(describe=lambda: "pocket"), SimpleNamespace(dtype="bfloat16")
-    overlaps = False
+    overlaps, split_keys = False, 256
 
     def __init__(self, config: ResolvedConfig) -> None:
         self.config = config
@@ -537,6 +537,7 @@ def test_one_line_of_facts_is_logged_at_start(llm: LLM, caplog: pytest.LogCaptur
         "total_block_num": 20,
         "block_size": 16,
         "fast_paths": "recorded steps",
+        "attention_split": 256,
     }
     line = next(record.getMessage() for record in caplog.records if "total_block_num" in record.getMessage())
     assert all(f"{name} {value}" in line for name, value in facts.items())
