@@ -23,6 +23,8 @@ from fastdeploy.device.nvidia import NvidiaDevice
 class TorchDevice(NvidiaDevice):
     """An NVIDIA GPU on which PyTorch owns memory, streams and graphs. Triton's own driver launches on its stream."""
 
+    owner = f"PyTorch {torch.__version__}"
+
     def __init__(self, ranks: int = 1) -> None:
         torch.cuda.set_device(0)
         torch.zeros(1, device="cuda")  # makes the device's context

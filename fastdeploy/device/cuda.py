@@ -66,6 +66,8 @@ def exporting(tensor: Any) -> Any:
 class CUDADevice(NvidiaDevice):
     """The GPU that Paddle has chosen, or device 0. One rank per process; ranks can't share a model on GPUs yet."""
 
+    owner = f"Paddle {paddle.__version__}"
+
     @staticmethod
     def exists() -> bool:
         """Whether this Paddle can compute on a GPU of this machine."""

@@ -81,10 +81,11 @@ class PinnedStaging(Staging):
 class NvidiaDevice(Device):
     """An NVIDIA GPU; launches and copies go to one stream, in order.
 
-    number: of the device among those that the process sees.
+    number: of the device among those that the process sees. owner: of its memory, streams and graphs, in words.
     """
 
     name = "cuda"
+    owner: str
 
     def __init__(self, driver: Driver, number: int = 0) -> None:
         self.driver = driver
@@ -138,4 +139,4 @@ class NvidiaDevice(Device):
         self.driver.wait_for_stream(self.stream())
 
     def describe(self) -> str:
-        return f"{self.driver.name()}, {self.free_memory() / GIB:.1f} GiB free"
+        return f"{self.driver.name()} under {self.owner}, {self.free_memory() / GIB:.1f} GiB free"
