@@ -110,7 +110,7 @@ class PinnedBuffer:
             self.wait()
             self._driver._call("cuEventDestroy_v2", self._event)
             self._driver._call("cuMemFreeHost", ctypes.c_void_p(self.address))
-        except (AttributeError, CudaError):  # half made, or the process is ending
+        except (AttributeError, TypeError, CudaError):  # half made, or the process is ending
             pass
 
 

@@ -26,7 +26,7 @@ of a CPU (9 query heads of 64, 3 KV heads), without merges 22; of 4096 keys 178,
 keys: a prompt's query tile has no registers left for a second state, and parks it in memory during a split.
 
 GPUs add a row's weights up by the tensor cores, in which a sum's order is the same for tiles of 16 rows (decodes) and
-of 128 (prompts): the total is the product with a column of ones. Prompts on Hopper have a kernel of their own,
+of 64 (prompts): the total is the product with a column of ones. Prompts on Hopper have a kernel of their own,
 `_prefill_kernel`: keys and values come by the tensor memory accelerator, and the scores of the next tile are under way
 on the tensor cores while this tile's go through the softmax (as in FlashAttention-3; Shah et al., 2024).
 

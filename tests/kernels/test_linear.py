@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 
-from fastdeploy.kernels.launch import Target, target
+from fastdeploy.kernels.launch import Target, target, view
 from fastdeploy.kernels.linear import (
     LinearWeight,
     default_panel,
+    gated_linear,
     linear,
     linear_reference,
     pack,
@@ -12,6 +13,7 @@ from fastdeploy.kernels.linear import (
     packed_shape,
     tiles,
 )
+from fastdeploy.kernels.quantised import QuantisedRows, rows_fields
 
 DTYPES = ["float32", "bfloat16", "float16"]
 
@@ -143,3 +145,11 @@ def test_tiles_along_k_and_n_do_not_depend_on_the_batch(normal, packed):
         weight = packed(normal(96, 576), default_panel(here))
         fixed = {(rule["BLOCK_K"], rule["BLOCK_N"]) for rule in (tiles(here, rows, weight) for rows in range(1, 300))}
         assert len(fixed) == 1
+
+
+def test_a_gated_layer_whose_output_becomes_integers_is_left_to_two_kernels(normal):
+    """A float gate and up before a quantised down, as a GGUF file may have them."""
+    fields = rows_fields(3, 64, wide=False)
+    out = QuantisedRows(**{name: view(np.zeros(shape, dtype)) for name, (shape, dtype) in fields.items()})
+    weight = LinearWeight(normal(128, 96).view.reshape(128, 96, 1), 128, 96, 1)
+    assert not gated_linear(out, normal(3, 96).view, weight)
