@@ -113,8 +113,10 @@ INLINE float scale_by_power_of_two(float x, int32_t n) { /* in two steps: subnor
   int32_t half = n >> 1;
   return x * float_of_bits((uint32_t)(half + 127) << 23) * float_of_bits((uint32_t)(n - half + 127) << 23);
 }
+/* What rounds to 0 is not computed: on Intel an instruction whose result underflows takes 150 cycles, and masks of
+ * attention ask for 2^-inf all the time. */
 INLINE float fast_exp2(float x) { /* 2^x = 2^n 2^r, |r| <= 1/2 */
-  float y = x < -151.f ? -151.f : x;
+  float y = x <= -150.f ? 0.f : x;
   y = y > 129.f ? 129.f : y;
   float n = __builtin_rintf(y), r = y - n, p = 1.535336188319500e-4f;
   p = fusedf(p, r, 1.339887440266574e-3f);
@@ -122,10 +124,11 @@ INLINE float fast_exp2(float x) { /* 2^x = 2^n 2^r, |r| <= 1/2 */
   p = fusedf(p, r, 5.550332471162809e-2f);
   p = fusedf(p, r, 2.402264791363012e-1f);
   p = fusedf(p, r, 6.931472028550421e-1f);
-  return scale_by_power_of_two(fusedf(p, r, 1.f), (int32_t)n);
+  p = scale_by_power_of_two(fusedf(p, r, 1.f), (int32_t)n);
+  return x <= -150.f ? 0.f : p;
 }
 INLINE float fast_exp(float x) { /* e^x = 2^n e^r, |r| <= ln(2)/2 */
-  float y = x < -104.f ? -104.f : x;
+  float y = x <= -104.f ? 0.f : x;
   y = y > 89.f ? 89.f : y;
   float n = __builtin_rintf(y * 1.44269504088896341f);
   float r = fusedf(n, -0.693359375f, y), p = 1.9875691500e-4f;
@@ -135,7 +138,8 @@ INLINE float fast_exp(float x) { /* e^x = 2^n e^r, |r| <= ln(2)/2 */
   p = fusedf(p, r, 4.1665795894e-2f);
   p = fusedf(p, r, 1.6666665459e-1f);
   p = fusedf(p, r, 5.0000001201e-1f);
-  return scale_by_power_of_two(fusedf(p, r * r, r) + 1.f, (int32_t)n);
+  p = scale_by_power_of_two(fusedf(p, r * r, r) + 1.f, (int32_t)n);
+  return x <= -104.f ? 0.f : p;
 }
 /* x = 2^e m with m in [sqrt(1/2), sqrt(2)); returns log(m), sets *e. */
 INLINE float log_of_mantissa(float x, float *exponent) {
@@ -235,13 +239,15 @@ INLINE vec vec_max_num(vec a, vec b) { /* the instruction gives its second opera
   return (vec)_mm512_mask_mov_ps(_mm512_max_ps((__m512)b, (__m512)a), nan, (__m512)b);
 }
 INLINE vec vec_exp2(vec x) {
-  __m512 y = _mm512_min_ps(_mm512_set1_ps(129.f), _mm512_max_ps(_mm512_set1_ps(-151.f), (__m512)x));
+  __mmask16 above = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-150.f), _CMP_NLE_UQ);
+  __m512 y = _mm512_maskz_min_ps(above, _mm512_set1_ps(129.f), (__m512)x);
   __m512 n = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   vec r = (vec)y - (vec)n, p = vec_splat(1.535336188319500e-4f);
 #else
 INLINE vec vec_max_num(vec a, vec b) { return vec_select((ivec)(b > a) | (ivec)(a != a), b, a); }
 INLINE vec vec_exp2(vec x) {
-  vec y = vec_select((ivec)(x < -151.f), vec_splat(-151.f), x);
+  ivec above = ~(ivec)(x <= -150.f);
+  vec y = (vec)((ivec)x & above);
   y = vec_select((ivec)(y > 129.f), vec_splat(129.f), y);
   vec n = (y + 0x1.8p23f) - 0x1.8p23f, r = y - n, p = vec_splat(1.535336188319500e-4f); /* to the nearest, even */
 #endif
@@ -252,10 +258,11 @@ INLINE vec vec_exp2(vec x) {
   p = vec_fused(p, r, vec_splat(6.931472028550421e-1f));
   p = vec_fused(p, r, vec_splat(1.f));
 #if LANES == 16 && defined(__AVX512F__)
-  return (vec)_mm512_scalef_ps((__m512)p, n);
+  return (vec)_mm512_maskz_scalef_ps(above, (__m512)p, n);
 #else
   ivec whole = __builtin_convertvector(n, ivec), half = whole >> 1;
-  return p * (vec)((half + 127) << 23) * (vec)((whole - half + 127) << 23);
+  p = p * (vec)((half + 127) << 23) * (vec)((whole - half + 127) << 23);
+  return (vec)((ivec)p & above);
 #endif
 }
 INLINE vec vec_from_ivec(ivec x) { return __builtin_convertvector(x, vec); }
