@@ -55,7 +55,7 @@ from fastdeploy.kernels.launch import (
     view,
     wait_for_inputs,
 )
-from fastdeploy.kernels.quantised import QuantisedRows, QuantisedWeight, quantised_linear
+from fastdeploy.kernels.quantised import QuantisedRows, QuantisedWeight, gated_quantised_linear, quantised_linear
 
 
 @dataclass(frozen=True)
@@ -310,16 +310,19 @@ def _launch_on_hopper(here: Target, out: TensorView, x: TensorView, weight: Line
     launch(_persistent_kernel, (min(tiles, here.parallelism),), *arguments, GATED=gated, **early(here), **rule)
 
 
-def gated_linear(out: Any, x: Any, weight: LinearWeight) -> bool:
+def gated_linear(out: Any, x: Any, weight: Weight) -> bool:
     """out = silu(x @ Wgate.T) * (x @ Wup.T) in one launch, or False, and nothing done, where no kernel does that.
 
     Args:
-        out: [T, I], any float type. (`QuantisedRows` are made by `silu_mul`.)
-        x: [T, in_features], of the weight's type.
-        weight: [2 I, in_features], the rows of gate, then up, packed.
+        out: [T, I], any float type, or `QuantisedRows`.
+        x: [T, in_features], of the weight's type; for a quantised weight any float type or `QuantisedRows`.
+        weight: [2 I, in_features], the rows of gate, then up, as `linear` takes it.
     """
     here = target()
-    if isinstance(out, QuantisedRows):
+    if isinstance(weight, QuantisedWeight) and isinstance(x, QuantisedRows) and isinstance(out, QuantisedRows):
+        gated_quantised_linear(out, x, weight)
+        return True
+    if isinstance(weight, QuantisedWeight) or isinstance(out, QuantisedRows):
         return False
     out, x = view(out), view(x)
     if not _runs_on_hopper(here, out, x, weight):

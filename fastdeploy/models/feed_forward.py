@@ -14,7 +14,7 @@ from fastdeploy.config import MixtureConfig
 from fastdeploy.device import Device
 from fastdeploy.kernels.activation import silu_mul
 from fastdeploy.kernels.launch import TensorView, view
-from fastdeploy.kernels.linear import LinearWeight, Weight, gated_linear, linear
+from fastdeploy.kernels.linear import Weight, gated_linear, linear
 from fastdeploy.kernels.moe import ExpertWeights, Routing, combine, grouped_linear, route, routing_fields
 from fastdeploy.kernels.quantised import GROUP, QuantisedRows, QuantisedWeight, quantise, rows_fields
 from fastdeploy.models.loading import WeightLoader
@@ -116,7 +116,7 @@ class MLP:
     def launch(self, out: TensorView, hidden: LinearInput, memory: MLPMemory) -> None:
         """out = mlp(hidden), [T, hidden]."""
         activated = memory.activated.of(self.down)
-        if not isinstance(self.gate_up, LinearWeight) or not gated_linear(activated, hidden.floats, self.gate_up):
+        if not gated_linear(activated, hidden.of(self.gate_up), self.gate_up):
             linear(memory.gate_up, hidden.of(self.gate_up), self.gate_up)
             silu_mul(activated, memory.gate_up)
         linear(out, activated, self.down)

@@ -224,48 +224,61 @@ INLINE int32_t four_bytes(const void *p) { int32_t word; memcpy(&word, p, 4); re
 INLINE ivec ivec_lane_numbers(void) { ivec v; for (int i = 0; i < LANES; i++) v[i] = i; return v; }
 INLINE vec vec_select(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
 INLINE ivec ivec_select(ivec mask, ivec a, ivec b) { return (mask & a) | (~mask & b); }
-INLINE vec vec_exchanged(vec x, int bit) { /* lane i of the result is lane i ^ bit */
+INLINE ivec ivec_exchanged(ivec x, int bit) { /* lane i of the result is lane i ^ bit */
 #ifdef __clang__
-  vec v; for (int i = 0; i < LANES; i++) v[i] = x[i ^ bit]; return v;
+  ivec v; for (int i = 0; i < LANES; i++) v[i] = x[i ^ bit]; return v;
 #else
   return __builtin_shuffle(x, ivec_lane_numbers() ^ bit);
 #endif
 }
-/* The same numbers as max_numf, min_numf and fast_exp2 give, in every lane and bit. */
+INLINE vec vec_exchanged(vec x, int bit) { return (vec)ivec_exchanged((ivec)x, bit); }
+/* The same numbers as max_numf, min_numf, fast_exp2 and fast_exp give, in every lane and bit. */
 INLINE vec vec_min_num(vec a, vec b) { return vec_select((ivec)(b < a) | (ivec)(a != a), b, a); }
 #if LANES == 16 && defined(__AVX512F__)
 INLINE vec vec_max_num(vec a, vec b) { /* the instruction gives its second operand where one is NaN */
   __mmask16 nan = _mm512_cmp_ps_mask((__m512)a, (__m512)a, _CMP_UNORD_Q);
   return (vec)_mm512_mask_mov_ps(_mm512_max_ps((__m512)b, (__m512)a), nan, (__m512)b);
 }
-INLINE vec vec_exp2(vec x) {
-  __mmask16 above = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-150.f), _CMP_NLE_UQ);
-  __m512 y = _mm512_maskz_min_ps(above, _mm512_set1_ps(129.f), (__m512)x);
-  __m512 n = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  vec r = (vec)y - (vec)n, p = vec_splat(1.535336188319500e-4f);
+INLINE vec vec_rounded(vec x) { return (vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE vec vec_where_above(vec x, float limit, vec value) { /* 0 where x <= limit */
+  return (vec)_mm512_maskz_mov_ps(_mm512_cmp_ps_mask((__m512)x, (__m512)vec_splat(limit), _CMP_NLE_UQ), (__m512)value);
+}
+INLINE vec vec_scaled(vec x, vec n) { return (vec)_mm512_scalef_ps((__m512)x, (__m512)n); } /* x 2^n */
 #else
 INLINE vec vec_max_num(vec a, vec b) { return vec_select((ivec)(b > a) | (ivec)(a != a), b, a); }
-INLINE vec vec_exp2(vec x) {
-  ivec above = ~(ivec)(x <= -150.f);
-  vec y = (vec)((ivec)x & above);
-  y = vec_select((ivec)(y > 129.f), vec_splat(129.f), y);
-  vec n = (y + 0x1.8p23f) - 0x1.8p23f, r = y - n, p = vec_splat(1.535336188319500e-4f); /* to the nearest, even */
+INLINE vec vec_rounded(vec x) { return (x + 0x1.8p23f) - 0x1.8p23f; } /* to the nearest, even, of up to 2^22 */
+INLINE vec vec_where_above(vec x, float limit, vec value) { return (vec)((ivec)value & ~(ivec)(x <= limit)); }
+INLINE vec vec_scaled(vec x, vec n) {
+  ivec whole = __builtin_convertvector(n, ivec), half = whole >> 1;
+  return x * (vec)((half + 127) << 23) * (vec)((whole - half + 127) << 23);
+}
 #endif
+INLINE vec vec_exp2(vec x) {
+  vec y = vec_where_above(x, -150.f, x);
+  y = vec_select((ivec)(y > 129.f), vec_splat(129.f), y);
+  vec n = vec_rounded(y), r = y - n, p = vec_splat(1.535336188319500e-4f);
   p = vec_fused(p, r, vec_splat(1.339887440266574e-3f));
   p = vec_fused(p, r, vec_splat(9.618437357674640e-3f));
   p = vec_fused(p, r, vec_splat(5.550332471162809e-2f));
   p = vec_fused(p, r, vec_splat(2.402264791363012e-1f));
   p = vec_fused(p, r, vec_splat(6.931472028550421e-1f));
-  p = vec_fused(p, r, vec_splat(1.f));
-#if LANES == 16 && defined(__AVX512F__)
-  return (vec)_mm512_maskz_scalef_ps(above, (__m512)p, n);
-#else
-  ivec whole = __builtin_convertvector(n, ivec), half = whole >> 1;
-  p = p * (vec)((half + 127) << 23) * (vec)((whole - half + 127) << 23);
-  return (vec)((ivec)p & above);
-#endif
+  return vec_where_above(x, -150.f, vec_scaled(vec_fused(p, r, vec_splat(1.f)), n));
 }
+INLINE vec vec_exp(vec x) {
+  vec y = vec_where_above(x, -104.f, x);
+  y = vec_select((ivec)(y > 89.f), vec_splat(89.f), y);
+  vec n = vec_rounded(y * 1.44269504088896341f), p = vec_splat(1.9875691500e-4f);
+  vec r = vec_fused(n, vec_splat(2.12194440e-4f), vec_fused(n, vec_splat(-0.693359375f), y));
+  p = vec_fused(p, r, vec_splat(1.3981999507e-3f));
+  p = vec_fused(p, r, vec_splat(8.3334519073e-3f));
+  p = vec_fused(p, r, vec_splat(4.1665795894e-2f));
+  p = vec_fused(p, r, vec_splat(1.6666665459e-1f));
+  p = vec_fused(p, r, vec_splat(5.0000001201e-1f));
+  return vec_where_above(x, -104.f, vec_scaled(vec_fused(p, r * r, r) + 1.f, n));
+}
+INLINE vec vec_abs(vec x) { return (vec)((ivec)x & 0x7fffffff); }
 INLINE vec vec_from_ivec(ivec x) { return __builtin_convertvector(x, vec); }
+INLINE ivec ivec_from_vec(vec x) { return __builtin_convertvector(x, ivec); } /* towards 0 */
 #if LANES == 16 && defined(__AVX512F__)
 INLINE ivec ivec_from_int8_t(const int8_t *p) { return (ivec)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)); }
 #define MULTIPLY_ADD_PAIRS(a, b) (ivec)_mm512_madd_epi16((__m512i)(a), (__m512i)(b))

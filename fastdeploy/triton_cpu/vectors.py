@@ -68,8 +68,11 @@ _LANEWISE = {
     ("shrui", "i8"): "((({0} & 255) >> {1}) << 24 >> 24)",
     ("extf", "bf16"): "{0}",
     ("extf", "f16"): "{0}",
+    ("fptosi", "f32"): "ivec_from_vec({0})",
     ("fma", "f32"): "vec_fused({0}, {1}, {2})",
     ("negf", "f32"): "(-{0})",
+    ("absf", "f32"): "vec_abs({0})",
+    ("exp", "f32"): "vec_exp({0})",
     ("exp2", "f32"): "vec_exp2({0})",
     ("maxnumf", "f32"): "vec_max_num({0}, {1})",
     ("minnumf", "f32"): "vec_min_num({0}, {1})",
@@ -108,21 +111,26 @@ def materialise(emitter: KernelEmitter, value: Value, name: str) -> None:
                 emitter.line(f"*({kind} *)({name} + {where}) = {text};")
 
 
-_COMBINERS = {"arith.addf": "({0} + {1})", "arith.maxnumf": "vec_max_num({0}, {1})"}
+_COMBINERS = {
+    ("arith.addf", "f32"): "({0} + {1})",
+    ("arith.maxnumf", "f32"): "vec_max_num({0}, {1})",
+    ("arith.addi", "i32"): "({0} + {1})",
+}
 
 
 def reduce_last_axis(emitter: KernelEmitter, op: Op, identity: str, count: int, result: str) -> None:
-    """tt.reduce of floats along the last axis: `count` partial results, combined in the order reductions.py tells."""
+    """tt.reduce along the last axis: `count` partial results, combined in the order reductions.py tells."""
     value, combiner = op.operands[0], op.regions[0].ops[0]
-    form = _COMBINERS.get(combiner.name)
-    if form is None or value.type.element != "f32" or combiner.operands != op.regions[0].arguments:
+    form = _COMBINERS.get((combiner.name, value.type.element))
+    if form is None or combiner.operands != op.regions[0].arguments:
         raise NotATile(f"{combiner.name} of {value.type.element}")
     if value.type.shape[-1] < count:
         raise NotATile("less than one element for each partial result")
+    kind = VECTOR_TYPES[value.type.element]
     with _rows(emitter, value) as (block, row):
         partial = [emitter.name("lane") for _ in range(count // emitter.lanes)]
         for name in partial:
-            emitter.line(f"vec {name} = vec_splat({identity});")
+            emitter.line(f"{kind} {name} = {kind}_splat({identity});")
         with block.columns_of(value, count, row) as places:
             for name, place in zip(partial, places):
                 emitter.line(f"{name} = {form.format(name, block.vector(value, place))};")
@@ -132,7 +140,7 @@ def reduce_last_axis(emitter: KernelEmitter, op: Op, identity: str, count: int, 
                 emitter.line(f"{left} = {form.format(left, right)};")
             partial = partial[:half]
         for bit in (emitter.lanes >> shift for shift in range(1, emitter.lanes.bit_length())):
-            emitter.line(f"{partial[0]} = {form.format(partial[0], f'vec_exchanged({partial[0]}, {bit})')};")
+            emitter.line(f"{partial[0]} = {form.format(partial[0], f'{kind}_exchanged({partial[0]}, {bit})')};")
         target = f"{result}[{row.text}]" if len(value.type.shape) == 2 else result
         emitter.line(f"{target} = {partial[0]}[0];")
 

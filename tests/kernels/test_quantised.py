@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Storage
 
-from fastdeploy.kernels.activation import silu_mul
+from fastdeploy.kernels.activation import silu_mul, silu_mul_reference
 from fastdeploy.kernels.embedding import embedding, embedding_reference
 from fastdeploy.kernels.launch import view
-from fastdeploy.kernels.linear import LinearWeight, linear, pack, packed_shape
+from fastdeploy.kernels.linear import LinearWeight, gated_linear, linear, pack, packed_shape
 from fastdeploy.kernels.norm import add_rms_norm, rms_norm
 from fastdeploy.kernels.quantised import (
     QuantisedRows,
@@ -237,10 +237,48 @@ def test_a_row_has_the_same_bits_in_every_batch(storage, bits, normal, packed, b
     np.testing.assert_array_equal(product(slice(41, 42)), whole[41:42])
 
 
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("rows, width, in_features", [(1, 64, 576), (3, 96, 64), (70, 160, 96), (16, 32, 1536)])
+def test_a_gated_layer_is_a_linear_layer_and_silu_mul(
+    rows, width, in_features, storage, wide, normal, packed, blank, store
+):
+    bias = np.linspace(-1, 1, 2 * width) if rows == 3 else None
+    weight = packed(storage, 2 * width, in_features, bias)
+    x, values = quantised_rows(blank, normal(rows, in_features), wide)
+    out, stored = blank_rows(blank, rows, width)
+    assert gated_linear(out, x, weight.weight)
+    gate_up = blank((rows, 2 * width))
+    linear(gate_up.view, x, weight.weight)
+    expected, expected_stored = blank_rows(blank, rows, width)
+    silu_mul(expected, gate_up.view)
+    for name, array in stored.items():
+        assert array.memory.tobytes() == expected_stored[name].memory.tobytes(), name
+    exact = silu_mul_reference(quantised_linear_reference(values, weight.values, bias))
+    steps = np.repeat(stored["scales"].memory, 32, axis=1)
+    assert (np.abs(stored["values"].memory * steps - exact) <= 0.501 * steps + 1e-5 * np.abs(exact).max()).all()
+
+
+def test_a_gated_row_has_the_same_bits_in_every_batch(normal, packed, blank, store):
+    x, weight = normal(70, 96), packed("Q4_1", 128, 96).weight
+
+    def gated(rows):
+        chosen = store(x.memory[rows])
+        out, stored = blank_rows(blank, len(chosen.memory), 64)
+        gated_linear(out, quantised_rows(blank, chosen)[0], weight)
+        return {name: array.memory for name, array in stored.items()}
+
+    whole = gated(slice(0, 70))
+    for rows in (slice(0, 1), slice(0, 8), slice(3, 20), slice(41, 42), slice(0, 65)):
+        for name, array in gated(rows).items():
+            np.testing.assert_array_equal(array, whole[name][rows])
+
+
 def test_no_rows_is_nothing_to_do(packed, blank):
     weight = packed("Q4_1", 48, 64).weight
     linear(blank((0, 48)).view, blank((0, 64)).view, weight)
     linear(blank((0, 48)).view, blank_rows(blank, 0, 64)[0], weight)
+    gated_linear(blank_rows(blank, 0, 32)[0], blank_rows(blank, 0, 64)[0], packed("Q4_1", 64, 64).weight)
 
 
 def test_what_does_not_fit_is_named(packed, normal, blank):
@@ -254,6 +292,8 @@ def test_what_does_not_fit_is_named(packed, normal, blank):
         pack_blocks(weight.weight, blocks, "Q8_0")
     with pytest.raises(ValueError, match=r"x has shape \(2, 96\), expected \(2, 64\)"):
         linear(blank((2, 48)).view, normal(2, 96).view, weight.weight)
+    with pytest.raises(ValueError, match="gate and up of 48 features don't fill rows of 32 in 8 bits"):
+        gated_linear(blank_rows(blank, 2, 32)[0], blank_rows(blank, 2, 64)[0], weight.weight)
     with pytest.raises(ValueError, match=r"out has shape \(2, 40\), expected \(2, 48\)"):
         linear(blank((2, 40)).view, normal(2, 64).view, weight.weight)
 

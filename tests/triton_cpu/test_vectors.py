@@ -73,6 +73,52 @@ def test_infinities_nan_and_huge_exponents_are_those_of_the_general_path(rng):
 
 
 @triton.jit
+def gate_kernel(
+    a_ptr, b_ptr, out_ptr, sums_ptr, largest_ptr, scale, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
+):  # fmt: skip
+    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    gate = tl.dot(tl.load(a_ptr + m[:, None] * K + k[None, :]), tl.load(b_ptr + k[:, None] * N + n[None, :]))
+    activated = gate / (1.0 + tl.exp(-gate))
+    integers = (activated * scale + tl.where(activated < 0, -0.5, 0.5)).to(tl.int32)
+    tl.store(out_ptr + m[:, None] * N + n[None, :], integers)
+    tl.store(sums_ptr + m, tl.sum(integers, 1))
+    tl.store(largest_ptr + m, tl.max(tl.abs(activated), 1))
+
+
+def gate(a, b, scale):
+    """Integers, their sums and the largest magnitude, with vectors and without."""
+    m, n, k = len(a), b.shape[1], len(b)
+    for register_tiles in (True, False):
+        outs = [empty((m, n), "int32"), empty((m,), "int32"), empty((m,))]
+        compiled = gate_kernel[(1,)](Tensor(a), Tensor(b), *outs, scale, m, n, k, register_tiles=register_tiles)
+        assert ("vec_exp(" in compiled.asm["c"].split("run_programs")[0].split("kernel_gate")[-1]) == register_tiles
+        yield [out.stored for out in outs]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_gate_rounded_to_integers_behind_a_dot(seed):
+    rng = np.random.default_rng(seed)
+    m, n, k = (1 << int(rng.integers(low, high)) for low, high in ((0, 6), (4, 8), (0, 6)))
+    a, b = rng.standard_normal((m, k), dtype=np.float32), rng.standard_normal((k, n), dtype=np.float32)
+    fast, general = gate(a, b, 100.0)
+    for one, other in zip(fast, general, strict=True):
+        assert one.tobytes() == other.tobytes()
+    product = a.astype(float) @ b
+    activated = product / (1 + np.exp(-product))
+    integers, sums, largest = fast
+    assert np.abs(integers - activated * 100).max() <= 0.501
+    np.testing.assert_array_equal(sums, integers.sum(1))
+    np.testing.assert_allclose(largest, np.abs(activated).max(1), rtol=1e-5, atol=1e-5)
+
+
+def test_exponentials_at_the_ends_of_their_range_are_those_of_the_general_path():
+    b = np.array([[0.0, -0.0, 87, 88.7, 88.8, 103, 103.9, 104, 104.1, 1e30, np.inf, -87.5, -89, -1e30, -np.inf, 1e-40]])
+    fast, general = gate(np.ones((16, 1), np.float32), b.astype(np.float32), 1e-3)
+    for one, other in zip(fast, general, strict=True):
+        assert one.tobytes() == other.tobytes()
+
+
+@triton.jit
 def shifted_bytes_kernel(
     x_ptr, bytes_ptr, shifts_ptr, out_ptr, sums_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
 ):  # fmt: skip
