@@ -316,7 +316,7 @@ def _int8_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _gated_kernel(
-    out, out_scales, out_sums, x, x_scales, x_sums, x_low, weight, scales, minimums, bias, rows, I, K,
+    out, out_scales, out_sums, x, x_scales, x_sums, x_low, weight, scales, minimums, bias, rows, I, K,  # noqa: E741
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of one group of 32 features of silu(gate) * up, each first as sums and then as int8."""
@@ -379,10 +379,11 @@ def tiles(target: Target, rows: int, int8_activations: bool) -> dict[str, int]:
     """Tile rule.
 
     On a CPU a program of a few rows has one tile of weights, which it reads as they lie in memory; of many rows two,
-    which share what a program costs besides its products (512 rows, K = 576: 276 GOP/s, with 16 x 16 tiles 250).
+    which share what a program costs besides its products (512 rows, K = 576: 276 GOP/s, with 16 x 16 tiles 250). Rows
+    that don't exist are not computed, in tiles of 64 rows 11 at a time (registers.py), in those of 16 rows 8.
     """
     if target.is_cpu:
-        block_m = min(next_power_of_2(rows), 64)
+        block_m = next_power_of_2(rows) if rows <= 8 or 11 < rows <= 16 else 64
         return {"BLOCK_M": block_m, "BLOCK_N": 2 * TILE if int8_activations and block_m > 16 else TILE}
     return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}  # tensor cores: one shape for every batch, see linear.py
 

@@ -3,7 +3,7 @@
     @triton.jit source
       -> Triton's front end and its target-independent passes                  (Triton; compiler.py)
       -> TTIR text -> objects                                                  ttir.py
-      -> which tensors are stored, which recomputed                            analysis.py
+      -> which tensors are stored, which recomputed, which rows are of use     analysis.py, live_rows.py
       -> C: loop nests, reductions, register tiles, loops and branches,        loops.py, reductions.py, dot.py,
          over a prelude of small floats and elementary functions               control_flow.py, emitter.py, prelude.h
          loops around tl.dot whose sums stay in registers                      registers.py, lanes.py

@@ -21,6 +21,7 @@ from typing import NamedTuple
 from . import control_flow, dot, reductions, registers, vectors
 from . import expressions as c
 from .analysis import StoragePlan, is_lazy, stride
+from .live_rows import LiveRows, number_of_live_rows
 from .loops import Array, LoopNest, MovingPointers, Scalar, best_order, linear
 from .ttir import Block, Function, Op, Type, Value
 
@@ -50,6 +51,8 @@ class KernelEmitter:
         # Vectors cost the C compiler a header of 0.1 s, which kernels with a tl.dot pay anyway.
         self.vectors = register_tiles and _has_dot(function.body)
         self.plan = StoragePlan(function)
+        self.live_rows = LiveRows()
+        self.row_counts: dict[Value, str] = {}  # row masks -> C for how many rows they let through, in this C block
         self.storage: dict[Value, Scalar | Array | MovingPointers] = {}
         self.origins: dict[Value, Value] = {}  # loop-carried pointer tensors -> what they started as
         self.destinations: dict[Value, str] = {}  # tl.dot results that may go straight into a loop's accumulator
@@ -126,6 +129,7 @@ class KernelEmitter:
         name = into or self.array(type_, value.name)
         if not (self.vectors and vectors.attempt(self, lambda: vectors.materialise(self, value, name))):
             nest = LoopNest(self, type_.shape, best_order(self, [value], type_.shape))
+            nest.rows = number_of_live_rows(self, value)
             element = nest.evaluate(value)
             nest.put(f"{name}[{linear(type_.shape, nest.index).text}] = {element.text};")
             nest.write()
@@ -186,10 +190,11 @@ class KernelEmitter:
     # ---- operations ---------------------------------------------------------------------------------------------
     def block(self, block: Block, skip_terminator: bool = False) -> None:
         outer, self.copies = self.copies, []
+        row_counts = dict(self.row_counts)
         for op in block.ops[:-1] if skip_terminator else block.ops:
             self.op(op)
         self.forget_copies(keep=block)
-        self.copies = outer
+        self.copies, self.row_counts = outer, row_counts
 
     def forget_copies(self, keep: Block | None = None) -> None:
         """A C block ends: its arrays are out of reach behind it. (What belongs to `keep` has no user there.)"""
@@ -245,6 +250,7 @@ class KernelEmitter:
             self.line(f"{condition}*{self.scalar(pointers)} = {c.to_memory(element, self.scalar(value))};")
             return
         nest = LoopNest(self, value.type.shape, self._store_order(pointers, value))
+        nest.rows = number_of_live_rows(self, pointers)
         text = c.to_memory(element, nest.evaluate(value).text)
         condition = f"if ({nest.evaluate(mask).text}) " if mask else ""
         nest.put(f"{condition}{nest.place(pointers, nest.index).text} = {text};")

@@ -66,6 +66,7 @@ class LoopNest:
             for d, extent in enumerate(shape)
         )
         self.memo: dict[tuple[Value, Index], Term] = {}
+        self.rows: str | None = None  # C for how many rows of the tile are wanted, if not all
 
     @property
     def depth(self) -> int:
@@ -85,7 +86,8 @@ class LoopNest:
                 if vectorise and level == loops[-1]:
                     emit("#pragma omp simd")
                 variable = self.variables[level]
-                emit(f"for (int {variable} = 0; {variable} < {self.shape[dimension]}; {variable}++) {{")
+                end = self.rows if self.rows and dimension == 0 else self.shape[dimension]
+                emit(f"for (int {variable} = 0; {variable} < {end}; {variable}++) {{")
             for text in self.lines[level + 1]:
                 emit(text)
         for _ in loops:

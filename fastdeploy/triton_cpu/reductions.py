@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from . import expressions as c
 from . import vectors
+from .live_rows import number_of_live_rows
 from .loops import Array, LoopNest, Scalar, Term, best_order, linear
 from .ttir import Op
 
@@ -136,6 +137,7 @@ class _Lanes:
         self.emitter, self.op, self.shape = emitter, op, shape
         self.count = min(LANES_OF_A_SUM, shape[-1])
         self.nest = LoopNest(emitter, shape, list(range(len(shape))))
+        self.nest.rows = number_of_live_rows(emitter, op.result) if len(shape) > 1 else None
         self.row = self.nest.index[:-1]
         self.partial = [emitter.name("lane") for _ in op.operands]
         self.block, self.lane = emitter.name("block"), emitter.name("l")

@@ -37,6 +37,7 @@ import numpy as np
 from . import control_flow
 from .analysis import is_lazy, splat_constant
 from .lanes import Lanes
+from .live_rows import number_of_live_rows
 from .loops import Array, LoopNest, Term, linear
 from .ttir import Op, Type, Value
 from .vectors import VECTOR_TYPES, NotATile, Place, Vectors, attempt, plus
@@ -69,9 +70,11 @@ def _emit(emitter: KernelEmitter, loop: Op) -> None:
     arrays = [emitter.array(tile.result.type, tile.result.name) for tile in tiles]
     row, column = emitter.name("m"), emitter.name("n")
     width = vectors * emitter.lanes
+    counts = {number_of_live_rows(emitter, tile.result) for tile in tiles}
+    live = counts.pop() if len(counts) == 1 else None
     with (
         emitter.braces(f"for (int {column} = 0; {column} < {n}; {column} += {width})"),
-        emitter.braces(f"for (int {row} = 0; {row} < {m}; {row} += {rows})"),
+        emitter.braces(f"for (int {row} = 0; {row} < {live or m}; {row} += {rows})"),
     ):
         if m % rows:  # the last block begins earlier and computes some rows again
             emitter.line(f"{row} = {row} < {m - rows} ? {row} : {m - rows};")

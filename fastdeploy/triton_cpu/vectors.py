@@ -20,6 +20,7 @@ import numpy as np
 from . import expressions as c
 from .analysis import is_lazy, uniform
 from .lanes import Lanes, Unknown, lanes
+from .live_rows import number_of_live_rows
 from .loops import ZERO, Array, Index, LoopNest, Term, linear
 from .ttir import Op, Value
 
@@ -88,7 +89,7 @@ def plus(variable: str, number: int) -> Term:
 
 def attempt(emitter: KernelEmitter, write: Callable[[], None]) -> bool:
     """Runs `write`. If it raises NotATile, what it has written is forgotten, and the answer is False."""
-    kept = ("lines", "depth", "names", "storage", "origins", "destinations", "copies")
+    kept = ("lines", "depth", "names", "storage", "origins", "destinations", "copies", "row_counts")
     before = {name: copy(getattr(emitter, name)) for name in kept}
     try:
         write()
@@ -102,7 +103,7 @@ def materialise(emitter: KernelEmitter, value: Value, name: str) -> None:
     """The loops that evaluate a tensor into an array, row by row and vector by vector."""
     if value.type.element not in ("f32", "i32"):
         raise NotATile(f"an array of {value.type.element}")
-    with _rows(emitter, value) as (block, row):
+    with _rows(emitter, value, number_of_live_rows(emitter, value)) as (block, row):
         kind = VECTOR_TYPES[value.type.element]
         with block.columns_of(value, emitter.lanes, row) as places:
             for place in places:
@@ -127,7 +128,7 @@ def reduce_last_axis(emitter: KernelEmitter, op: Op, identity: str, count: int, 
     if value.type.shape[-1] < count:
         raise NotATile("less than one element for each partial result")
     kind = VECTOR_TYPES[value.type.element]
-    with _rows(emitter, value) as (block, row):
+    with _rows(emitter, value, number_of_live_rows(emitter, op.result)) as (block, row):
         partial = [emitter.name("lane") for _ in range(count // emitter.lanes)]
         for name in partial:
             emitter.line(f"{kind} {name} = {kind}_splat({identity});")
@@ -146,15 +147,15 @@ def reduce_last_axis(emitter: KernelEmitter, op: Op, identity: str, count: int, 
 
 
 @contextmanager
-def _rows(emitter: KernelEmitter, value: Value) -> Iterator[tuple[Vectors, Term]]:
-    """A C loop over the rows of a tensor, with what is needed to evaluate vectors in it."""
+def _rows(emitter: KernelEmitter, value: Value, count: str | None) -> Iterator[tuple[Vectors, Term]]:
+    """A C loop over the first `count` rows of a tensor, or all, with what is needed to evaluate vectors in it."""
     shape = value.type.shape
     if len(shape) not in (1, 2) or shape[-1] % emitter.lanes:
         raise NotATile(f"rows of {shape}")
     several = len(shape) == 2 and shape[0] > 1
     name = emitter.name("i") if several else "0"
     row = Term(name, 0)
-    with emitter.braces(f"for (int {name} = 0; {name} < {shape[0]}; {name}++)" if several else ""):
+    with emitter.braces(f"for (int {name} = 0; {name} < {count or shape[0]}; {name}++)" if several else ""):
         block = Vectors(emitter, [row], [], read_once=False)
         block.scalars_of(value, row)
         yield block, row
