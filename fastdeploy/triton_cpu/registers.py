@@ -21,7 +21,7 @@ has the bytes (k..k+3, n..n+15) in the order of 16 columns of 4, which is how pa
 load finds its lanes one behind the other is answered by lanes.py for any layout. One side must be unsigned: if the
 right one is not known to be (as nibbles are), the left one is taken as x + 128 = x ^ 128, and 128 times the sum of the
 right one's column is subtracted, which costs as much as one more row. Where the kernel stores x ^ 128 and undoes it
-after the load, the two exclusive-ors cancel.
+after the load, the two exclusive-ors cancel; else the block's rows are flipped into an array first.
 
 The arithmetic is that of the general path (control_flow.py, dot.py), bit by bit: a sum takes its terms in ascending k,
 one FMA each, and the same additions are contracted. Loops that do not fit (`NotATile` says why) are left to that path.
@@ -29,7 +29,8 @@ one FMA each, and the same additions are contracted. Loops that do not fit (`Not
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -186,6 +187,10 @@ _BYTEWISE = {"andi": "&", "ori": "|", "xori": "^"}
 class _Block(Vectors):
     """Writes the products of a loop for ROWS x VECTORS places, into variables."""
 
+    def __init__(self, emitter: KernelEmitter, rows: list[Term], columns: list[Term], read_once: bool):
+        super().__init__(emitter, rows, columns, read_once)
+        self.column_sums: dict[Value, list[str]] = {}  # of right operands, as far as products have needed them
+
     def variables(self, initial: Value, hint: str) -> list[list[str]]:
         """A tile in variables that may change, with their first values."""
         kind = VECTOR_TYPES[initial.type.element]
@@ -241,29 +246,63 @@ class _Block(Vectors):
         nest.write()
         return name
 
-    def _dot_of_bytes(self, a: Value, b: Value, sums: list[list[str]]) -> None:
-        extent, unsigned = a.type.shape[1], _nonnegative(b)
+    @contextmanager
+    def _words_of(self, extent: int) -> Iterator[list[Term]]:
+        """A C loop over `extent` bytes of k; yields where the words of a turn begin. Without a loop, if they are few: so
+        that the next product finds the bytes that this one has loaded."""
         run, name = min(extent, LONGEST_RUN), self.emitter.name("k")
-        flip = self.constant("bytes", "(bytes)ivec_splat(0x80808080)", "flip")
-        columns = [self.emitter.name("column") for _ in self.columns]
-        if not unsigned:
-            self.emitter.line(f"ivec {' = {0}, '.join(columns)} = {{0}};")
-        loop = self.scope(f"for (int {name} = 0; {name} < {extent}; {name} += {run})")
-        with loop if extent > run else nullcontext():  # without a loop, the next dot finds the bytes loaded here
-            for k in (plus(name if extent > run else "0", number) for number in range(0, run, 4)):
+        if extent == run:
+            yield [plus("0", number) for number in range(0, run, 4)]
+            return
+        with self.scope(f"for (int {name} = 0; {name} < {extent}; {name} += {run})"):
+            yield [plus(name, number) for number in range(0, run, 4)]
+
+    def _dot_of_bytes(self, a: Value, b: Value, sums: list[list[str]]) -> None:
+        unsigned = _nonnegative(b)
+        columns = [] if unsigned else self._column_sums(b)
+        with self._words_of(a.type.shape[1]) as steps:
+            words = None if unsigned else self._flipped(a, steps)
+            if words is None:
+                flip = "" if unsigned else " ^ 0x80808080"
+                words = [[f"{self._four(a, row, k)}{flip}" for k in steps] for row in self.rows]
+            for number, k in enumerate(steps):
                 right = [self._quads(b, k, column) for column in self.columns]
-                for total, factor in zip(columns, right if not unsigned else []):
-                    self.emitter.line(f"{total} = add_dot4({total}, {flip}, {factor});")
-                for row, of_row in zip(self.rows, sums):
-                    word = f"(bytes)ivec_splat({self._four(a, row, k)}{'' if unsigned else ' ^ 0x80808080'})"
-                    left = self.constant("bytes", word, "left")
-                    for total, factor in zip(of_row, right):
+                for of_row, total_of_row in zip(words, sums):
+                    left = self.constant("bytes", f"(bytes)ivec_splat({of_row[number]})", "left")
+                    for total, factor in zip(total_of_row, right):
                         pair = f"{factor}, {left}" if unsigned else f"{left}, {factor}"
                         self.emitter.line(f"{total} = add_dot4({total}, {pair});")
-        if not unsigned:
-            for of_row in sums:
-                for total, column in zip(of_row, columns):
-                    self.emitter.line(f"{total} -= {column};")
+        for of_row in sums:
+            for total, column in zip(of_row, columns):
+                self.emitter.line(f"{total} -= {column};")
+
+    def _flipped(self, a: Value, steps: list[Term]) -> list[list[str]] | None:
+        """The words of all rows with each byte's sign bit flipped, in an array, if they lie in memory in order.
+
+        From there a load broadcasts one, for nothing; from a register it takes an instruction, of those that multiply.
+        """
+        count, name = 4 * len(steps), self.emitter.name("flipped")
+        if a.op is None or a in self.emitter.storage or a.op.name != "tt.load":
+            return None
+        self._expect_plain(a.op, (Lanes(1, np.zeros(count, np.int64)), Lanes(count, np.arange(count))))
+        self.emitter.line(f"int32_t {name}[{len(self.rows) * len(steps)}] __attribute__((aligned(64)));")
+        for r, row in enumerate(self.rows):
+            address = self.address(a.op.operands[0], (row, steps[0]))
+            self.emitter.line(f"flip_bytes({name} + {r * len(steps)}, {address}, {len(steps)});")
+        self.emitter.line(f"IN_MEMORY({name});")
+        return [[f"{name}[{r * len(steps) + n}]" for n in range(len(steps))] for r in range(len(self.rows))]
+
+    def _column_sums(self, b: Value) -> list[str]:
+        """128 times the sum of each column of bytes."""
+        if b not in self.column_sums:
+            names = self.column_sums[b] = [self.emitter.name("column") for _ in self.columns]
+            self.emitter.line(f"ivec {' = {0}, '.join(names)} = {{0}};")
+            with self._words_of(b.type.shape[0]) as steps:
+                for k in steps:
+                    for total, column in zip(names, self.columns):
+                        factor = self._quads(b, k, column)
+                        self.emitter.line(f"{total} = add_dot4({total}, (bytes)ivec_splat(0x80808080), {factor});")
+        return self.column_sums[b]
 
     def _expect_plain(self, load: Op, index: tuple[Lanes, ...]) -> None:
         if len(load.operands) > 1:
@@ -300,7 +339,7 @@ class _Block(Vectors):
         lane = np.arange(4 * count)
         self._expect_plain(op, (Lanes(4, lane % 4), Lanes(count, lane // 4)))
         address = self.address(op.operands[0], (k, column))
-        self.prefetch(address)
+        self.prefetch(address)  # for every block of rows: it costs little, and 32 rows of 4 bits take 13 % less time
         return f"*(const bytes *)({address})"
 
 

@@ -309,7 +309,7 @@ class Vectors:
         row, column = Lanes(1, np.zeros(count, np.int64)), Lanes(count, np.arange(count))
         self.expect_consecutive(op, (row, column)[2 - len(shape) :])
         address = self.address(op.operands[0], (place.row, place.column)[2 - len(shape) :])
-        if self.read_once and len(shape) == 2 and place.register is None:
+        if self.read_once and len(shape) == 2 and place.register is None:  # it would delay blocks that read it again
             if self.columns.index(place.column) * count * _SIZES[element] % 64 == 0:
                 self.prefetch(address)
         text = f"{_LOADS[element]}({address})"
@@ -322,8 +322,7 @@ class Vectors:
         return f"{self.scalar(mask, (place.row, ZERO)[2 - len(shape) :])} ? {text} : {otherwise}"
 
     def prefetch(self, address: str) -> None:
-        if self.read_once:
-            self.emitter.line(f"__builtin_prefetch((const char *)({address}) + {PREFETCH_BYTES});")
+        self.emitter.line(f"__builtin_prefetch((const char *)({address}) + {PREFETCH_BYTES});")
 
     def expect_consecutive(self, load: Op, index: tuple[Lanes, ...]) -> None:
         """Raises NotATile unless the lanes of a load follow each other in memory, wherever the block is."""
