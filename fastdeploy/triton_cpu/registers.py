@@ -248,8 +248,8 @@ class _Block(Vectors):
 
     @contextmanager
     def _words_of(self, extent: int) -> Iterator[list[Term]]:
-        """A C loop over `extent` bytes of k; yields where the words of a turn begin. Without a loop, if they are few: so
-        that the next product finds the bytes that this one has loaded."""
+        """A C loop over `extent` bytes of k; yields where the words of a turn begin. For few there is no loop, and
+        the next product finds the bytes that this one has loaded."""
         run, name = min(extent, LONGEST_RUN), self.emitter.name("k")
         if extent == run:
             yield [plus("0", number) for number in range(0, run, 4)]
