@@ -188,10 +188,56 @@ def test_which_mappings_are_released(path, anonymous, swap, released):
     assert _shared_mappings(smaps) == ([(0x7F00, 0x7F40)] if released else [])
 
 
+ALLOCATES = """
+from fastdeploy.device import open_device
+from fastdeploy.kernels.launch import view
+assert view(open_device().empty((2, 3), "bfloat16")).shape == (2, 3)
+"""
+COMPUTES = """
+import paddle
+assert paddle.to_tensor([1.0, 2.0]).sum().item() == 3.0
+"""
+
+
+@pytest.mark.parametrize("order", [(ALLOCATES,), (ALLOCATES, COMPUTES), (COMPUTES, ALLOCATES, COMPUTES)])
+def test_a_cpu_needs_paddles_library_alone_and_the_package_works_before_and_after(order):
+    code = "".join(order) + "import sys\nprint(sorted({'paddle', 'paddle.base.libpaddle'} & set(sys.modules)))"
+    done = run_python(code)
+    expected = ["paddle", "paddle.base.libpaddle"] if COMPUTES in order else ["paddle.base.libpaddle"]
+    assert done.stdout.split("\n")[-2] == str(expected), done.stderr
+
+
+def test_a_library_that_cannot_be_loaded_by_itself_is_left_to_the_package():
+    code = (
+        """
+from importlib.machinery import ExtensionFileLoader
+original = ExtensionFileLoader.exec_module
+
+def fails_alone(self, module):
+    import sys
+    if self.name == "paddle.base.libpaddle" and "paddle" not in sys.modules:
+        raise ImportError("libcudart.so: cannot open shared object file")
+    original(self, module)
+
+ExtensionFileLoader.exec_module = fails_alone
+"""
+        + ALLOCATES
+        + "import sys; print('paddle' in sys.modules)"
+    )
+    done = run_python(code)
+    assert done.stdout.split("\n")[-2] == "True", done.stderr
+
+
+def test_memory_of_no_elements_and_of_unknown_types(device):
+    assert view(device.empty((0, 4), "float32")).shape == (0, 4)
+    with pytest.raises(ValueError, match="'float7' is no element type of Paddle; there are float32"):
+        device.empty((1,), "float7")
+
+
 def test_importing_paddle_leaves_the_root_logger_alone():
     done = run_python(
         "import logging, warnings; root = logging.getLogger(); before = root.level, list(root.handlers); "
-        "import fastdeploy.device.cpu; assert (root.level, root.handlers) == before, root.handlers"
+        "import fastdeploy.device.quiet_paddle; assert (root.level, root.handlers) == before, root.handlers"
     )
     assert done.returncode == 0, done.stderr
 

@@ -8,11 +8,12 @@ through DLPack only. A step of the engine meets its device in four places:
     plan.replay()             the recorded kernel launches of the step       (GPU: a CUDA graph; CPU: a list of calls)
     staging.fetch(name)       what kernels leave for the host                (GPU: on its way while the host goes on)
 
-    cpu.py      the host's processors             cuda.py    an NVIDIA GPU
-    group.py    ranks that share a model          host.py    free memory of the host
+    cpu.py      the host's processors             cuda.py           an NVIDIA GPU
+    group.py    ranks that share a model          host.py           free memory of the host
     driver.py   CUDA's driver, by ctypes: copies, events, memory
+    paddle_core.py, quiet_paddle.py               Paddle's library alone, and all of Paddle
 
-This file is what they have in common; importing it does not import Paddle, which takes 2 to 3 seconds.
+This file is what they have in common; importing it imports nothing of Paddle.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from fastdeploy.kernels.launch import TensorView
 
 GIB = 1 << 30
 CACHE_LINE = 64
@@ -133,10 +137,13 @@ class PeerLost(RuntimeError):
 
 def open_device(ranks: int = 1) -> Device:
     """The device that this process computes on, as one of `ranks` processes on this machine: the GPU, if Paddle was
-    built for CUDA and sees one, else the CPU; $TRITON_DEFAULT_BACKEND=cpu asks for the CPU. Imports Paddle."""
-    from fastdeploy.device.cuda import CUDADevice
+    built for CUDA and sees one, else the CPU; $TRITON_DEFAULT_BACKEND=cpu asks for the CPU. Loads Paddle's library; for
+    a GPU it imports Paddle."""
+    from fastdeploy.device.paddle_core import sees_a_gpu
 
-    if os.environ.get("TRITON_DEFAULT_BACKEND") != "cpu" and CUDADevice.exists():
+    if os.environ.get("TRITON_DEFAULT_BACKEND") != "cpu" and sees_a_gpu():
+        from fastdeploy.device.cuda import CUDADevice
+
         return CUDADevice(ranks)
     from fastdeploy.device.cpu import CPUDevice
 
@@ -162,4 +169,16 @@ def host_fields(fields: Mapping[str, Field], flat: np.ndarray) -> dict[str, np.n
         dtype = np.dtype(field.dtype)
         start = offsets[name] // dtype.itemsize
         found[name] = flat.view(dtype)[start : start + int(np.prod(field.shape))].reshape(field.shape)
+    return found
+
+
+def device_fields(fields: Mapping[str, Field], area: TensorView) -> dict[str, TensorView]:
+    """The fields as parts of `area`, the memory of the same layout that kernels read."""
+    from fastdeploy.kernels.launch import TensorView
+
+    found = {}
+    for name, offset in field_offsets(fields)[0].items():
+        shape, dtype = fields[name]
+        flat = TensorView(area.pointer + offset, dtype, (int(np.prod(shape)),), (1,), area)
+        found[name] = flat.reshape(*shape)
     return found

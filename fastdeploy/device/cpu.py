@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from fastdeploy import triton_cpu
-from fastdeploy.device import GIB, Device, Field, Plan, Staging, field_offsets, host_fields
+from fastdeploy.device import GIB, Device, Field, Plan, Staging, device_fields, field_offsets, host_fields
 from fastdeploy.device.host import available_memory, release_pages_of_imports
-from fastdeploy.device.quiet_paddle import paddle
-from fastdeploy.kernels.launch import view
+from fastdeploy.device.paddle_core import HostTensor
+from fastdeploy.kernels.launch import TensorView, view
 from fastdeploy.triton_cpu import runtime
 
 
@@ -21,16 +21,12 @@ class SharedStaging(Staging):
     """On a CPU, host and device are the same memory."""
 
     def __init__(self, fields: Mapping[str, Field]) -> None:
-        offsets, size = field_offsets(fields)
-        area = paddle.zeros([size // 8], dtype="int64")
-        self._area = area
-        self.host = host_fields(fields, np.from_dlpack(area))
-        self.device = {}
-        for name, field in fields.items():
-            start = offsets[name] // np.dtype(field.dtype).itemsize
-            part = slice(start, start + int(np.prod(field.shape)))
-            # The dtype first, the slice second: Paddle 3.3 counts the slice's offset twice the other way round.
-            self.device[name] = area.view(getattr(paddle, field.dtype))[part].reshape(field.shape)
+        _, size = field_offsets(fields)
+        area = HostTensor((size // 8,), "int64")
+        flat = _in_place(area)
+        flat[:] = 0
+        self.host = host_fields(fields, flat)
+        self.device = device_fields(fields, view(area))
 
     def upload(self, rows: Iterable[int] | None = None) -> None:
         """Nothing to do."""
@@ -43,7 +39,7 @@ class SharedStaging(Staging):
 class CPUDevice(Device):
     """The host's processors, Triton kernels run by `fastdeploy.triton_cpu`.
 
-    Memory from `paddle.empty` begins on a page, which the packed weights rely on (a panel's row is one cache line), and
+    Paddle's memory begins on a page, which the packed weights rely on (a panel's row is one cache line), and
     is not resident before it is written: a large KV cache costs only what is used of it.
     """
 
@@ -54,14 +50,12 @@ class CPUDevice(Device):
         runtime.share_cores(ranks)
         self._ranks = ranks
         release_pages_of_imports()
-        if not paddle.in_dynamic_mode():  # Paddle 3.3 is in it only on the thread that imported Paddle first
-            paddle.disable_static()
 
-    def empty(self, shape: tuple[int, ...], dtype: str) -> paddle.Tensor:
-        return paddle.empty(shape, dtype=getattr(paddle, dtype))
+    def empty(self, shape: tuple[int, ...], dtype: str) -> HostTensor:
+        return HostTensor(shape, dtype)
 
-    def from_numpy(self, array: np.ndarray) -> paddle.Tensor:
-        return paddle.from_dlpack(array)
+    def from_numpy(self, array: np.ndarray) -> TensorView:
+        return view(array)
 
     def write(self, tensor: Any, values: np.ndarray) -> None:
         _in_place(tensor)[...] = values

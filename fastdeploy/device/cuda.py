@@ -68,11 +68,6 @@ class CUDADevice(NvidiaDevice):
 
     owner = f"Paddle {paddle.__version__}"
 
-    @staticmethod
-    def exists() -> bool:
-        """Whether this Paddle can compute on a GPU of this machine."""
-        return paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
-
     def __init__(self, ranks: int = 1) -> None:
         if ranks > 1:
             raise ValueError(

@@ -30,6 +30,8 @@ class Group:
     def __init__(self, rank: int, size: int, address: tuple[str, int], patience: int = SILENCE_SECONDS) -> None:
         from paddle.base import core
 
+        if not paddle.in_dynamic_mode():  # Paddle 3.3 is in it only on the thread that imported Paddle first
+            paddle.disable_static()
         self.rank = rank
         self.size = size
         with _environment("PADDLE_TRAINER_ID", str(rank)):  # Paddle asks for it, to name the rank in its logs

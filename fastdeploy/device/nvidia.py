@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from fastdeploy.device import GIB, Device, Field, Staging, field_offsets, host_fields
+from fastdeploy.device import GIB, Device, Field, Staging, device_fields, field_offsets, host_fields
 from fastdeploy.device.driver import Driver, PinnedBuffer
-from fastdeploy.kernels.launch import TensorView, provide_scratch, view
+from fastdeploy.kernels.launch import provide_scratch, view
 
 NUMPY_DTYPES = {"bfloat16": "uint16", "bool": "uint8"}  # of those that NumPy lacks, or that have no fixed bits
 SCRATCH = 64 << 20  # bytes for tensor descriptors, 256 a program of the prefill kernel: for 128 KV heads, 65536 rows
@@ -35,15 +35,10 @@ class PinnedStaging(Staging):
         self._area = view(device.empty((size // 8,), "int64"))
         self._driver, self._stream = device.driver, device.stream
         self.host = host_fields(fields, flat)
-        self.device = {name: self._cut(name, field) for name, field in fields.items()}
+        self.device = device_fields(fields, self._area)
         self._uploads = [PinnedBuffer(self._driver, size) for _ in range(2)]
         self._fetches: dict[str, list[PinnedBuffer]] = {}
         self._driver.fill_with_zeros(self._area.pointer, size, self._stream())
-
-    def _cut(self, name: str, field: Field) -> TensorView:
-        step = np.dtype(field.dtype).itemsize
-        strides = tuple(stride // step for stride in self.host[name].strides)
-        return TensorView(self._area.pointer + self._offsets[name], field.dtype, field.shape, strides, self._area)
 
     def upload(self, rows: Iterable[int] | None = None) -> None:
         buffer = self._uploads[0]

@@ -23,10 +23,14 @@ def open_gpu() -> NvidiaDevice | None:
 
             return TorchDevice()
     try:
-        from fastdeploy.device.cuda import CUDADevice
+        from fastdeploy.device.paddle_core import sees_a_gpu
     except ImportError:
         return None
-    return CUDADevice() if CUDADevice.exists() else None
+    if not sees_a_gpu():
+        return None
+    from fastdeploy.device.cuda import CUDADevice
+
+    return CUDADevice()
 
 
 @pytest.fixture(scope="session")
