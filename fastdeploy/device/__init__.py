@@ -126,6 +126,9 @@ class Device(ABC):
     def synchronize(self) -> None:
         """Wait until everything launched so far has run."""
 
+    def settle(self) -> None:  # noqa: B027 (a device need not)
+        """A model has been loaded: give back what only that has needed."""
+
     @abstractmethod
     def describe(self) -> str:
         """The device in words, for the line logged at start."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from fastdeploy import triton_cpu
 from fastdeploy.device import GIB, Device, Field, Plan, Staging, device_fields, field_offsets, host_fields
-from fastdeploy.device.host import available_memory, release_pages_of_imports
+from fastdeploy.device.host import available_memory, release_pages_of_imports, release_pages_of_loading
 from fastdeploy.device.paddle_core import HostTensor
 from fastdeploy.kernels.launch import TensorView, view
 from fastdeploy.triton_cpu import runtime
@@ -92,6 +92,9 @@ class CPUDevice(Device):
 
     def synchronize(self) -> None:
         """Nothing to wait for: a launch on a CPU returns when it has run."""
+
+    def settle(self) -> None:
+        release_pages_of_loading()
 
     def describe(self) -> str:
         return f"CPU ({_processor_name()}), {self.num_threads()} threads, {self.free_memory() / GIB:.1f} GiB free"

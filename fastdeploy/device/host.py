@@ -40,8 +40,8 @@ def release_library_pages(smaps: Path = Path("/proc/self/smaps")) -> None:
         madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
-# Once: nothing that a later device imports is worth looking through all mappings again.
-release_pages_of_imports = functools.cache(release_library_pages)
+# Once each: nothing that a later device or model touches is worth looking through all mappings again.
+release_pages_of_imports, release_pages_of_loading = map(functools.cache, [release_library_pages] * 2)
 
 
 def _shared_mappings(smaps: str) -> list[tuple[int, int]]:

@@ -65,4 +65,5 @@ def load_model(
     loader = WeightLoader(checkpoint, device, config.dtype if dtype == "auto" else dtype, quantization, shard)
     model = families[config.architecture](config, loader, max_positions, group)
     loader.load(progress)
+    device.settle()
     return model
