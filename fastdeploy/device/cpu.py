@@ -23,7 +23,7 @@ class SharedStaging(Staging):
     def __init__(self, fields: Mapping[str, Field]) -> None:
         _, size = field_offsets(fields)
         area = HostTensor((size // 8,), "int64")
-        flat = _in_place(area)
+        flat = np.from_dlpack(area)  # which keeps the memory for as long as somebody has a part of it
         flat[:] = 0
         self.host = host_fields(fields, flat)
         self.device = device_fields(fields, view(area))

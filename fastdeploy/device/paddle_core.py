@@ -93,8 +93,9 @@ class HostTensor:
         self._tensor._set_dims(list(shape))
         self._tensor._mutable_data(core.CPUPlace(), getattr(core.VarDesc.VarType, _TYPES[dtype]))
 
-    def __dlpack__(self) -> Any:
-        return self._tensor._to_dlpack()
+    def __dlpack__(self, *, max_version: tuple[int, int] | None = None, **_: Any) -> Any:
+        # NumPy takes what comes without a version for read-only.
+        return self._tensor._to_dlpack() if max_version is None else self._tensor._to_dlpack_versioned()
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return 1, 0  # DLPack's number of the host
