@@ -8,7 +8,7 @@
     v_cache [blocks, KVH, block_size, D]
     k_scales, v_scales [blocks, KVH, block_size]   of an int8 cache, see rope.py
     block_tables [sequences, max_blocks]        key j of a sequence is in its block table[j // block_size]
-    out [T, H * D]
+    out [T, H * D]                              floats or, for the int8 layer that follows, `QuantisedRows`
 
 Tiles. The rows of a query tile are the (token, query head) pairs that share a KV head: row r is token r // group, head
 r % group, so that keys and values are read once for the whole group, whatever its size. A tile of keys is part of one
@@ -65,6 +65,7 @@ from fastdeploy.kernels.launch import (
     view,
     wait_for_inputs,
 )
+from fastdeploy.kernels.quantised import GROUP, QuantisedRows, store_groups
 from fastdeploy.kernels.rope import HeadLayout, KVBlocks
 
 SPLIT, GPU_SPLIT = 256, 1024  # keys; a multiple of every block size. Part of the arithmetic: it decides on last bits.
@@ -253,16 +254,23 @@ def _load_queries(
 
 @triton.jit
 def _store_attended(
-    out, sums, total, row, mask, kv_head,
+    out, out_scales, out_sums, sums, total, row, mask, kv_head,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """sums / total to the rows of `out`; zeros for a row that saw no key."""
+    """sums / total to the rows of `out`, as floats or as int8 in groups of 32; zeros for a row that saw no key."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    d = tl.arange(0, DIM)
     attended = sums / tl.where(total == 0.0, 1.0, total)[:, None]
     start = (row // GROUP).to(tl.int64) * HEADS * D + (kv_head * GROUP + row % GROUP) * D
-    mask = mask[:, None] & _head_mask(d, D, DIM)[None, :]
-    tl.store(out + start[:, None] + d[None, :], attended.to(out.dtype.element_ty), mask=mask)
+    if out_scales is None:
+        d = tl.arange(0, DIM)
+        mask = mask[:, None] & _head_mask(d, D, DIM)[None, :]
+        tl.store(out + start[:, None] + d[None, :], attended.to(out.dtype.element_ty), mask=mask)
+    else:
+        COUNT: tl.constexpr = sums.shape[0] * DIM // 32
+        g = tl.arange(0, DIM // 32)
+        group = tl.reshape(start[:, None] // 32 + g[None, :], [COUNT])
+        inside = tl.reshape(mask[:, None] & _head_mask(g, D // 32, DIM // 32)[None, :], [COUNT])
+        store_groups(out, out_scales, out_sums, None, tl.reshape(attended, [COUNT, 32]), group, inside)
 
 
 @triton.jit
@@ -284,7 +292,7 @@ def _find_sequence(tile, cu_seqlens, num_decodes, num_seqs, GROUP: tl.constexpr,
 
 @triton.jit(do_not_specialize=["num_decodes", "num_seqs", "max_blocks"])
 def _attention_kernel(
-    out, qkv, k_cache, v_cache, k_scales, v_scales, cu_seqlens, context_lens, block_tables,
+    out, out_scales, out_sums, qkv, k_cache, v_cache, k_scales, v_scales, cu_seqlens, context_lens, block_tables,
     num_decodes, num_seqs, max_blocks, log2_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BY_TOKEN: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, FLAT: tl.constexpr,
@@ -320,7 +328,8 @@ def _attention_kernel(
             q, k_cache, v_cache, k_scales, v_scales, block_table, kv_head, position, 0, seen_by_all, end, log2_scale,
             KV_HEADS, D, BLOCK_SIZE, BY_TOKEN, TILE, SPLIT, FLAT,
         )  # fmt: skip
-        _store_attended(out, sums, total, first_token * GROUP + row, real, kv_head, HEADS, KV_HEADS, D, DIM)
+        row += first_token * GROUP
+        _store_attended(out, out_scales, out_sums, sums, total, row, real, kv_head, HEADS, KV_HEADS, D, DIM)
 
 
 @triton.jit
@@ -377,7 +386,7 @@ def _attend_split(
 
 @triton.jit(do_not_specialize=["num_decodes", "num_seqs", "max_blocks", "cache_rows"])
 def _prefill_kernel(
-    out, qkv, k_cache, v_cache, cu_seqlens, context_lens, block_tables,
+    out, out_scales, out_sums, qkv, k_cache, v_cache, cu_seqlens, context_lens, block_tables,
     num_decodes, num_seqs, max_blocks, log2_scale, cache_rows,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -415,7 +424,8 @@ def _prefill_kernel(
                 tl.minimum(end, first + SPLIT), log2_scale, KV_HEADS, BLOCK_SIZE, TILE,
             )  # fmt: skip
             sums, peak, total = _merge(sums, peak, total, more_sums, more_peak, more_total)
-        _store_attended(out, sums, total, first_token * GROUP + row, real, kv_head, HEADS, KV_HEADS, D, DIM)
+        row += first_token * GROUP
+        _store_attended(out, out_scales, out_sums, sums, total, row, real, kv_head, HEADS, KV_HEADS, D, DIM)
 
 
 @triton.jit(do_not_specialize=["num_splits", "max_blocks"])
@@ -452,7 +462,7 @@ def _split_kernel(
 
 @triton.jit(do_not_specialize=["num_splits"])
 def _merge_kernel(
-    out, partials, context_lens, num_splits,
+    out, out_scales, out_sums, partials, context_lens, num_splits,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, AT_ONCE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -481,7 +491,8 @@ def _merge_kernel(
             sums, peak, total = _merge(
                 sums, peak, total, more_sums, more_peak, tl.load(at + D + 1, mask=used, other=0.0)
             )
-    _store_attended(out, sums, total, sequence * GROUP + row, real, kv_head, HEADS, KV_HEADS, D, DIM)
+    row += sequence * GROUP
+    _store_attended(out, out_scales, out_sums, sums, total, row, real, kv_head, HEADS, KV_HEADS, D, DIM)
 
 
 # The launcher
@@ -550,14 +561,15 @@ def paged_attention(
     """Attention of every token of the step over the keys of its own sequence up to itself.
 
     Args:
-        out: [T, H * D], any float type.
+        out: [T, H * D], any float type, or `QuantisedRows` of 8 bits where D is a multiple of 32.
         qkv: [T, heads.qkv_width], q turned by `rope_and_cache`, which has also written the new keys and values.
         cache: of the layer that qkv belongs to; block_size a power of two from 16 to 256.
         batch: who attends to what. Its tensors' values are not checked: they lie on the device.
         scale: factor of the scores, above 0, usually 1 / sqrt(D).
         workspace: float32 of at least `workspace_shape` elements.
     """
-    out, qkv, workspace = view(out), view(qkv), view(workspace)
+    qkv, workspace = view(qkv), view(workspace)
+    written = out.tensors[:3] if isinstance(out, QuantisedRows) else (view(out), None, None)
     cache.expect(heads)
     _check(out, qkv, batch, heads, cache.block_size)
     here = target()
@@ -570,23 +582,29 @@ def paged_attention(
     max_blocks = batch.block_tables.shape[1]
     read = (qkv, *cache.tensors())
     sequences = (batch.cu_seqlens, batch.context_lens, batch.block_tables)
-    walked = (out, *read, *sequences, batch.num_decodes, batch.num_seqs, max_blocks, log2_scale)
+    walked = (*written, *read, *sequences, batch.num_decodes, batch.num_seqs, max_blocks, log2_scale)
     in_splits = splits_in_parallel(here, batch.num_decodes, heads, batch.num_splits)
     rule = tiles(here, heads, cache, query_len=1, in_splits=in_splits)
     if in_splits:
-        _launch_splits(out, read, batch, workspace, log2_scale, {**common, **rule})
+        _launch_splits(written, read, batch, workspace, log2_scale, {**common, **rule})
     else:
         launch(_attention_kernel, (batch.num_decodes, heads.num_kv_heads), *walked, **common, **rule, DECODE=True)
     if batch.num_seqs > batch.num_decodes:
         _launch_prompts(walked, cache, batch, heads, common)
 
 
-def _check(out: TensorView, qkv: TensorView, batch: AttentionBatch, heads: HeadLayout, block_size: int) -> None:
+def _check(out: Any, qkv: TensorView, batch: AttentionBatch, heads: HeadLayout, block_size: int) -> None:
     if block_size & (block_size - 1) or not 16 <= block_size <= SPLIT:
         raise ValueError(f"block_size is {block_size}; attention takes powers of two from 16 to {SPLIT}")
     count = qkv.shape[0]
     expect("qkv", qkv, (count, heads.qkv_width), *FLOATS)
-    expect("out", out, (count, heads.num_heads * heads.head_dim), *FLOATS)
+    width = heads.num_heads * heads.head_dim
+    if isinstance(out, QuantisedRows):
+        expect("out", out.values, (count, width), "int8")
+        if heads.head_dim % GROUP or out.low is not None:
+            raise ValueError(f"heads of {heads.head_dim} can't be written as whole groups of {GROUP} in 8 bits")
+    else:
+        expect("out", view(out), (count, width), *FLOATS)
     expect("cu_seqlens", batch.cu_seqlens, (batch.num_seqs + 1,), "int32")
     expect("context_lens", batch.context_lens, (batch.num_seqs,), "int32")
     expect("block_tables", batch.block_tables, (batch.num_seqs, batch.block_tables.shape[1]), "int32")
@@ -596,7 +614,7 @@ def _launch_prompts(
     walked: tuple[Any, ...], cache: KVBlocks, batch: AttentionBatch, heads: HeadLayout, constexprs: dict[str, Any]
 ) -> None:
     """The chunks of prompts; `walked` are the arguments of `_attention_kernel`."""
-    out, qkv, *_ = walked
+    out, _, _, qkv, *_ = walked
     quick = prefill_tiles(target(), heads, cache, qkv.dtype)
     rule = quick or tiles(target(), heads, cache, batch.max_query_len)
     rows = (qkv.shape[0] - batch.num_decodes) * heads.group
@@ -605,15 +623,15 @@ def _launch_prompts(
         launch(_attention_kernel, grid, *walked, **constexprs, **rule, DECODE=False)
     else:
         known = {name: value for name, value in constexprs.items() if name not in ("BY_TOKEN", "FLAT")}
-        inputs = (out, qkv, cache.k_cache, cache.v_cache, *walked[6:])
+        inputs = (out, None, None, qkv, cache.k_cache, cache.v_cache, *walked[8:])
         launch(_prefill_kernel, grid, *inputs, prod(cache.v_cache.shape[:3]), **known, **rule)
 
 
 def _launch_splits(
-    out: TensorView, read: tuple[TensorView | None, ...], batch: AttentionBatch, workspace: TensorView,
-    log2_scale: float, constexprs: dict[str, Any],
+    written: tuple[TensorView | None, ...], read: tuple[TensorView | None, ...], batch: AttentionBatch,
+    workspace: TensorView, log2_scale: float, constexprs: dict[str, Any],
 ) -> None:  # fmt: skip
-    """The decodes, a program per split; `read` is qkv and the cache."""
+    """The decodes, a program per split. written: out and, of integers, scales and sums; read: qkv and the cache."""
     kv_heads, splits = constexprs["KV_HEADS"], batch.num_splits
     needed = batch.num_decodes * constexprs["HEADS"] * splits * (constexprs["D"] + 2)
     expect("workspace", workspace, workspace.shape, "float32")
@@ -627,7 +645,7 @@ def _launch_splits(
         merging |= {"AT_ONCE": 16, "BLOCK_M": next_power_of_2(constexprs["HEADS"] // kv_heads), "num_warps": 2}
     else:
         merging["AT_ONCE"] = 1
-    launch(_merge_kernel, (kv_heads, batch.num_decodes), out, workspace, batch.context_lens, splits, **merging)
+    launch(_merge_kernel, (kv_heads, batch.num_decodes), *written, workspace, batch.context_lens, splits, **merging)
 
 
 def attention_reference(

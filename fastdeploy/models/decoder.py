@@ -31,8 +31,17 @@ from fastdeploy.kernels.embedding import embedding, gather_rows
 from fastdeploy.kernels.launch import ITEM_SIZES, TensorView, view
 from fastdeploy.kernels.linear import Weight, linear
 from fastdeploy.kernels.norm import add_rms_norm, rms_norm
+from fastdeploy.kernels.quantised import GROUP, QuantisedRows
 from fastdeploy.kernels.rope import HeadLayout, HeadNorms, KVBlocks, cache_fields, rope_and_cache, rope_tables
-from fastdeploy.models.feed_forward import MLP, Allocator, LinearInput, Mixture, MixtureMemory, MLPMemory
+from fastdeploy.models.feed_forward import (
+    MLP,
+    Allocator,
+    LinearInput,
+    LinearOperand,
+    Mixture,
+    MixtureMemory,
+    MLPMemory,
+)
 from fastdeploy.models.loading import WeightLoader
 
 if TYPE_CHECKING:
@@ -245,11 +254,13 @@ class Decoder:
         self._sum_over_ranks(memory.residual, memory)
         first = self.layers[0]
         rms_norm(memory.hidden.of(first.qkv), memory.residual, first.attention_norm, self.config.rms_norm_eps)
-        for index, layer in enumerate(self.layers):
-            self._attend(layer, step, cache.layers[index], memory)
-            if layer is not self.layers[-1]:
-                following = self.layers[index + 1]
-                self._finish_layer(layer, following.attention_norm, following.qkv, memory)
+        for layer, following, blocks in zip(self.layers, self.layers[1:], cache.layers):
+            attended = memory.attended.of(layer.attention_output)
+            if self.heads.head_dim % GROUP:  # attention can't write groups that heads share
+                attended = memory.attended.floats
+            self._attend(attended, layer, step, blocks, memory)
+            self._finish_layer(attended, layer, following.attention_norm, following.qkv, memory)
+        self._attend(memory.attended.floats, self.layers[-1], step, cache.layers[-1], memory)
 
     def project(self, logits: TensorView, rows: TensorView | None, memory: Activations) -> None:
         """Launch the kernels from the last layer's attention to `logits`, [R, vocabulary] float32.
@@ -265,7 +276,7 @@ class Decoder:
             gather_rows(attended.floats, memory.attended.floats, rows)
             gather_rows(residual, memory.residual, rows)
         memory = replace(memory.rows(count), attended=attended, residual=residual)
-        self._finish_layer(self.layers[-1], self.final_norm, self.lm_head, memory)
+        self._finish_layer(attended.floats, self.layers[-1], self.final_norm, self.lm_head, memory)
         if self.group is None:
             linear(logits, memory.hidden.of(self.lm_head), self.lm_head)
         else:
@@ -274,17 +285,22 @@ class Decoder:
             linear(own_logits, memory.hidden.of(self.lm_head), self.lm_head)
             join_columns(logits, self._of_all_ranks(own_logits, memory))
 
-    def _attend(self, layer: Layer, step: StepInputs, cache: KVBlocks, memory: Activations) -> None:
+    def _attend(
+        self, attended: LinearOperand, layer: Layer, step: StepInputs, cache: KVBlocks, memory: Activations
+    ) -> None:
         """hidden -> attended, and the tokens' keys and values into the cache."""
         linear(memory.qkv, memory.hidden.of(layer.qkv), layer.qkv)
         inputs = (memory.qkv, step.positions, step.slots, self.cos, self.sin)
         rope_and_cache(*inputs, cache, self.heads, layer.head_norms)
-        out, heads, workspace = memory.attended.floats, self.heads, memory.workspace
-        paged_attention(out, memory.qkv, cache, step.attention, heads, self.scale, workspace)
+        paged_attention(attended, memory.qkv, cache, step.attention, self.heads, self.scale, memory.workspace)
 
-    def _finish_layer(self, layer: Layer, next_norm: TensorView, next_linear: Weight, memory: Activations) -> None:
+    def _finish_layer(
+        self, attended: LinearOperand, layer: Layer, next_norm: TensorView, next_linear: Weight, memory: Activations
+    ) -> None:
         """What follows a layer's attention: attended -> residual, and hidden for the linear layer that comes next."""
-        linear(memory.delta, memory.attended.quantised_of(layer.attention_output), layer.attention_output)
+        if not isinstance(attended, QuantisedRows):
+            attended = memory.attended.quantised_of(layer.attention_output)
+        linear(memory.delta, attended, layer.attention_output)
         self._sum_over_ranks(memory.delta, memory)
         self._add_and_norm(memory, layer.mlp_norm, layer.feed_forward.first)
         if isinstance(layer.feed_forward, MLP):

@@ -20,6 +20,8 @@ from fastdeploy.kernels.quantised import GROUP, QuantisedRows, QuantisedWeight, 
 from fastdeploy.models.loading import WeightLoader
 from fastdeploy.models.sharding import Shard
 
+LinearOperand = TensorView | QuantisedRows  # what a linear layer reads
+
 
 @dataclass(frozen=True)
 class LinearInput:
@@ -34,13 +36,13 @@ class LinearInput:
     int8: QuantisedRows | None
     int16: QuantisedRows | None  # the same memory as `int8`, and the low bytes
 
-    def of(self, weight: Weight) -> TensorView | QuantisedRows:
+    def of(self, weight: Weight) -> LinearOperand:
         """The memory that a layer with this weight reads."""
         if self.int8 is None or not isinstance(weight, QuantisedWeight):
             return self.floats
         return self.int16 if weight.wide_inputs and self.int16 is not None else self.int8
 
-    def quantised_of(self, weight: Weight) -> TensorView | QuantisedRows:
+    def quantised_of(self, weight: Weight) -> LinearOperand:
         """The same, after the floats have been quantised if that is what the layer reads."""
         found = self.of(weight)
         if isinstance(found, QuantisedRows):

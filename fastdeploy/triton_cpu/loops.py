@@ -145,6 +145,10 @@ class LoopNest:
         if op.name == "tt.make_range":
             start = op.attribute("start", 0)
             return Term(f"({index[0].text} + {start})", index[0].level) if start else index[0]
+        stored = self.emitter.storage.get(first) if first is not None else None
+        if op.name == "tt.reshape" and isinstance(stored, Array):  # its elements are in the same order
+            position = linear(value.type.shape, index)
+            return self.temporary(value.type.element, f"{stored.name}[{position.text}]", position.level, stored.name)
         if op.name in ("tt.broadcast", "tt.expand_dims", "tt.trans", "tt.reshape", "tt.split"):
             return self.evaluate(first, self.source_index(op, value, index))  # type: ignore[arg-type]
         if op.name == "tt.join":

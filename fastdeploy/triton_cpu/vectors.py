@@ -266,6 +266,8 @@ class Vectors:
 
     def _vector(self, value: Value, place: Place) -> str:
         storage, op, element = self.emitter.storage.get(value), value.op, value.type.element
+        if storage is None and op is not None and op.name == "tt.reshape":
+            storage = self.emitter.storage.get(op.operands[0])  # the elements are in the same order
         if isinstance(storage, Array) and element not in ("i8", "i1"):
             where = linear(value.type.shape, (place.row, place.column)[2 - len(value.type.shape) :]).text
             return f"*(const {VECTOR_TYPES[element]} *)({storage.name} + {where})"

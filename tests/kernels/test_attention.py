@@ -6,6 +6,7 @@ import pytest
 from fastdeploy.kernels import attention
 from fastdeploy.kernels.attention import SPLIT, AttentionBatch, attention_reference, paged_attention, workspace_shape
 from fastdeploy.kernels.launch import view
+from fastdeploy.kernels.quantised import QuantisedRows, quantise_reference, rows_fields
 from fastdeploy.kernels.rope import CACHE_DTYPES, HeadLayout, KVBlocks, cache_fields
 
 HEADS = HeadLayout(9, 3, 64)
@@ -38,7 +39,8 @@ def attend(rng, normal, store, blank):
         qkvs = [normal(length, heads.qkv_width) for length in lengths]
         scale = heads.head_dim**-0.5
 
-        def run(sequences, num_splits=None):
+        def run(sequences, num_splits=None, integers=False):
+            """What attention gives for each sequence; `integers`: that as `QuantisedRows`, and the floats."""
             decodes = [s for s in sequences if s[2] - s[1] == 1]
             counts = [stop - start for _, start, stop in sequences]
             contexts = [stop for *_, stop in sequences]
@@ -55,6 +57,12 @@ def attend(rng, normal, store, blank):
             out = blank((sum(counts), heads.num_heads * heads.head_dim))
             workspace = blank(workspace_shape(len(sequences), heads, splits * SPLIT))
             paged_attention(out.view, qkv.view, cache, batch, heads, scale, workspace.view)
+            if integers:
+                fields = rows_fields(*out.memory.shape).items()
+                stored = {name: blank(shape, dtype) for name, (shape, dtype) in fields}
+                rows = QuantisedRows(**{name: part.view for name, part in stored.items()})
+                paged_attention(rows, qkv.view, cache, batch, heads, scale, workspace.view)
+                return {name: part.memory for name, part in stored.items()}, out.memory
             return np.split(out.memory, np.cumsum(counts)[:-1])
 
         def expected(index, start, stop):
@@ -103,6 +111,23 @@ def test_decodes_match_reference(head_dim, block_size, dtype, attend, parallel):
     lengths = [1, 15, 16, 17, 255, 256, 257, 700]
     case = attend(HeadLayout(9, 3, head_dim), lengths, block_size, dtype)
     check(case, [(index, length - 1, length) for index, length in enumerate(lengths)])
+
+
+@pytest.mark.parametrize("heads", [HeadLayout(9, 3, 64), HeadLayout(2, 2, 96), HeadLayout(4, 1, 128)])
+def test_integers_for_the_layer_that_follows_are_the_floats_quantised(heads, attend, parallel):
+    case = attend(heads, [300, 17, 70, 5], 64)
+    stored, floats_ = case.run([(0, 299, 300), (1, 16, 17), (2, 10, 70), (3, 0, 5)], integers=True)
+    integers, scales = quantise_reference(floats_)
+    np.testing.assert_allclose(stored["scales"], scales, rtol=1e-6)
+    different = stored["values"].astype(int) - integers
+    assert np.abs(different).max() <= 1 and (different != 0).mean() < 1e-2
+    sums = stored["values"].astype(int).reshape(*scales.shape, 32).sum(2) * stored["scales"]
+    np.testing.assert_allclose(stored["sums"], sums, rtol=1e-6, atol=1e-6)
+
+
+def test_heads_that_share_a_group_are_not_written_as_integers(attend):
+    with pytest.raises(ValueError, match="heads of 80 can't be written as whole groups of 32 in 8 bits"):
+        attend(HeadLayout(2, 2, 80), [5], 64).run([(0, 0, 5)], integers=True)
 
 
 @pytest.mark.parametrize("num_heads, num_kv_heads", [(1, 1), (4, 4), (14, 2), (20, 1)])
