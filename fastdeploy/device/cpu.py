@@ -11,7 +11,7 @@ import numpy as np
 
 from fastdeploy import triton_cpu
 from fastdeploy.device import GIB, Device, Field, Plan, Staging, device_fields, field_offsets, host_fields
-from fastdeploy.device.host import available_memory, release_pages_of_imports, release_pages_of_loading
+from fastdeploy.device.host import available_memory, release_pages_after
 from fastdeploy.device.paddle_core import HostTensor
 from fastdeploy.kernels.launch import TensorView, view
 from fastdeploy.triton_cpu import runtime
@@ -49,7 +49,7 @@ class CPUDevice(Device):
         triton_cpu.activate()
         runtime.share_cores(ranks)
         self._ranks = ranks
-        release_pages_of_imports()
+        release_pages_after("importing")
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> HostTensor:
         return HostTensor(shape, dtype)
@@ -94,7 +94,7 @@ class CPUDevice(Device):
         """Nothing to wait for: a launch on a CPU returns when it has run."""
 
     def settle(self) -> None:
-        release_pages_of_loading()
+        release_pages_after("loading")
 
     def describe(self) -> str:
         return f"CPU ({_processor_name()}), {self.num_threads()} threads, {self.free_memory() / GIB:.1f} GiB free"

@@ -19,7 +19,7 @@ from triton.backends.nvidia import driver as nvidia
 from fastdeploy.device import Plan
 from fastdeploy.device.driver import cuda_driver
 from fastdeploy.device.nvidia import NvidiaDevice
-from fastdeploy.device.quiet_paddle import paddle
+from fastdeploy.device.quiet_paddle import compute_on_this_thread, paddle
 from fastdeploy.kernels.launch import forbid_early_launches
 
 core: Any = paddle.base.core
@@ -75,8 +75,7 @@ class CUDADevice(NvidiaDevice):
                 "TRITON_DEFAULT_BACKEND=cpu"
             )
         number = int(os.environ.get("FLAGS_selected_gpus", "0").split(",")[0])  # noqa: SIM112 (Paddle's name for it)
-        if not paddle.in_dynamic_mode():  # Paddle 3.3 is in it only on the thread that imported Paddle first
-            paddle.disable_static()
+        compute_on_this_thread()
         paddle.device.set_device(f"gpu:{number}")
         self._place = paddle.CUDAPlace(number)
         # The first tensor makes the device's context, which Triton would otherwise make, of device 0.

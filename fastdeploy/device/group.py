@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from fastdeploy.device import PeerLost
-from fastdeploy.device.quiet_paddle import paddle
+from fastdeploy.device.quiet_paddle import compute_on_this_thread, paddle
 from fastdeploy.kernels.launch import TensorView, expect
 
 SILENCE_SECONDS = 30  # that a rank waits for another; for gloo's collectives Paddle has fixed the same
@@ -30,8 +30,7 @@ class Group:
     def __init__(self, rank: int, size: int, address: tuple[str, int], patience: int = SILENCE_SECONDS) -> None:
         from paddle.base import core
 
-        if not paddle.in_dynamic_mode():  # Paddle 3.3 is in it only on the thread that imported Paddle first
-            paddle.disable_static()
+        compute_on_this_thread()
         self.rank = rank
         self.size = size
         with _environment("PADDLE_TRAINER_ID", str(rank)):  # Paddle asks for it, to name the rank in its logs

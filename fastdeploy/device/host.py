@@ -40,8 +40,11 @@ def release_library_pages(smaps: Path = Path("/proc/self/smaps")) -> None:
         madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
-# Once each: nothing that a later device or model touches is worth looking through all mappings again.
-release_pages_of_imports, release_pages_of_loading = map(functools.cache, [release_library_pages] * 2)
+@functools.cache
+def release_pages_after(stage: str) -> None:
+    """`release_library_pages`, once a process for each stage: what a later device or model touches is not worth looking
+    through all mappings again."""
+    release_library_pages()
 
 
 def _shared_mappings(smaps: str) -> list[tuple[int, int]]:
