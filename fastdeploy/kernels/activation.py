@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from fastdeploy.kernels.launch import FLOATS, Target, cdiv, expect, launch, next_power_of_2, row_block, target, view
-from fastdeploy.kernels.quantised import QuantisedRows, store_quantised
+from fastdeploy.kernels.quantised import QuantisedRows, store_quantised, swiglu
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def _silu_mul_kernel(
     inside = columns < I if I % BLOCK != 0 else tl.full([BLOCK], True, tl.int1)
     gate = tl.load(gate_up + row * 2 * I + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * I + I + columns, mask=inside, other=0.0).to(tl.float32)
-    activated = gate / (1.0 + tl.exp(-gate)) * up
+    activated = swiglu(gate, up)
     if out_scales is None:
         tl.store(out + row * I + columns, activated.to(out.dtype.element_ty), mask=inside)
     else:

@@ -55,7 +55,13 @@ from fastdeploy.kernels.launch import (
     view,
     wait_for_inputs,
 )
-from fastdeploy.kernels.quantised import QuantisedRows, QuantisedWeight, gated_quantised_linear, quantised_linear
+from fastdeploy.kernels.quantised import (
+    QuantisedRows,
+    QuantisedWeight,
+    gated_quantised_linear,
+    quantised_linear,
+    swiglu,
+)
 
 
 @dataclass(frozen=True)
@@ -200,7 +206,7 @@ def _skinny_kernel(
         sums += tl.load(bias + n)[None, :]
     if GATED:
         gate, up = _halves(sums)
-        sums = _swiglu(gate, up)
+        sums = swiglu(gate, up)
     n = first + tl.arange(0, FEATURES)
     y_tile = y + m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(y_tile, sums.to(y.dtype.element_ty), mask=real & (n < N)[None, :])
@@ -210,11 +216,6 @@ def _skinny_kernel(
 def _halves(x):
     """The left and the right half of a tile's columns."""
     return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), [0, 2, 1]))
-
-
-@triton.jit
-def _swiglu(gate, up):
-    return gate / (1.0 + tl.exp(-gate)) * up
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -246,7 +247,7 @@ def _persistent_kernel(
             if GATED:
                 ups += tl.load(bias + N + columns, mask=columns < N, other=0.0)[None, :]
         if GATED:
-            sums = _swiglu(sums, ups)
+            sums = swiglu(sums, ups)
         if HALVES == 1:
             y_tiles.store([m, n], sums.to(y.dtype.element_ty))
         else:

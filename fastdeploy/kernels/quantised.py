@@ -295,9 +295,7 @@ def _int8_products(
         sums = _q8_sums(x, x_scales, x_low, weight, scales, row, tile, lane, K, SHAPE)
     else:
         sums = _q4_sums(x, x_scales, x_sums, x_low, weight, scales, minimums, row, tile, lane, K, SHAPE)
-    if bias is not None:
-        sums += tl.load(bias + first + n, mask=n < N, other=0.0)[None, :]
-    return sums
+    return _with_bias(sums, bias, first, n, N)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -311,7 +309,13 @@ def _int8_kernel(
     sums = _int8_products(
         x, x_scales, x_sums, x_low, weight, scales, minimums, bias, row, n, 0, N, K, [BLOCK_M, BLOCK_N]
     )
-    _store(y, sums, None, m, n, rows, N)
+    _store(y, sums, m, n, rows, N)
+
+
+@triton.jit
+def swiglu(gate, up):
+    """silu(gate) * up of float32 tiles, see activation.py."""
+    return gate / (1.0 + tl.exp(-gate)) * up
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -325,7 +329,7 @@ def _gated_kernel(
     row = tl.minimum(m, rows - 1).to(tl.int64)
     gate = _int8_products(x, x_scales, x_sums, x_low, weight, scales, minimums, bias, row, n, 0, I, K, [BLOCK_M, 32])
     up = _int8_products(x, x_scales, x_sums, x_low, weight, scales, minimums, bias, row, n, I, I, K, [BLOCK_M, 32])
-    activated = gate / (1.0 + tl.exp(-gate)) * up
+    activated = swiglu(gate, up)
     store_groups(out, out_scales, out_sums, None, activated, row * (I // 32) + tl.program_id(1), m < rows)
 
 
@@ -358,7 +362,7 @@ def _float_kernel(
         x_tile += 32
         word_tile += 16 * WORDS
         group_scales += 16
-    _store(y, sums, bias, m, n, rows, N)
+    _store(y, _with_bias(sums, bias, 0, n, N), m, n, rows, N)
 
 
 @triton.jit
@@ -368,9 +372,15 @@ def _tile(n, N):
 
 
 @triton.jit
-def _store(y, sums, bias, m, n, rows, N):
+def _with_bias(sums, bias, first, n, N):
+    """sums + bias of the features first + n, of which there are N."""
     if bias is not None:
-        sums += tl.load(bias + n, mask=n < N, other=0.0)[None, :]
+        sums += tl.load(bias + first + n, mask=n < N, other=0.0)[None, :]
+    return sums
+
+
+@triton.jit
+def _store(y, sums, m, n, rows, N):
     y_tile = y + m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(y_tile, sums.to(y.dtype.element_ty), mask=(m < rows)[:, None] & (n < N)[None, :])
 
@@ -407,7 +417,7 @@ def quantised_linear(out: Any, x: Any, weight: QuantisedWeight) -> None:
     if not isinstance(x, QuantisedRows):
         x = view(x)
         expect("x", x, (rows, weight.in_features), *FLOATS)
-        packed = (_words(weight.data), weight.scales, weight.minimums, weight.bias)
+        packed = (_words(weight.data), *weight.tensors[1:])
         launch(_float_kernel, grid, out, x, *packed, *sizes, OPERAND=operand_dtype(here, x), **rule)
         return
     expect("x", x.values, (rows, weight.in_features), "int8")
