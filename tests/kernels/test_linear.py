@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from fastdeploy.kernels.activation import silu_mul, silu_mul_reference
 from fastdeploy.kernels.launch import Target, target, view
 from fastdeploy.kernels.linear import (
     LinearWeight,
@@ -84,7 +85,7 @@ def test_pack_refuses_rows_that_do_not_fit(normal, blank):
 
 
 @pytest.mark.parametrize("panel, dtype", [(1, "float32"), *((32, dtype) for dtype in DTYPES), (64, "bfloat16")])
-@pytest.mark.parametrize("rows, out_features, in_features", [(1, 96, 576), (3, 33, 64), (70, 130, 80)])
+@pytest.mark.parametrize("rows, out_features, in_features", [(1, 96, 576), (3, 33, 64), (70, 130, 80), (1100, 70, 32)])
 def test_linear_matches_reference(rows, out_features, in_features, panel, dtype, normal, packed, blank):
     x, weight = normal(rows, in_features), normal(out_features, in_features, dtype=dtype)
     out = blank((rows, out_features))
@@ -145,6 +146,26 @@ def test_tiles_along_k_and_n_do_not_depend_on_the_batch(normal, packed):
         weight = packed(normal(96, 576), default_panel(here))
         fixed = {(rule["BLOCK_K"], rule["BLOCK_N"]) for rule in (tiles(here, rows, weight) for rows in range(1, 300))}
         assert len(fixed) == 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_gated_layers_match_the_reference_and_two_kernels(seed, packed, store, blank):
+    """In one launch the bits are those of a linear layer and `silu_mul`, whose gate and up stay in memory."""
+    rng = np.random.default_rng(seed)
+    rows, features, in_features = rng.integers(1, 600), 32 * rng.integers(1, 5), rng.integers(1, 200)
+    x, matrix = store(rng.standard_normal((rows, in_features))), rng.standard_normal((2 * features, in_features))
+    matrix, bias = store(matrix, DTYPES[seed % 3]), store(rng.standard_normal(2 * features)) if seed % 2 else None
+    out, both, then = blank((rows, features)), blank((rows, 2 * features)), blank((rows, features))
+    assert gated_linear(out.view, x.view, packed(matrix, 32, bias))
+    expected = silu_mul_reference(linear_reference(x.values, matrix.values, bias.values if bias else None))
+    np.testing.assert_allclose(out.values, expected, rtol=1e-5, atol=1e-5 * in_features)
+    linear(both.view, x.view, packed(matrix, 32, bias))
+    silu_mul(then.view, both.view)
+    assert out.bits == then.bits
+
+
+def test_gated_layers_whose_up_begins_within_a_panel_are_left_to_two_kernels(normal, packed, blank):
+    assert not gated_linear(blank((3, 40)).view, normal(3, 64).view, packed(normal(80, 64)))
 
 
 def test_a_gated_layer_whose_output_becomes_integers_is_left_to_two_kernels(normal):
