@@ -390,10 +390,11 @@ def tiles(target: Target, rows: int, int8_activations: bool) -> dict[str, int]:
 
     On a CPU a program of a few rows has one tile of weights, which it reads as they lie in memory; of many rows two,
     which share what a program costs besides its products (512 rows, K = 576: 276 GOP/s, with 16 x 16 tiles 250). Rows
-    that don't exist are not computed, in tiles of 64 rows 11 at a time (registers.py), in those of 16 rows 8.
+    that don't exist are not computed: registers.py has blocks of 6 rows in tiles of 64, of 11 in those of 32, and of 8.
     """
     if target.is_cpu:
-        block_m = next_power_of_2(rows) if rows <= 8 or 11 < rows <= 16 else 64
+        sizes = {rows <= 8: next_power_of_2(rows), 11 < rows <= 16: 16, rows > 32: 64}
+        block_m = sizes.get(True, 32)
         return {"BLOCK_M": block_m, "BLOCK_N": 2 * TILE if int8_activations and block_m > 16 else TILE}
     return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}  # tensor cores: one shape for every batch, see linear.py
 

@@ -46,8 +46,11 @@ class Contraction(NamedTuple):
 class KernelEmitter:
     """Writes one function. After `emit`, `lines` holds its body."""
 
-    def __init__(self, function: Function, lanes: int, contract: bool = True, register_tiles: bool = True):
+    def __init__(
+        self, function: Function, lanes: int, contract: bool = True, register_tiles: bool = True, called: bool = False
+    ):
         self.function, self.lanes, self.contract, self.register_tiles = function, lanes, contract, register_tiles
+        self.called = called  # by the kernel, perhaps with one of its arguments as two
         # Vectors cost the C compiler a header of 0.1 s, which kernels with a tl.dot pay anyway.
         self.vectors = register_tiles and _has_dot(function.body)
         self.plan = StoragePlan(function)
@@ -56,6 +59,7 @@ class KernelEmitter:
         self.storage: dict[Value, Scalar | Array | MovingPointers] = {}
         self.origins: dict[Value, Value] = {}  # loop-carried pointer tensors -> what they started as
         self.destinations: dict[Value, str] = {}  # tl.dot results that may go straight into a loop's accumulator
+        self.written: set[Op] = set()  # operations that have been written before their turn
         self.copies: list[Value] = []  # arrays made for one operation's sake, in the C block being written
         self.lines: list[str] = []
         self.depth = 1
@@ -192,7 +196,8 @@ class KernelEmitter:
         outer, self.copies = self.copies, []
         row_counts = dict(self.row_counts)
         for op in block.ops[:-1] if skip_terminator else block.ops:
-            self.op(op)
+            if op not in self.written:
+                self.op(op)
         self.forget_copies(keep=block)
         self.copies, self.row_counts = outer, row_counts
 
@@ -423,7 +428,8 @@ def generate_c(
     parts = [f"#define LANES {lanes}"]
     prototypes, bodies = [], []
     for function in [*reversed(helpers), kernel]:
-        text = KernelEmitter(function, lanes, contract, register_tiles).emit(control_flow.result_type(function))
+        emitter = KernelEmitter(function, lanes, contract, register_tiles, called=function is not kernel)
+        text = emitter.emit(control_flow.result_type(function))
         prototypes += [control_flow.result_struct(function), text.split(" {\n", 1)[0] + ";"]
         bodies.append(text)
     fields = [f"{_field_type(p)} a{i};" for i, p in enumerate(kernel.parameters)]

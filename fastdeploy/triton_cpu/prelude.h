@@ -231,6 +231,24 @@ INLINE void flip_bytes(int32_t *to, const void *from, int words) { /* gcc would 
 INLINE ivec ivec_lane_numbers(void) { ivec v; for (int i = 0; i < LANES; i++) v[i] = i; return v; }
 INLINE vec vec_select(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
 INLINE ivec ivec_select(ivec mask, ivec a, ivec b) { return (mask & a) | (~mask & b); }
+/* Memory is touched where the mask is -1 only. */
+#if LANES == 16 && defined(__AVX512DQ__)
+INLINE vec vec_from_some(const float *p, ivec mask, vec other) {
+  return (vec)_mm512_mask_loadu_ps((__m512)other, _mm512_movepi32_mask((__m512i)mask), p);
+}
+INLINE void vec_store_some(float *p, ivec mask, vec x) { _mm512_mask_storeu_ps(p, _mm512_movepi32_mask((__m512i)mask), (__m512)x); }
+#elif LANES == 8 && defined(__AVX2__)
+INLINE vec vec_from_some(const float *p, ivec mask, vec other) {
+  return vec_select(mask, (vec)_mm256_maskload_ps(p, (__m256i)mask), other);
+}
+INLINE void vec_store_some(float *p, ivec mask, vec x) { _mm256_maskstore_ps(p, (__m256i)mask, (__m256)x); }
+#else
+INLINE vec vec_from_some(const float *p, ivec mask, vec other) {
+  for (int i = 0; i < LANES; i++) if (mask[i]) other[i] = p[i];
+  return other;
+}
+INLINE void vec_store_some(float *p, ivec mask, vec x) { for (int i = 0; i < LANES; i++) if (mask[i]) p[i] = x[i]; }
+#endif
 INLINE ivec ivec_exchanged(ivec x, int bit) { /* lane i of the result is lane i ^ bit */
 #ifdef __clang__
   ivec v; for (int i = 0; i < LANES; i++) v[i] = x[i ^ bit]; return v;

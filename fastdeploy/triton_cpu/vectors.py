@@ -89,7 +89,7 @@ def plus(variable: str, number: int) -> Term:
 
 def attempt(emitter: KernelEmitter, write: Callable[[], None]) -> bool:
     """Runs `write`. If it raises NotATile, what it has written is forgotten, and the answer is False."""
-    kept = ("lines", "depth", "names", "storage", "origins", "destinations", "copies", "row_counts")
+    kept = ("lines", "depth", "names", "storage", "origins", "destinations", "copies", "row_counts", "written")
     before = {name: copy(getattr(emitter, name)) for name in kept}
     try:
         write()
@@ -318,21 +318,36 @@ class Vectors:
         if len(op.operands) == 1:
             return text
         mask, *other = op.operands[1:]
-        if not is_splat(mask, self.registers):
-            raise NotATile(f"{op.text} of some lanes only")
         otherwise = self.vector(other[0], place) if other else f"{VECTOR_TYPES[element]}_splat(0)"
+        if not is_splat(mask, self.registers):
+            if element != "f32":
+                raise NotATile(f"{op.text} of some lanes only")
+            return f"vec_from_some({address}, {self.vector(mask, place)}, {otherwise})"
         return f"{self.scalar(mask, (place.row, ZERO)[2 - len(shape) :])} ? {text} : {otherwise}"
+
+    def store(self, op: Op, place: Place) -> None:
+        """tl.store of a vector of floats."""
+        pointers, value, *mask = op.operands
+        if pointers.type.pointee != "f32":
+            raise NotATile(f"a vector of floats as {pointers.type.pointee}")
+        count = self.emitter.lanes
+        self.expect_consecutive(op, (Lanes(1, np.zeros(count, np.int64)), Lanes(count, np.arange(count))))
+        address, text = self.address(pointers, (place.row, place.column)), self.vector(value, place)
+        if mask:
+            self.emitter.line(f"vec_store_some({address}, {self.vector(mask[0], place)}, {text});")
+        else:
+            self.emitter.line(f"*(vec *)({address}) = {text};")
 
     def prefetch(self, address: str) -> None:
         self.emitter.line(f"__builtin_prefetch((const char *)({address}) + {PREFETCH_BYTES});")
 
-    def expect_consecutive(self, load: Op, index: tuple[Lanes, ...]) -> None:
-        """Raises NotATile unless the lanes of a load follow each other in memory, wherever the block is."""
-        if load.name != "tt.load":
-            raise NotATile(f"{load.text} is no load")
+    def expect_consecutive(self, access: Op, index: tuple[Lanes, ...]) -> None:
+        """Raises NotATile unless the lanes of a load or store follow each other in memory, wherever the block is."""
+        if access.name not in ("tt.load", "tt.store"):
+            raise NotATile(f"{access.text} is no load")
         try:
-            if lanes(load.operands[0], index, self.emitter.origins).consecutive:
+            if lanes(access.operands[0], index, self.emitter.origins).consecutive:
                 return
         except Unknown as unknown:
-            raise NotATile(f"{load.text}: {unknown}") from None
-        raise NotATile(f"{load.text}: lanes are not neighbours")
+            raise NotATile(f"{access.text}: {unknown}") from None
+        raise NotATile(f"{access.text}: lanes are not neighbours")

@@ -1,0 +1,79 @@
+"""Sums that go from registers straight to where the kernel stores them.
+
+    for k0 in range(0, K, BLOCK_K):                         a loop as in registers.py
+        sums = tl.dot(a, b, sums)
+    sums += tl.load(bias + n, mask=n < N)[None, :]          nothing but computation,
+    tl.store(y_tile, sums, mask=...)                        and one store
+
+A store to memory that is not in a cache has to wait for it. A tile's worth at a time, as at the end of a program, is
+more than a core keeps waiting in the background, and it stops; the few of a block of registers wait while the next
+block is computed (64 x 32 sums of 4-bit products, K = 576, on a core: 355 GOP/s, as a tile 282).
+
+So the store moves up, to the end of each block. That is right as long as nothing that is still to be read has been
+overwritten: all that is read must come by other arguments of the kernel than the one that is written. (Two arguments
+that overlap in memory are the caller's mistake: other programs of the grid read while this one writes.) What the kernel
+does between the loop and the store is done before the loop, unless it is computed from the sums.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .analysis import is_lazy
+from .ttir import Block, Op, Value
+
+_SAME_ARGUMENT = {"tt.addptr", "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.bitcast"}
+
+
+class Ending(NamedTuple):
+    """What follows a loop, up to the store of its sums."""
+
+    before: list[Op]  # what may be done before the loop, in order
+    after: list[Op]  # what is computed from the sums, and last the store
+
+    @property
+    def store(self) -> Op:
+        return self.after[-1]
+
+
+def ending_of(loop: Op) -> Ending | None:
+    """The ending of a loop, if there is one and nothing else is made of what the loop carries."""
+    carried = dict(zip(loop.regions[0].arguments[1:], loop.operands[3:]))
+    sums, ending, read = set(loop.results), Ending([], []), _loads(loop.regions[0])
+    following = loop.block.ops[loop.block.ops.index(loop) + 1 :]
+    for op in following:
+        of_sums = not sums.isdisjoint(op.operands)
+        if not of_sums and not is_lazy(op):
+            return None
+        (ending.after if of_sums else ending.before).append(op)
+        if op.name == "tt.store":
+            break
+        if not is_lazy(op):
+            return None
+        read += [op] if op.name == "tt.load" else []
+        sums |= set(op.results) if of_sums else set()
+    if not ending.after or ending.store.name != "tt.store" or sums.intersection(ending.store.operands[:1]):
+        return None
+    if any(user not in ending.after for value in sums for user in value.uses):
+        return None
+    written = _argument(ending.store.operands[0], carried)
+    if written is None or any(_argument(op.operands[0], carried) in (None, written) for op in read):
+        return None
+    return ending
+
+
+def _loads(block: Block) -> list[Op]:
+    inner = [op for outer in block.ops for region in outer.regions for op in _loads(region)]
+    return [op for op in block.ops if op.name == "tt.load"] + inner
+
+
+def _argument(pointers: Value, carried: dict[Value, Value]) -> Value | None:
+    """The kernel's argument that pointers are computed from, if it is plain. carried: what a loop's began as."""
+    while pointers in carried or pointers.op is not None:
+        if pointers in carried:
+            pointers = carried[pointers]
+        elif pointers.op.name in _SAME_ARGUMENT:  # type: ignore[union-attr]
+            pointers = pointers.op.operands[0]  # type: ignore[union-attr]
+        else:
+            return None
+    return pointers if pointers.block.parent is None else None
