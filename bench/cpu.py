@@ -46,7 +46,7 @@ class Comparison:
 
 FOUR_BITS = Comparison(
     "4-bit weights",
-    {"fastdeploy:auto": 32, "llama_cpp:auto": 8, "openvino:auto": 64},
+    {"fastdeploy:auto": 48, "llama_cpp:auto": 8, "openvino:auto": 64},
     {"decode, batch 1": 1.5, "decode, batch 8": 1.5, "prefill of 512": 1.1, LOAD: 1.3},
     ("llama_cpp:auto", 1.2),
 )

@@ -84,6 +84,7 @@ class CPUDevice(Device):
     def record(self, launches: Callable[[], None]) -> Plan:
         with runtime.record() as plan:
             launches()
+        release_pages_after("compiling")
         return plan
 
     def plan_sizes(self, most: int) -> Sequence[int]:
