@@ -167,14 +167,15 @@ def quantised(values, MOST: tl.constexpr):
     """(integers, scales, sums) of float32 `values`, one group in each row of the tile [GROUPS, 32].
 
     The largest magnitude of a group becomes MOST. Rounding is to nearest, halves away from zero. A group with NaN or
-    infinities has the scale NaN: integers have no way to say so, and tl.max looks past them.
+    infinities has the scale NaN: integers have no way to say so.
     """
-    largest = tl.max(tl.abs(values), axis=1)
+    # tl.max looks past NaN, so that is infinite here
+    largest = tl.max(tl.where(values == values, tl.abs(values), float("inf")), axis=1)
     # Below 1e-30 the reciprocal nears float32's end, and to every weight that there is they are zeros.
     inverse = tl.where(largest > 1e-30, MOST / largest, 0.0)
     scaled = values * inverse[:, None]
     integers = (scaled + tl.where(scaled < 0, -0.5, 0.5)).to(tl.int32)
-    scales = largest * (1.0 / MOST) + tl.sum(values * 0.0, axis=1)  # NaN for those, else 0
+    scales = tl.where(largest == float("inf"), float("nan"), largest * (1.0 / MOST))
     return integers, scales, tl.sum(integers, axis=1).to(tl.float32) * scales
 
 
@@ -323,14 +324,17 @@ def _gated_kernel(
     out, out_scales, out_sums, x, x_scales, x_sums, x_low, weight, scales, minimums, bias, rows, I, K,  # noqa: E741
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows of one group of 32 features of silu(gate) * up, each first as sums and then as int8."""
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    n = tl.program_id(1) * 32 + tl.arange(0, 32)
+    """BLOCK_M rows of one group of 32 features of silu(gate) * up, each first as sums and then as int8.
+
+    Programs of the same rows follow each other: they write to the same cache lines, a few bytes each.
+    """
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    n = tl.program_id(0) * 32 + tl.arange(0, 32)
     row = tl.minimum(m, rows - 1).to(tl.int64)
     gate = _int8_products(x, x_scales, x_sums, x_low, weight, scales, minimums, bias, row, n, 0, I, K, [BLOCK_M, 32])
     up = _int8_products(x, x_scales, x_sums, x_low, weight, scales, minimums, bias, row, n, I, I, K, [BLOCK_M, 32])
     activated = swiglu(gate, up)
-    store_groups(out, out_scales, out_sums, None, activated, row * (I // 32) + tl.program_id(1), m < rows)
+    store_groups(out, out_scales, out_sums, None, activated, row * (I // 32) + tl.program_id(0), m < rows)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -440,7 +444,7 @@ def gated_quantised_linear(out: QuantisedRows, x: QuantisedRows, weight: Quantis
     if rows == 0:
         return
     rule = tiles(target(), rows, int8_activations=True)
-    grid = (cdiv(rows, rule["BLOCK_M"]), groups(width))
+    grid = (groups(width), cdiv(rows, rule["BLOCK_M"]))
     sizes = (rows, width, weight.in_features)
     written = (out.values, out.scales, out.sums)
     launch(_gated_kernel, grid, *written, *x.tensors, *weight.tensors, *sizes, BLOCK_M=rule["BLOCK_M"])
