@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 import mmap
+import os
 import re
 from pathlib import Path
 
@@ -155,23 +156,27 @@ def resident_kb(address: int) -> int:
     return int(re.search(rf"^{address:x}-(?:.*\n)+?Rss: +(\d+) kB", text, re.MULTILINE)[1])
 
 
+@pytest.mark.parametrize("writable", [False, True])
 @pytest.mark.parametrize("written", [False, True])
-def test_pages_of_files_are_released_unless_something_was_written_to_them(tmp_path, written):
+def test_pages_of_files_are_released_unless_something_was_written_to_them(tmp_path, written, writable):
     path = tmp_path / "library.so.1"
     path.write_bytes(bytes(range(256)) * 4096)
     with open(path, "r+b") as file:
+        os.fsync(file)  # the kernel keeps what the disk does not have
         mapping = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE)
     address = view(np.frombuffer(mapping, np.uint8)).data_ptr()
     assert sum(mapping[::4096]) == 0  # touched
     if written:  # as the linker relocates addresses in what is read-only afterwards
         mapping[4096] = 1
-    ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), ctypes.c_size_t(len(mapping)), mmap.PROT_READ)
+    if not writable:
+        ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), ctypes.c_size_t(len(mapping)), mmap.PROT_READ)
     assert resident_kb(address) == 1024
     release_library_pages()
     assert resident_kb(address) == (1024 if written else 0)
     assert sum(mapping[::4096]) == written
 
 
+@pytest.mark.parametrize("access", ["r-xp", "r--p", "rw-p"])
 @pytest.mark.parametrize(
     ("path", "anonymous", "swap", "released"),
     [
@@ -181,11 +186,11 @@ def test_pages_of_files_are_released_unless_something_was_written_to_them(tmp_pa
         ("/models/smollm2.gguf", 0, 0, False),  # another thread may be about to unmap it
     ],
 )
-def test_which_mappings_are_released(path, anonymous, swap, released):
+def test_which_mappings_are_released(path, anonymous, swap, released, access):
     fields = f"Size: 40 kB\nRss: 40 kB\nAnonymous:  {anonymous} kB\nLazyFree: 0 kB\nSwap:   {swap} kB\nSwapPss: 0 kB\n"
     other = "Size: 4 kB\nAnonymous: 4 kB\nSwap: 4 kB\n"
-    smaps = f"7f00-7f40 r-xp 00000000 fe:00 12   {path}\n{fields}7f40-7f44 rw-p 00000000 00:00 0\n{other}"
-    assert _shared_mappings(smaps) == ([(0x7F00, 0x7F40)] if released else [])
+    smaps = f"7f00-7f40 {access} 00000000 fe:00 12   {path}\n{fields}7f40-7f44 rw-p 00000000 00:00 0\n{other}"
+    assert _shared_mappings(smaps) == ([(0x7F00, 0x7F40, access == "rw-p")] if released else [])
 
 
 ALLOCATES = """

@@ -142,6 +142,9 @@ def open_device(ranks: int = 1) -> Device:
     """The device that this process computes on, as one of `ranks` processes on this machine: the GPU, if Paddle was
     built for CUDA and sees one, else the CPU; $TRITON_DEFAULT_BACKEND=cpu asks for the CPU. Loads Paddle's library; for
     a GPU it imports Paddle."""
+    from fastdeploy.device.host import release_pages_after
+
+    release_pages_after("importing Triton")  # Paddle takes as much again
     from fastdeploy.device.paddle_core import sees_a_gpu
 
     if os.environ.get("TRITON_DEFAULT_BACKEND") != "cpu" and sees_a_gpu():

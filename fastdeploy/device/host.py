@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+MADV_PAGEOUT = 21  # Linux 5.4; an older kernel refuses, and an unprivileged process may ask for its own files only
+
 
 def available_memory(root: Path = Path("/")) -> int:
     """Bytes this process may still allocate on the host: what the kernel calls available, or less where a control group
@@ -28,16 +30,18 @@ def release_library_pages(smaps: Path = Path("/proc/self/smaps")) -> None:
     Importing Paddle and Triton touches 230 MB of their files, for 40 MB of which there is a use afterwards. The rest
     would stay mapped until the whole machine is short of memory. It stays in the page cache, free for others to take.
 
-    Released are mappings that can't be written and hold no page of the process's own (as relocated ones do): those
-    pages are in the file, the kernel itself takes them away in the same manner.
+    Released are mappings that hold no page of the process's own (as relocated ones do): their pages are in the file, the
+    kernel itself takes them away in the same manner. Where one can be written (25 MB of Paddle's tables), another thread
+    may be about to do that, and the kernel is asked to take what is still the file's.
     """
     try:
         mappings = _shared_mappings(smaps.read_text())
     except OSError:  # no /proc, or a hidden one
         return
     madvise = ctypes.CDLL(None).madvise
-    for start, end in mappings:
-        madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+    for start, end, writable in mappings:
+        advice = MADV_PAGEOUT if writable else mmap.MADV_DONTNEED
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
 
 
 @functools.cache
@@ -47,14 +51,16 @@ def release_pages_after(stage: str) -> None:
     release_library_pages()
 
 
-def _shared_mappings(smaps: str) -> list[tuple[int, int]]:
-    """[start, end) of each private, read-only mapping of a library that holds nothing but the file's own pages, and has
-    none of its own swapped out. Libraries only: other files may be unmapped by another thread meanwhile."""
+def _shared_mappings(smaps: str) -> list[tuple[int, int, bool]]:
+    """(start, end, whether it can be written) of each private mapping of a library that holds nothing but the file's own
+    pages, and has none of its own swapped out. Libraries only: other files may be unmapped by another thread meanwhile.
+    """
     mapping = (
-        r"^([0-9a-f]+)-([0-9a-f]+) r-[x-]p [0-9a-f]+ \S+ \S+ +/\S*\.so[.\d]*\n"
+        r"^([0-9a-f]+)-([0-9a-f]+) r([-w])[x-]p [0-9a-f]+ \S+ \S+ +/\S*\.so[.\d]*\n"
         r"(?:\w+:.*\n)*?Anonymous: +0 kB\n(?:\w+:.*\n)*?Swap: +0 kB$"
     )
-    return [(int(start, 16), int(end, 16)) for start, end in re.findall(mapping, smaps, re.MULTILINE)]
+    found = re.findall(mapping, smaps, re.MULTILINE)
+    return [(int(start, 16), int(end, 16), write == "w") for start, end, write in found]
 
 
 def _cgroup_headrooms(root: Path) -> Iterator[int]:
