@@ -1,6 +1,6 @@
 """What is each optimisation worth? Our engine, whole, and with one of them switched off at a time.
 
-    python -m bench.ablation --save bench/results/ablation.md                              # about five minutes
+    python -m bench.ablation --save bench/results/ablation.md                              # about six minutes
 
 Every variant is a process of its own, by the switch that a user has, too: an environment variable or a keyword of
 `LLM`. Cases as in `bench/engine.py`, and one more that shows the prefix cache: a prompt of 512 tokens that came before.
@@ -43,6 +43,9 @@ WHOLE = Variant("everything on")
 VARIANTS = [
     WHOLE,
     Variant("sums in registers over whole loops: off", variables={"FASTDEPLOY_REGISTER_TILES": "0"}),
+    Variant("rows that nobody stores: computed", variables={"FASTDEPLOY_LIVE_ROWS": "0"}),
+    Variant("sums stored from registers: off", variables={"FASTDEPLOY_DIRECT_STORES": "0"}),
+    Variant("prefetch: off", variables={"FASTDEPLOY_PREFETCH": "0"}),
     Variant("AVX-512 and VNNI: off, AVX2 instead", variables={"FASTDEPLOY_INSTRUCTION_SET": "avx2"}),
     Variant("vectors: off, the compiler's baseline", variables={"FASTDEPLOY_INSTRUCTION_SET": "baseline"}),
     Variant("activations in int8: off, float32", "fastdeploy:exact"),

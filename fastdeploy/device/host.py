@@ -30,9 +30,9 @@ def release_library_pages(smaps: Path = Path("/proc/self/smaps")) -> None:
     Importing Paddle and Triton touches 230 MB of their files, for 40 MB of which there is a use afterwards. The rest
     would stay mapped until the whole machine is short of memory. It stays in the page cache, free for others to take.
 
-    Released are mappings that hold no page of the process's own (as relocated ones do): their pages are in the file, the
-    kernel itself takes them away in the same manner. Where one can be written (25 MB of Paddle's tables), another thread
-    may be about to do that, and the kernel is asked to take what is still the file's.
+    Released are mappings that hold no page of the process's own (as relocated ones do): their pages are in the file,
+    the kernel itself takes them away in the same manner. Where one can be written (25 MB of Paddle's tables), another
+    thread may be about to do that, and the kernel is asked to take what is still the file's.
     """
     try:
         mappings = _shared_mappings(smaps.read_text())
@@ -52,9 +52,8 @@ def release_pages_after(stage: str) -> None:
 
 
 def _shared_mappings(smaps: str) -> list[tuple[int, int, bool]]:
-    """(start, end, whether it can be written) of each private mapping of a library that holds nothing but the file's own
-    pages, and has none of its own swapped out. Libraries only: other files may be unmapped by another thread meanwhile.
-    """
+    """(start, end, whether it can be written) of each private mapping of a library that holds nothing but the file's
+    own pages, and has none of its own swapped out. Libraries only: another thread may be about to unmap other files."""
     mapping = (
         r"^([0-9a-f]+)-([0-9a-f]+) r([-w])[x-]p [0-9a-f]+ \S+ \S+ +/\S*\.so[.\d]*\n"
         r"(?:\w+:.*\n)*?Anonymous: +0 kB\n(?:\w+:.*\n)*?Swap: +0 kB$"

@@ -17,7 +17,7 @@ from triton._C.libtriton import ir, passes
 from triton.backends.compiler import BaseBackend, GPUTarget
 
 from . import ttir
-from .emitter import argument_format, generate_c
+from .emitter import Optimisations, argument_format, generate_c
 from .toolchain import toolchain
 
 _HERE = Path(__file__).parent
@@ -27,7 +27,8 @@ _HERE = Path(__file__).parent
 class CPUOptions:
     """Launch options. The GPU ones are accepted, so that a kernel tuned for GPUs runs here, and mean nothing.
 
-    register_tiles: write loops around tl.dot as registers.py does. $FASTDEPLOY_REGISTER_TILES=0 makes it False.
+    register_tiles, live_rows, direct_stores, prefetch: see `Optimisations`. $FASTDEPLOY_REGISTER_TILES=0 makes the
+        first False, and so on.
     """
 
     num_warps: int = 1
@@ -37,6 +38,9 @@ class CPUOptions:
     cluster_dims: tuple = (1, 1, 1)
     enable_fp_fusion: bool = True
     register_tiles: bool = True
+    live_rows: bool = True
+    direct_stores: bool = True
+    prefetch: bool = True
     debug: bool = False
     sanitize_overflow: bool = False
     launch_cooperative_grid: bool = False
@@ -83,8 +87,9 @@ class CPUBackend(BaseBackend):
         chosen = {key: value for key, value in options.items() if key in known and value is not None}
         if "TRITON_DEFAULT_FP_FUSION" in os.environ:
             chosen.setdefault("enable_fp_fusion", os.environ["TRITON_DEFAULT_FP_FUSION"] == "1")
-        if "FASTDEPLOY_REGISTER_TILES" in os.environ:
-            chosen.setdefault("register_tiles", os.environ["FASTDEPLOY_REGISTER_TILES"] != "0")
+        for name in Optimisations._fields:
+            if (wanted := os.environ.get(f"FASTDEPLOY_{name.upper()}")) is not None:
+                chosen.setdefault(name, wanted != "0")
         return CPUOptions(**chosen)
 
     def pack_metadata(self, metadata: Any) -> Any:
@@ -132,7 +137,8 @@ def make_c(module: Any, metadata: dict[str, Any], options: CPUOptions) -> str:
     metadata["name"] = functions[0].name
     metadata["shared"] = 0
     metadata["argument_format"] = argument_format(functions[0])
-    return generate_c(functions, _prelude(), toolchain().lanes, options.enable_fp_fusion, options.register_tiles)
+    wanted = Optimisations(*[getattr(options, name) for name in Optimisations._fields])
+    return generate_c(functions, _prelude(), toolchain().lanes, options.enable_fp_fusion, wanted)
 
 
 @functools.lru_cache(None)

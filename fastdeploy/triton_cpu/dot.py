@@ -62,7 +62,7 @@ def emit_dot(emitter: KernelEmitter, op: Op) -> None:
     right = in_place or _LocalRows(emitter, b)
     target = emitter.destinations.get(op.result) or emitter.array(op.result.type, op.result.name)
     blocks = functools.partial(_emit_blocks, emitter, op, left, right, target, block)
-    if not (emitter.register_tiles and attempt(emitter, lambda: blocks(op.operands[2]))):
+    if not (emitter.wanted.register_tiles and attempt(emitter, lambda: blocks(op.operands[2]))):
         _accumulator(emitter, op, target)
         blocks(None)
     emitter.storage[op.result] = Array(target)
@@ -145,7 +145,8 @@ class _VectorRows:
         self.pointers, self.element_type, self.mask = load.operands[0], load.result.type.element, load.operands[1:]
         self.step = stride(load.operands[0], 0, emitter.origins) if load.result.type.shape[0] > 1 else 0
         self.emitter = emitter
-        self.next = control_flow.in_next_turn(emitter, self.pointers, self._first)
+        wanted = emitter.wanted.prefetch
+        self.next = control_flow.in_next_turn(emitter, self.pointers, self._first) if wanted else None
 
     @classmethod
     def of(cls, emitter: KernelEmitter, value: Value) -> _VectorRows | None:
@@ -174,7 +175,7 @@ class _VectorRows:
         return f"{mask} ? {text} : vec_splat({other[0] if other else '0'})"
 
     def prefetch(self, k: str, column: str) -> str | None:
-        if self.step is None:
+        if self.step is None or not self.emitter.wanted.prefetch:
             return None
         # The next turn's tile may lie elsewhere (a KV cache in blocks). It is fetched into the second cache: the first
         # has few places for lines under way. (Reading tiles of 8 KB in disorder: 15 GB/s instead of 10. Decode, 8

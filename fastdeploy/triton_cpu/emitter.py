@@ -43,16 +43,27 @@ class Contraction(NamedTuple):
         return f"{call}({self.signs[0]}{a}, {b}, {self.signs[1]}{x})"
 
 
+class Optimisations(NamedTuple):
+    """What is done for speed. Each can be left out, to see what it is worth; results are the same.
+
+    register_tiles: loops around tl.dot as in registers.py, single ones as in dot.py, and vectors.py.
+    live_rows: live_rows.py.  direct_stores: endings.py.  prefetch: what a loop reads next is asked for in advance.
+    """
+
+    register_tiles: bool = True
+    live_rows: bool = True
+    direct_stores: bool = True
+    prefetch: bool = True
+
+
 class KernelEmitter:
     """Writes one function. After `emit`, `lines` holds its body."""
 
-    def __init__(
-        self, function: Function, lanes: int, contract: bool = True, register_tiles: bool = True, called: bool = False
-    ):
-        self.function, self.lanes, self.contract, self.register_tiles = function, lanes, contract, register_tiles
+    def __init__(self, function: Function, lanes: int, contract: bool, wanted: Optimisations, called: bool = False):
+        self.function, self.lanes, self.contract, self.wanted = function, lanes, contract, wanted
         self.called = called  # by the kernel, perhaps with one of its arguments as two
         # Vectors cost the C compiler a header of 0.1 s, which kernels with a tl.dot pay anyway.
-        self.vectors = register_tiles and _has_dot(function.body)
+        self.vectors = wanted.register_tiles and _has_dot(function.body)
         self.plan = StoragePlan(function)
         self.live_rows = LiveRows()
         self.row_counts: dict[Value, str] = {}  # row masks -> C for how many rows they let through, in this C block
@@ -384,7 +395,7 @@ def _num_programs(emitter: KernelEmitter, op: Op) -> None:
 
 
 def _for(emitter: KernelEmitter, op: Op) -> None:
-    if not (emitter.register_tiles and registers.emit_loop(emitter, op)):
+    if not (emitter.wanted.register_tiles and registers.emit_loop(emitter, op)):
         control_flow.emit_for(emitter, op)
 
 
@@ -420,15 +431,13 @@ _HANDLERS: dict[str, Callable[[KernelEmitter, Op], None]] = {
 }
 
 
-def generate_c(
-    functions: list[Function], prelude: str, lanes: int, contract: bool = True, register_tiles: bool = True
-) -> str:
+def generate_c(functions: list[Function], prelude: str, lanes: int, contract: bool, wanted: Optimisations) -> str:
     """A C file whose `run_programs(arguments, begin, end, grid)` runs programs [begin, end) of the kernel's grid."""
     kernel, helpers = functions[0], functions[1:]
     parts = [f"#define LANES {lanes}"]
     prototypes, bodies = [], []
     for function in [*reversed(helpers), kernel]:
-        emitter = KernelEmitter(function, lanes, contract, register_tiles, called=function is not kernel)
+        emitter = KernelEmitter(function, lanes, contract, wanted, called=function is not kernel)
         text = emitter.emit(control_flow.result_type(function))
         prototypes += [control_flow.result_struct(function), text.split(" {\n", 1)[0] + ";"]
         bodies.append(text)

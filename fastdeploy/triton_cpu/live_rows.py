@@ -60,7 +60,8 @@ def _row_masks(mask: Value) -> frozenset[Value]:
 
 def number_of_live_rows(emitter: KernelEmitter, value: Value) -> str | None:
     """C for how many rows of `value` are of use, the first ones; None for all, or if that is not known here."""
-    for mask in sorted(emitter.live_rows.conditions(value), key=lambda mask: mask.name):
+    conditions = emitter.live_rows.conditions(value) if emitter.wanted.live_rows else []
+    for mask in sorted(conditions, key=lambda mask: mask.name):
         if mask not in emitter.row_counts and _can_be_evaluated(emitter, mask):
             emitter.row_counts[mask] = _count(emitter, mask)
         if mask in emitter.row_counts:

@@ -62,7 +62,7 @@ class _Sums(NamedTuple):
 
 def emit_loop(emitter: KernelEmitter, loop: Op) -> bool:
     """Writes an scf.for in registers. Where that is not possible it writes nothing and returns False."""
-    ending = None if emitter.called else ending_of(loop)
+    ending = ending_of(loop) if emitter.wanted.direct_stores and not emitter.called else None
     if ending is not None and attempt(emitter, lambda: _emit(emitter, loop, ending)):
         return True
     return attempt(emitter, lambda: _emit(emitter, loop))

@@ -339,7 +339,8 @@ class Vectors:
             self.emitter.line(f"*(vec *)({address}) = {text};")
 
     def prefetch(self, address: str) -> None:
-        self.emitter.line(f"__builtin_prefetch((const char *)({address}) + {PREFETCH_BYTES});")
+        if self.emitter.wanted.prefetch:
+            self.emitter.line(f"__builtin_prefetch((const char *)({address}) + {PREFETCH_BYTES});")
 
     def expect_consecutive(self, access: Op, index: tuple[Lanes, ...]) -> None:
         """Raises NotATile unless the lanes of a load or store follow each other in memory, wherever the block is."""

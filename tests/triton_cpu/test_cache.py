@@ -51,7 +51,8 @@ def test_a_kernel_is_compiled_again_when_flags_or_instruction_set_change(kernels
     assert kernels_compiled() == 1
     assert kernels_compiled(FASTDEPLOY_CFLAGS="-fno-inline") == 1
     assert kernels_compiled(FASTDEPLOY_INSTRUCTION_SET="baseline") == 1
-    assert kernels_compiled(FASTDEPLOY_REGISTER_TILES="0") == 1
+    for name in ("REGISTER_TILES", "LIVE_ROWS", "DIRECT_STORES", "PREFETCH"):
+        assert kernels_compiled(**{f"FASTDEPLOY_{name}": "0"}) == 1
     assert kernels_compiled() == 0
 
 

@@ -161,7 +161,7 @@ SHAPES = [(1, 32, 32), (3, 64, 96), (8, 16, 160), (17, 128, 64), (64, 64, 576)] 
 def test_q4_against_numpy(rows, n, k, rng):
     data = Quantised.random(rng, rows, n, k, 0, 16)
     expected, size = data.reference(with_minimum=True)
-    for block_m, block_n in ((1, 16), (4, 32), (16, 16), (64, 16)):
+    for block_m, block_n in ((1, 16), (4, 32), (16, 16), (64, 16), (64, 32)):
         if n % block_n == 0:
             assert (np.abs(linear_q4(data, block_m, block_n) - expected) <= 1e-6 * size).all()
 
@@ -171,7 +171,7 @@ def test_q4_against_numpy(rows, n, k, rng):
 def test_q8_against_numpy(rows, n, k, offset_binary, rng):
     data = Quantised.random(rng, rows, n, k, -128, 128)
     expected, size = data.reference(with_minimum=False)
-    for block_m, block_n in ((1, 16), (4, 32), (16, 16), (64, 16)):
+    for block_m, block_n in ((1, 16), (4, 32), (16, 16), (64, 16), (64, 32)):
         if n % block_n == 0:
             assert (np.abs(linear_q8(data, block_m, block_n, offset_binary) - expected) <= 1e-6 * size).all()
 
@@ -181,7 +181,7 @@ def test_a_row_has_the_same_bits_for_every_number_of_rows(rng):
         data = Quantised.random(rng, 64, 64, 576, low, high)
         expected = layer(data, 64, 16)
         for rows in (1, 3, 8, 17, 64):
-            for block_m, block_n in ((1, 16), (8, 16), (16, 64), (32, 32)):
+            for block_m, block_n in ((1, 16), (8, 16), (16, 64), (32, 32), (64, 32)):
                 few = data._replace(x=data.x[:rows], x_scale=np.ascontiguousarray(data.x_scale[:, :rows]))
                 np.testing.assert_array_equal(layer(few, block_m, block_n), expected[:rows])
 
@@ -328,3 +328,19 @@ def test_sums_of_floats_in_the_general_path(form, turn):
 @pytest.mark.parametrize("columns", ["wrapped", "clamped", "every second"])
 def test_columns_that_may_not_be_neighbours_are_left_to_the_general_path(columns, rng):
     np.testing.assert_array_equal(*sums_of_floats(rng, "chained", columns))
+
+
+@pytest.mark.parametrize(
+    "name, sign",
+    [("live_rows", "int live_"), ("direct_stores", "  vec_store_some("), ("prefetch", "  __builtin_prefetch(")],
+)
+def test_an_optimisation_that_is_left_out_changes_no_bit(name, sign, rng):
+    for rows, n, k in ((1, 32, 64), (40, 64, 160)):
+        grid, arguments = q4_arguments(Quantised.random(rng, rows, n, k, 0, 16), 64, 32)
+        found = []
+        for wanted in (True, False):
+            arguments[6].stored[:] = 0
+            compiled = linear_q4_kernel[grid](*arguments, **{name: wanted})
+            assert (sign in compiled.asm["c"].split("kernel_linear_q4_kernel", 1)[1]) == wanted
+            found.append(arguments[6].stored.copy())
+        np.testing.assert_array_equal(*found)
