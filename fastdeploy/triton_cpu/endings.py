@@ -38,8 +38,7 @@ class Ending(NamedTuple):
 
 def ending_of(loop: Op) -> Ending | None:
     """The ending of a loop, if there is one and nothing else is made of what the loop carries."""
-    carried = dict(zip(loop.regions[0].arguments[1:], loop.operands[3:]))
-    sums, ending, read = set(loop.results), Ending([], []), _loads(loop.regions[0])
+    sums, ending = set(loop.results), Ending([], [])
     following = loop.block.ops[loop.block.ops.index(loop) + 1 :]
     for op in following:
         of_sums = not sums.isdisjoint(op.operands)
@@ -50,15 +49,16 @@ def ending_of(loop: Op) -> Ending | None:
             break
         if not is_lazy(op):
             return None
-        read += [op] if op.name == "tt.load" else []
         sums |= set(op.results) if of_sums else set()
     if not ending.after or ending.store.name != "tt.store" or sums.intersection(ending.store.operands[:1]):
         return None
     if any(user not in ending.after for value in sums for user in value.uses):
         return None
-    written = _argument(ending.store.operands[0], carried)
-    if written is None or any(_argument(op.operands[0], carried) in (None, written) for op in read):
-        return None
+    written, kernel = _argument(ending.store.operands[0]), loop.block
+    while kernel.parent is not None:
+        kernel = kernel.parent.block
+    if written is None or any(_argument(load.operands[0]) in (None, written) for load in _loads(kernel)):
+        return None  # all loads: one from before the loop may be evaluated in it
     return ending
 
 
@@ -67,13 +67,17 @@ def _loads(block: Block) -> list[Op]:
     return [op for op in block.ops if op.name == "tt.load"] + inner
 
 
-def _argument(pointers: Value, carried: dict[Value, Value]) -> Value | None:
-    """The kernel's argument that pointers are computed from, if it is plain. carried: what a loop's began as."""
-    while pointers in carried or pointers.op is not None:
-        if pointers in carried:
-            pointers = carried[pointers]
-        elif pointers.op.name in _SAME_ARGUMENT:  # type: ignore[union-attr]
-            pointers = pointers.op.operands[0]  # type: ignore[union-attr]
+def _argument(pointers: Value) -> Value | None:
+    """The kernel's argument that pointers are computed from, if that is plain to see."""
+    while True:
+        op, parent = pointers.op, pointers.block.parent
+        if op is not None and op.name in _SAME_ARGUMENT:
+            pointers = op.operands[0]
+        elif op is not None:
+            return None
+        elif parent is None:
+            return pointers
+        elif parent.name == "scf.for" and pointers is not pointers.block.arguments[0]:  # what the loop began with
+            pointers = parent.operands[2 + pointers.block.arguments.index(pointers)]
         else:
             return None
-    return pointers if pointers.block.parent is None else None
