@@ -63,6 +63,7 @@ def load(given: EngineConfig) -> Loaded:
     check_divisible(checkpoint.config, given.tensor_parallel_size)
     config = given.resolved(checkpoint.config.max_position_embeddings)
     tokenizer = load_tokenizer(config.tokenizer or checkpoint)
+    checkpoint.forget_vocabulary()
     leader = lead_ranks(config)
     try:
         runner = _load_runner(checkpoint, config, leader, fit=given.max_model_len is None)

