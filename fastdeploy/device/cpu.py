@@ -49,7 +49,7 @@ class CPUDevice(Device):
         triton_cpu.activate()
         runtime.share_cores(ranks)
         self._ranks = ranks
-        release_pages_after("importing")
+        release_pages_after("importing Paddle")
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> HostTensor:
         return HostTensor(shape, dtype)

@@ -397,8 +397,10 @@ def tiles(target: Target, rows: int, int8_activations: bool) -> dict[str, int]:
     that don't exist are not computed: registers.py has blocks of 6 rows in tiles of 64, of 11 in those of 32, and of 8.
     """
     if target.is_cpu:
-        sizes = {rows <= 8: next_power_of_2(rows), 11 < rows <= 16: 16, rows > 32: 64}
-        block_m = sizes.get(True, 32)
+        if rows <= 8 or 11 < rows <= 16:
+            block_m = next_power_of_2(rows)
+        else:
+            block_m = 32 if rows <= 32 else 64
         return {"BLOCK_M": block_m, "BLOCK_N": 2 * TILE if int8_activations and block_m > 16 else TILE}
     return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}  # tensor cores: one shape for every batch, see linear.py
 

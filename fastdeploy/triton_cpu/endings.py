@@ -42,15 +42,14 @@ def ending_of(loop: Op) -> Ending | None:
     following = loop.block.ops[loop.block.ops.index(loop) + 1 :]
     for op in following:
         of_sums = not sums.isdisjoint(op.operands)
-        if not of_sums and not is_lazy(op):
+        if not is_lazy(op) and not (of_sums and op.name == "tt.store"):
             return None
         (ending.after if of_sums else ending.before).append(op)
         if op.name == "tt.store":
             break
-        if not is_lazy(op):
-            return None
-        sums |= set(op.results) if of_sums else set()
-    if not ending.after or ending.store.name != "tt.store" or sums.intersection(ending.store.operands[:1]):
+        if of_sums:
+            sums.update(op.results)
+    if not ending.after or ending.store.name != "tt.store" or ending.store.operands[0] in sums:
         return None
     if any(user not in ending.after for value in sums for user in value.uses):
         return None

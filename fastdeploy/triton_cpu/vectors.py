@@ -345,7 +345,7 @@ class Vectors:
     def expect_consecutive(self, access: Op, index: tuple[Lanes, ...]) -> None:
         """Raises NotATile unless the lanes of a load or store follow each other in memory, wherever the block is."""
         if access.name not in ("tt.load", "tt.store"):
-            raise NotATile(f"{access.text} is no load")
+            raise NotATile(f"{access.text} is no load or store")
         try:
             if lanes(access.operands[0], index, self.emitter.origins).consecutive:
                 return
