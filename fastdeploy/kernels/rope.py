@@ -174,8 +174,8 @@ def _rope_and_cache_kernel(
     wait_for_inputs(EARLY)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     if ROWS == 1:  # on a CPU: no division, 0.1 us a program
-        token = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-        kv_head = tl.program_id(1) + tl.arange(0, 1)
+        token = tl.program_id(1).to(tl.int64) + tl.arange(0, 1)
+        kv_head = tl.program_id(0) + tl.arange(0, 1)
         real = tl.full([1], True, tl.int1)
     else:
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -289,7 +289,7 @@ def rope_and_cache(
     rule = tiles(target(), heads.head_dim)
     inputs = (qkv, positions, slots, cos, sin, *weights)
     programs = cdiv(count * heads.num_kv_heads, rule["ROWS"])
-    grid = (count, heads.num_kv_heads) if rule["ROWS"] == 1 else (programs,)
+    grid = (heads.num_kv_heads, count) if rule["ROWS"] == 1 else (programs,)
     launch(
         _rope_and_cache_kernel, grid, *inputs, *cache.tensors(), count,
         HEADS=heads.num_heads, KV_HEADS=heads.num_kv_heads, D=heads.head_dim,

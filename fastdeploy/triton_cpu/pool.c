@@ -1,9 +1,12 @@
 /* The thread pool: runs a list of launches ("plan"), each a grid of independent programs, one launch after the other.
  *
- * Every thread walks the same list. At a launch it claims chunks of programs from a shared word until none are left, and
- * goes on once all chunks of that launch are done. Nothing is handed from the caller to a worker, so a launch inside a
- * plan costs two or three cache misses and no system call; and the caller never waits for a worker that has not
- * claimed a chunk, so a busy machine slows it down by no more than the lost core.
+ * Every thread walks the same list. At a launch it claims chunks of programs, first those of its own share of the grid
+ * and then what others have left of theirs, and goes on once all chunks of that launch are done. Nothing is handed from
+ * the caller to a worker, so a launch inside a plan costs two or three cache misses and no system call; and the caller
+ * never waits for a worker that has not claimed a chunk, so a busy machine slows it down by no more than the lost core.
+ *
+ *     programs   | thread 0's share: chunk 0, chunk 1, ... | thread 1's share: ...      where a thread runs the same part
+ *                                                           of every grid, it finds what it wrote in its own cache
  *
  * A worker may be put to sleep by the system anywhere and wake up much later. So every execution of a plan has a number
  * of its own, its generation, and the words `claimed` and `done` hold (generation << 32 | count). A worker from an old
@@ -16,19 +19,23 @@
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 typedef void (*programs)(const void *arguments, long begin, long end, const int *grid);
 
+struct share {
+  _Alignas(64) _Atomic uint64_t claimed; /* chunks; alone in its cache line, which its thread writes most */
+};
+
 struct launch {
   programs run;
   const void *arguments;
   int grid[3];
-  uint32_t chunk, chunks; /* programs per claim, number of claims */
-  _Atomic uint64_t claimed;
-  char apart[64]; /* the two words are written by different threads at the same time */
-  _Atomic uint64_t done;
+  uint32_t chunk, chunks, shares; /* programs in a chunk, number of chunks, number of shares */
+  struct share *share;
+  _Atomic uint64_t done; /* chunks */
 };
 
 struct plan {
@@ -37,7 +44,7 @@ struct plan {
   struct launch *launches;
 };
 
-enum { SPINS_BEFORE_SLEEP = 4000, SPINS_BEFORE_YIELD = 2000, CHUNKS_PER_THREAD = 8, STACK_BYTES = 16 << 20 };
+enum { SPINS_BEFORE_SLEEP = 4000, SPINS_BEFORE_YIELD = 2000, CHUNKS_PER_THREAD = 16, STACK_BYTES = 16 << 20 };
 
 static pthread_mutex_t one_caller = PTHREAD_MUTEX_INITIALIZER;
 static _Atomic(struct plan *) current;
@@ -53,14 +60,14 @@ static inline void pause_briefly(void) {
 
 static inline int newer(uint64_t word, uint32_t generation) { return (int32_t)((uint32_t)(word >> 32) - generation) > 0; }
 
-/* Adds one to a word, which counts from 0 if it is of an older generation. Returns the old count, or `limit` and adds
+/* Adds to a word, which counts from 0 if it is of an older generation. Returns the old count, or `limit` and adds
  * nothing if the count has reached `limit` or the word is of a newer generation. */
-static uint32_t count_up(_Atomic uint64_t *word, uint32_t generation, uint32_t limit) {
+static uint32_t count_up(_Atomic uint64_t *word, uint32_t generation, uint32_t by, uint32_t limit) {
   uint64_t seen = atomic_load(word), start = (uint64_t)generation << 32;
   for (;;) {
     uint64_t from = (uint32_t)(seen >> 32) == generation ? seen : start;
     if (newer(seen, generation) || (uint32_t)from >= limit) return limit;
-    if (atomic_compare_exchange_weak(word, &seen, from + 1)) return (uint32_t)from;
+    if (atomic_compare_exchange_weak(word, &seen, from + by)) return (uint32_t)from;
   }
 }
 
@@ -69,21 +76,28 @@ static int finished(struct launch *launch, uint32_t generation) {
   return newer(word, generation) || ((uint32_t)(word >> 32) == generation && (uint32_t)word == launch->chunks);
 }
 
-static void walk(struct plan *plan, uint32_t generation) {
+/* Runs chunks of one share until none are left; returns how many. */
+static uint32_t work(struct launch *launch, uint32_t generation, uint32_t number) {
+  for (uint32_t ran = 0;; ran++) {
+    /* Fields first, claim second: a claim that succeeds proves that they belonged to this generation. */
+    programs run = launch->run;
+    const void *arguments = launch->arguments;
+    int grid[3] = {launch->grid[0], launch->grid[1], launch->grid[2]};
+    long chunk = launch->chunk, chunks = launch->chunks, total = (long)grid[0] * grid[1] * grid[2];
+    long first = chunks * number / launch->shares, count = chunks * (number + 1) / launch->shares - first;
+    long claim = count_up(&launch->share[number].claimed, generation, 1, count);
+    if (claim == count) return ran;
+    long begin = (first + claim) * chunk, end = begin + chunk;
+    run(arguments, begin, end < total ? end : total, grid);
+  }
+}
+
+static void walk(struct plan *plan, uint32_t generation, uint32_t thread) {
   for (int64_t i = 0; i < plan->count; i++) {
     struct launch *launch = &plan->launches[i];
-    for (;;) {
-      /* Fields first, claim second: a claim that succeeds proves that they belonged to this generation. */
-      programs run = launch->run;
-      const void *arguments = launch->arguments;
-      int grid[3] = {launch->grid[0], launch->grid[1], launch->grid[2]};
-      long chunk = launch->chunk, total = (long)grid[0] * grid[1] * grid[2];
-      uint32_t chunks = launch->chunks, claim = count_up(&launch->claimed, generation, chunks);
-      if (claim == chunks) break;
-      long begin = claim * chunk, end = begin + chunk;
-      run(arguments, begin, end < total ? end : total, grid);
-      count_up(&launch->done, generation, UINT32_MAX);
-    }
+    uint32_t ran = 0;
+    for (uint32_t k = 0; k < launch->shares; k++) ran += work(launch, generation, (thread + k) % launch->shares);
+    if (ran) count_up(&launch->done, generation, ran, UINT32_MAX);
     for (int spins = 0; !finished(launch, generation);) {
       pause_briefly();
       if (++spins > SPINS_BEFORE_YIELD) sched_yield(), spins = 0;
@@ -91,7 +105,7 @@ static void walk(struct plan *plan, uint32_t generation) {
   }
 }
 
-static void *worker(void *unused) {
+static void *worker(void *number) {
   uint32_t seen = 0;
   for (;;) {
     for (int spins = 0; atomic_load(&calls) == seen && spins < SPINS_BEFORE_SLEEP; spins++) pause_briefly();
@@ -102,7 +116,7 @@ static void *worker(void *unused) {
     }
     seen = atomic_load(&calls);
     struct plan *plan = atomic_load(&current);
-    if (plan) walk(plan, atomic_load(&plan->generation));
+    if (plan) walk(plan, atomic_load(&plan->generation), (uint32_t)(uintptr_t)number);
   }
   return NULL;
 }
@@ -137,7 +151,7 @@ int fd_start(int wanted, int pinned) {
   for (; threads < wanted; threads++) {
     pthread_t thread;
     if (pinned) pin(&attributes, threads, &allowed, callers_core);
-    if (pthread_create(&thread, &attributes, worker, NULL)) break;
+    if (pthread_create(&thread, &attributes, worker, (void *)(uintptr_t)threads)) break;
     pthread_detach(thread);
   }
   return threads;
@@ -153,6 +167,11 @@ static void fill(struct launch *launch, programs run, const void *arguments, con
   launch->chunks = (uint32_t)((total + launch->chunk - 1) / launch->chunk);
 }
 
+static struct share *new_shares(int64_t launches) {
+  size_t bytes = (size_t)launches * threads * sizeof(struct share);
+  return memset(aligned_alloc(_Alignof(struct share), bytes), 0, bytes);
+}
+
 static void execute(struct plan *plan, uint32_t generation) {
   atomic_store(&plan->generation, generation);
   if (threads > 1) {
@@ -160,7 +179,7 @@ static void execute(struct plan *plan, uint32_t generation) {
     atomic_fetch_add(&calls, 1);
     if (atomic_load(&sleepers)) syscall(SYS_futex, &calls, FUTEX_WAKE_PRIVATE, threads - 1, NULL, NULL, 0);
   }
-  walk(plan, generation);
+  walk(plan, generation, 0);
 }
 
 /* One launch is a plan of one, always the same one: it is closed to old generations before its fields change. */
@@ -174,9 +193,11 @@ void fd_launch(programs run, const void *arguments, int x, int y, int z) {
   }
   pthread_mutex_lock(&one_caller);
   uint32_t generation = ++generations;
-  atomic_store(&launch.claimed, (uint64_t)generation << 32 | UINT32_MAX);
+  if (!launch.share) launch.share = new_shares(1), launch.shares = threads;
+  for (uint32_t k = 0; k < launch.shares; k++)
+    atomic_store(&launch.share[k].claimed, (uint64_t)generation << 32 | UINT32_MAX);
   fill(&launch, run, arguments, grid);
-  atomic_store(&launch.claimed, (uint64_t)generation << 32);
+  for (uint32_t k = 0; k < launch.shares; k++) atomic_store(&launch.share[k].claimed, (uint64_t)generation << 32);
   execute(&plan, generation);
   pthread_mutex_unlock(&one_caller);
 }
@@ -191,7 +212,12 @@ struct plan *fd_plan_new(const struct recorded *list, int64_t count) {
   struct plan *plan = calloc(1, sizeof *plan);
   plan->launches = calloc(count ? count : 1, sizeof *plan->launches);
   plan->count = count;
-  for (int64_t i = 0; i < count; i++) fill(&plan->launches[i], list[i].run, list[i].arguments, list[i].grid);
+  struct share *shares = new_shares(count);
+  for (int64_t i = 0; i < count; i++) {
+    struct launch *launch = &plan->launches[i];
+    fill(launch, list[i].run, list[i].arguments, list[i].grid);
+    launch->share = shares + i * threads, launch->shares = threads;
+  }
   return plan;
 }
 
