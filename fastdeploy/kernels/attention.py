@@ -147,7 +147,10 @@ def _add_keys(
     k_tile = (
         k_cache + block * D + (t[None, :] * D + d[:, None] if BY_TOKEN else d[:, None] * BLOCK_SIZE + t[None, :])
     )  # [DIM, TILE]
-    k = tl.load(k_tile, mask=_head_mask(d, D, DIM)[:, None], other=0.0)
+    if MASKED and not BY_TOKEN:  # a CPU multiplies with the keys that exist only
+        k = tl.load(k_tile, mask=_head_mask(d, D, DIM)[:, None] & (number < end)[None, :], other=0.0)
+    else:
+        k = tl.load(k_tile, mask=_head_mask(d, D, DIM)[:, None], other=0.0)
     scores = tl.dot(q, k.to(q.dtype), input_precision="ieee")  # [rows, TILE]
     if k_scales is not None:
         scores *= tl.load(k_scales + block + t)[None, :]
@@ -302,8 +305,12 @@ def _attention_kernel(
     """One query tile of one KV head, over all its splits. DECODE: a tile is one sequence's only token."""
     wait_for_inputs(EARLY)
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    kv_head = tl.program_id(1)
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most keys begin, so that none ends long after all
+    if FLAT:
+        kv_head = tl.program_id(1)
+        tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most keys begin: none ends long after all
+    else:
+        kv_head = tl.program_id(0)
+        tile = tl.program_id(1)  # in the order of rows, so that a CPU's core has the same rows in every kernel
     if DECODE:
         sequence = tile
         first_token = sequence
@@ -588,7 +595,7 @@ def paged_attention(
     if in_splits:
         _launch_splits(written, read, batch, workspace, log2_scale, {**common, **rule})
     else:
-        launch(_attention_kernel, (batch.num_decodes, heads.num_kv_heads), *walked, **common, **rule, DECODE=True)
+        _launch_tiles(batch.num_decodes, walked, DECODE=True, **common, **rule)
     if batch.num_seqs > batch.num_decodes:
         _launch_prompts(walked, cache, batch, heads, common)
 
@@ -620,11 +627,17 @@ def _launch_prompts(
     rows = (qkv.shape[0] - batch.num_decodes) * heads.group
     grid = (rows // rule["BLOCK_M"] + batch.num_seqs - batch.num_decodes, heads.num_kv_heads)
     if quick is None:
-        launch(_attention_kernel, grid, *walked, **constexprs, **rule, DECODE=False)
+        _launch_tiles(grid[0], walked, DECODE=False, **constexprs, **rule)
     else:
         known = {name: value for name, value in constexprs.items() if name not in ("BY_TOKEN", "FLAT")}
         inputs = (out, None, None, qkv, cache.k_cache, cache.v_cache, *walked[8:])
         launch(_prefill_kernel, grid, *inputs, prod(cache.v_cache.shape[:3]), **known, **rule)
+
+
+def _launch_tiles(count: int, walked: tuple[Any, ...], **constexprs: Any) -> None:
+    """`_attention_kernel` for so many query tiles of every KV head."""
+    grid = (count, constexprs["KV_HEADS"])
+    launch(_attention_kernel, grid if constexprs["FLAT"] else grid[::-1], *walked, **constexprs)
 
 
 def _launch_splits(

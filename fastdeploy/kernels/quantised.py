@@ -32,9 +32,10 @@ Gate and up of an MLP may end in SwiGLU (`gated_quantised_linear`): a program co
 int8 is all that it stores. (A prompt of 512, SmolLM2: 3.3 ms a layer on two cores, as two kernels 3.5.)
 
 One program computes BLOCK_M rows of x times BLOCK_N features and walks all groups: the order of the float sum is fixed,
-so a row does not depend on the number of rows. Programs of one tile of features follow each other, so that its weights
-come from memory once. Cost: N*K weights of 5 or 8.5 bits per step (decode: bound by memory), 2*T*N*K operations on
-integers, of which an AVX-512 VNNI core does four times as many as of floats.
+so a row does not depend on the number of rows. Programs of the same rows follow each other: a core of a CPU, which runs
+the same part of every grid, finds in its own cache what the kernel before made of them; a layer's packed weights fit
+there beside. Cost: N*K weights of 5 or 8.5 bits per step (decode: bound by memory), 2*T*N*K operations on integers, of
+which an AVX-512 VNNI core does four times as many as of floats.
 """
 
 from dataclasses import dataclass
@@ -166,16 +167,20 @@ def rows_fields(rows: int, width: int, wide: bool = False) -> dict[str, tuple[tu
 def quantised(values, MOST: tl.constexpr):
     """(integers, scales, sums) of float32 `values`, one group in each row of the tile [GROUPS, 32].
 
-    The largest magnitude of a group becomes MOST. Rounding is to nearest, halves away from zero. A group with NaN or
+    The largest magnitude of a group becomes MOST. Rounding is to nearest, halves to even. A group with NaN or
     infinities has the scale NaN: integers have no way to say so.
     """
-    # tl.max looks past NaN, so that is infinite here
-    largest = tl.max(tl.where(values == values, tl.abs(values), float("inf")), axis=1)
+    # Positive floats compare as their bits do, in which NaN is above infinity; tl.max of floats looks past NaN.
+    magnitudes = tl.abs(values).to(tl.int32, bitcast=True)
+    largest = tl.max(magnitudes, axis=1).to(tl.float32, bitcast=True)
     # Below 1e-30 the reciprocal nears float32's end, and to every weight that there is they are zeros.
     inverse = tl.where(largest > 1e-30, MOST / largest, 0.0)
-    scaled = values * inverse[:, None]
-    integers = (scaled + tl.where(scaled < 0, -0.5, 0.5)).to(tl.int32)
-    scales = tl.where(largest == float("inf"), float("nan"), largest * (1.0 / MOST))
+    # Floats from 2^23 to 2^24 are whole numbers: the sum is rounded to one, which its lower bits hold.
+    ANCHOR: tl.constexpr = 12582912.0  # 1.5 * 2^23
+    anchor = tl.full(values.shape, ANCHOR, tl.float32)
+    anchored = tl.fma(values, tl.broadcast_to(inverse[:, None], values.shape), anchor)
+    integers = anchored.to(tl.int32, bitcast=True) - anchor.to(tl.int32, bitcast=True)
+    scales = tl.where(largest < float("inf"), largest * (1.0 / MOST), float("nan"))
     return integers, scales, tl.sum(integers, axis=1).to(tl.float32) * scales
 
 
@@ -304,8 +309,8 @@ def _int8_kernel(
     y, x, x_scales, x_sums, x_low, weight, scales, minimums, bias, rows, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     row = tl.minimum(m, rows - 1).to(tl.int64)  # rows past the end read the last one: cheaper than a mask in the loop
     sums = _int8_products(
         x, x_scales, x_sums, x_low, weight, scales, minimums, bias, row, n, 0, N, K, [BLOCK_M, BLOCK_N]
@@ -428,7 +433,7 @@ def quantised_linear(out: Any, x: Any, weight: QuantisedWeight) -> None:
         launch(_float_kernel, grid, out, x, *packed, *sizes, OPERAND=operand_dtype(here, x), **rule)
         return
     expect("x", x.values, (rows, weight.in_features), "int8")
-    launch(_int8_kernel, grid, out, *x.tensors, *weight.tensors, *sizes, **rule)
+    launch(_int8_kernel, grid[::-1], out, *x.tensors, *weight.tensors, *sizes, **rule)
 
 
 def gated_quantised_linear(out: QuantisedRows, x: QuantisedRows, weight: QuantisedWeight) -> None:
@@ -597,7 +602,7 @@ def quantise_reference(x: np.ndarray, most: int = 127) -> tuple[np.ndarray, np.n
     largest = np.abs(grouped).max(axis=2)
     factors = np.divide(most, largest, out=np.zeros_like(largest), where=largest > 1e-30)
     scaled = grouped * factors[..., None]
-    return np.trunc(scaled + np.copysign(0.5, scaled)).astype(np.int16).reshape(x.shape), largest / most
+    return np.rint(scaled).astype(np.int16).reshape(x.shape), largest / most
 
 
 def quantised_linear_reference(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:

@@ -20,15 +20,16 @@ array of floats first, which pays when many blocks of rows use it (prefill).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from . import control_flow
 from . import expressions as c
-from .analysis import stride
+from .analysis import is_zero, stride
+from .live_rows import columns_let_through, rows_let_through
 from .loops import ZERO, Array, Index, LoopNest, Term
 from .ttir import Op, Type, Value
-from .vectors import PREFETCH_BYTES, Vectors, attempt, is_splat
+from .vectors import PREFETCH_BYTES, Place, Vectors, attempt, has_vectors, is_splat
 
 if TYPE_CHECKING:
     from .emitter import KernelEmitter
@@ -99,6 +100,8 @@ def _accumulator(emitter: KernelEmitter, op: Op, name: str) -> None:
 class _LocalRows:
     """An operand in a local array of floats, row-major."""
 
+    row_count = column_mask = None  # all
+
     def __init__(self, emitter: KernelEmitter, value: Value):
         self.name, self.width = emitter.as_array(value), value.type.shape[-1]
 
@@ -110,7 +113,7 @@ class _LocalRows:
     def element(self, row: int, k: str) -> str:
         return f"{self.first}[{row * self.width} + {k}]"
 
-    def vector(self, k: str, column: str) -> str:
+    def vector(self, k: str, column: str, some: str | None = None) -> str:
         return f"vec_from_float({self.name} + {k} * {self.width} + {column})"
 
     def prefetch(self, k: str, column: str) -> str | None:
@@ -139,22 +142,38 @@ class _RowPointers:
 
 
 class _VectorRows:
-    """`b`, read where it is: rows contiguous along n, converted to floats in registers. A mask is for whole rows."""
+    """`b`, read where it is: rows contiguous along n, converted to floats in registers.
+
+    A mask may exclude whole rows and, in favour of zeros, whole columns. Neither those after the last row that it lets
+    through nor such columns are multiplied, or fetched in advance.
+    """
 
     def __init__(self, emitter: KernelEmitter, load: Op):
-        self.pointers, self.element_type, self.mask = load.operands[0], load.result.type.element, load.operands[1:]
-        self.step = stride(load.operands[0], 0, emitter.origins) if load.result.type.shape[0] > 1 else 0
-        self.emitter = emitter
+        self.emitter, self.load, self.element_type = emitter, load, load.result.type.element
+        self.pointers = load.operands[0]
+        self.row_masks = [mask for mask in _masks(load) if is_splat(mask)]
+        self.column_mask = next((_of_columns(mask) for mask in _masks(load) if not is_splat(mask)), None)
+        self.other = load.operands[2:]
+        self.step = stride(self.pointers, 0, emitter.origins) if load.result.type.shape[0] > 1 else 0
+        self.row_count = rows_let_through(emitter, load)
+        self.next_counts: list[str | None] = [None, None]  # of rows and columns
         wanted = emitter.wanted.prefetch
-        self.next = control_flow.in_next_turn(emitter, self.pointers, self._first) if wanted else None
+        self.next = control_flow.in_next_turn(emitter, self.pointers, self._next) if wanted else None
 
     @classmethod
     def of(cls, emitter: KernelEmitter, value: Value) -> _VectorRows | None:
         load = _plain_load(emitter, value, masked=True)
-        if load is None or load.result.type.element not in _VECTOR_LOADS or not all(map(is_splat, load.operands[1:])):
+        if load is None or load.result.type.element not in _VECTOR_LOADS:
             return None
+        masks = [mask for mask in _masks(load) if not is_splat(mask)]
+        if masks:
+            columns = _of_columns(masks[0])
+            if len(masks) > 1 or columns is None or not has_vectors(emitter, columns):
+                return None
+            if not all(map(is_zero, load.operands[2:])):
+                return None
         contiguous = stride(load.operands[0], 1, emitter.origins) == 1
-        return cls(emitter, load) if contiguous else None
+        return cls(emitter, load) if contiguous and all(map(is_splat, load.operands[2:])) else None
 
     def prepare(self, emitter: KernelEmitter, rows: list[str]) -> None:
         self.base = self._first()
@@ -162,17 +181,25 @@ class _VectorRows:
     def _first(self) -> str:
         return _address(self.emitter, self.pointers, (Term("0", 0), Term("0", 0)))
 
+    def _next(self) -> str:
+        columns = columns_let_through(self.emitter, self.column_mask) if self.column_mask else None
+        self.next_counts = [rows_let_through(self.emitter, self.load), columns]
+        return self._first()
+
     def _row(self, k: str) -> str:
         if self.step is not None:
             return f"{self.base} + {self.step} * {k}"
         return _address(self.emitter, self.pointers, (Term(k, 0), Term("0", 0)))
 
-    def vector(self, k: str, column: str) -> str:
-        text = f"{_VECTOR_LOADS[self.element_type]}({self._row(k)} + {column})"
-        if not self.mask:
+    def vector(self, k: str, column: str, some: str | None = None) -> str:
+        """some: the columns that there are, if not all of them."""
+        place, load = f"{self._row(k)} + {column}", _VECTOR_LOADS[self.element_type]
+        text = f"{load.replace('from', 'from_some')}({place}, {some})" if some else f"{load}({place})"
+        if not self.row_masks:
             return text
-        mask, *other = (_scalar(self.emitter, value, (Term(k, 0), ZERO)) for value in self.mask)
-        return f"{mask} ? {text} : vec_splat({other[0] if other else '0'})"
+        masks = " && ".join(_scalar(self.emitter, value, (Term(k, 0), ZERO)) for value in self.row_masks)
+        other = [_scalar(self.emitter, value, (Term(k, 0), ZERO)) for value in self.other]
+        return f"{masks} ? {text} : vec_splat({other[0] if other else '0'})"
 
     def prefetch(self, k: str, column: str) -> str | None:
         if self.step is None or not self.emitter.wanted.prefetch:
@@ -181,8 +208,25 @@ class _VectorRows:
         # has few places for lines under way. (Reading tiles of 8 KB in disorder: 15 GB/s instead of 10. Decode, 8
         # sequences of 512 bf16 keys: 276 us a layer instead of 357.)
         if self.next:
-            return f"__builtin_prefetch({self.next} + {self.step} * {k} + {column}, 0, 2);"
+            counts = [f"{n} < {count}" for n, count in zip((k, column), self.next_counts) if count]
+            needed = f"if ({' && '.join(counts)}) " if counts else ""
+            return f"{needed}__builtin_prefetch({self.next} + {self.step} * {k} + {column}, 0, 2);"
         return f"__builtin_prefetch((const char *)({self._row(k)} + {column}) + {PREFETCH_BYTES});"
+
+
+def _masks(load: Op) -> list[Value]:
+    """The masks that must all hold for an element to be read."""
+    masks = load.operands[1:2]
+    while split := next((mask for mask in masks if mask.op is not None and mask.op.name == "arith.andi"), None):
+        masks = [*(mask for mask in masks if mask is not split), *split.op.operands]  # type: ignore[union-attr]
+    return masks
+
+
+def _of_columns(mask: Value) -> Value | None:
+    """The mask as [1, N], if it is the same in all rows."""
+    if mask.op is not None and mask.op.name == "tt.broadcast" and mask.op.operands[0].type.shape[0] == 1:
+        return mask.op.operands[0]
+    return mask if mask.type.shape[0] == 1 else None
 
 
 def _plain_load(emitter: KernelEmitter, value: Value, masked: bool = False) -> Op | None:
@@ -234,20 +278,30 @@ def _emit_blocks(  # type: ignore[no-untyped-def]
             r, v = place.register  # type: ignore[misc]
             first = begin.vector(initial, place) if initial else f"vec_from_float({places[r][v]})"
             emitter.line(f"vec {sums[r][v]} = {first};")
-        with emitter.braces(f"for (long {k} = 0; {k} < {k_extent}; {k}++)"):
-            _emit_step(emitter, left, right, sums, columns, k)
+        turns = f"for (long {k} = 0; {k} < {right.row_count or k_extent}; {k}++)"
+        if right.column_mask is None:
+            with emitter.braces(turns):
+                _emit_step(emitter, left, right, sums, columns, k)
+        else:
+            some = [begin.vector(right.column_mask, Place(ZERO, Term(f"(int)({col})", 0))) for col in columns]
+            with emitter.braces(f"if (ivec_all({' & '.join(some)})) {turns}"):
+                _emit_step(emitter, left, right, sums, columns, k)
+            with emitter.braces(f"else if (ivec_any({' | '.join(some)})) {turns}"):
+                _emit_step(emitter, left, right, sums, columns, k, some)
         for r in range(rows):
             for v in range(vectors):
                 emitter.line(f"*(vec *)({places[r][v]}) = {sums[r][v]};")
 
 
-def _emit_step(emitter: KernelEmitter, left, right, sums: list[list[str]], columns: list[str], k: str) -> None:  # type: ignore[no-untyped-def]
-    """One k: a rank-one update of the register block."""
+def _emit_step(  # type: ignore[no-untyped-def]
+    emitter: KernelEmitter, left, right, sums: list[list[str]], columns: list[str], k: str, some: Sequence[str] = ()
+) -> None:
+    """One k: a rank-one update of the register block. some: masks, for the columns that there are of each vector."""
     elements_per_line = 64 // 2
     for v, column in enumerate(columns):
         if v * emitter.lanes % elements_per_line == 0 and (line := right.prefetch(k, column)):
             emitter.line(line)
-        emitter.line(f"const vec rhs{v} = {right.vector(k, column)};")
+        emitter.line(f"const vec rhs{v} = {right.vector(k, column, *some[v : v + 1])};")
     for r, accumulators in enumerate(sums):
         emitter.line(f"const vec lhs{r} = vec_splat({left.element(r, k)});")
         for v, name in enumerate(accumulators):

@@ -1,4 +1,4 @@
-"""Rows that nobody stores are not computed.
+"""Rows that nobody stores are not computed, and those that are zeros by a mask are not multiplied.
 
     tl.store(y + m[:, None] * N + n[None, :], sums, mask=(m < rows)[:, None] & (n < N)[None, :])
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .analysis import is_expensive, is_lazy
-from .loops import LoopNest, Term
+from .analysis import is_expensive, is_lazy, is_zero
+from .loops import ZERO, LoopNest, Term
 from .ttir import Op, Value
 
 if TYPE_CHECKING:
@@ -69,6 +69,23 @@ def number_of_live_rows(emitter: KernelEmitter, value: Value) -> str | None:
     return None
 
 
+def rows_let_through(emitter: KernelEmitter, load: Op) -> str | None:
+    """C for how many rows of a masked load are not zeros throughout, the first ones; None for all, or if that is not
+    known here. What the mask depends on may change in the block being written: the count is written here and now."""
+    _, *masked = load.operands
+    if not masked or not all(map(is_zero, masked[1:])) or not emitter.wanted.live_rows:
+        return None
+    for mask in sorted(_row_masks(masked[0]), key=lambda mask: mask.name):
+        if _can_be_evaluated(emitter, mask):
+            return _count(emitter, mask)
+    return None
+
+
+def columns_let_through(emitter: KernelEmitter, mask: Value) -> str | None:
+    """The same of columns, by a mask [1, N]."""
+    return _count(emitter, mask) if _can_be_evaluated(emitter, mask) and emitter.wanted.live_rows else None
+
+
 def _can_be_evaluated(emitter: KernelEmitter, value: Value) -> bool:
     """Are the scalars known that a mask depends on, and is it cheap?"""
     if value in emitter.storage:
@@ -81,9 +98,10 @@ def _can_be_evaluated(emitter: KernelEmitter, value: Value) -> bool:
 def _count(emitter: KernelEmitter, mask: Value) -> str:
     """Writes a search, from the last row on, for one that the mask lets through."""
     name = emitter.name("live")
-    emitter.line(f"int {name} = {mask.type.shape[0]};")
+    emitter.line(f"int {name} = {mask.type.shape[-1]};")
     nest = LoopNest(emitter, (), [])
-    holds = nest.evaluate(mask, (Term(f"({name} - 1)", 0),)).text
+    last = (ZERO, Term(f"({name} - 1)", 0))[2 - len(mask.type.shape) :]
+    holds = nest.evaluate(mask, last).text
     with emitter.braces(f"for (; {name} > 0; {name}--)"):
         for text in nest.lines[0]:
             emitter.line(text)

@@ -236,6 +236,15 @@ INLINE ivec ivec_select(ivec mask, ivec a, ivec b) { return (mask & a) | (~mask 
 INLINE vec vec_from_some(const float *p, ivec mask, vec other) {
   return (vec)_mm512_mask_loadu_ps((__m512)other, _mm512_movepi32_mask((__m512i)mask), p);
 }
+#define HALF_OF_SOME(p, mask) _mm256_maskz_loadu_epi16(_mm512_movepi32_mask((__m512i)(mask)), p)
+INLINE vec vec_from_some_bf16(const uint16_t *p, ivec mask) {
+  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(HALF_OF_SOME(p, mask)), 16);
+}
+INLINE vec vec_from_some_f16(const uint16_t *p, ivec mask) { return (vec)_mm512_cvtph_ps(HALF_OF_SOME(p, mask)); }
+INLINE vec vec_from_some_int8_t(const int8_t *p, ivec mask) {
+  __m128i bytes = _mm_maskz_loadu_epi8(_mm512_movepi32_mask((__m512i)mask), p);
+  return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+}
 INLINE void vec_store_some(float *p, ivec mask, vec x) { _mm512_mask_storeu_ps(p, _mm512_movepi32_mask((__m512i)mask), (__m512)x); }
 #elif LANES == 8 && defined(__AVX2__)
 INLINE vec vec_from_some(const float *p, ivec mask, vec other) {
@@ -249,6 +258,24 @@ INLINE vec vec_from_some(const float *p, ivec mask, vec other) {
 }
 INLINE void vec_store_some(float *p, ivec mask, vec x) { for (int i = 0; i < LANES; i++) if (mask[i]) p[i] = x[i]; }
 #endif
+#if !(LANES == 16 && defined(__AVX512DQ__))
+#define FROM_SOME(name, type)                                \
+  INLINE vec vec_from_some_##name(const type *p, ivec mask) { \
+    type kept[LANES];                                        \
+    for (int i = 0; i < LANES; i++) kept[i] = mask[i] ? p[i] : 0; \
+    return vec_from_##name(kept);                            \
+  }
+FROM_SOME(bf16, uint16_t)
+FROM_SOME(f16, uint16_t)
+FROM_SOME(int8_t, int8_t)
+#endif
+#if LANES == 16 && defined(__AVX512DQ__)
+INLINE int ivec_any(ivec mask) { return _mm512_movepi32_mask((__m512i)mask) != 0; }
+#else
+INLINE int ivec_any(ivec mask) { int any = 0; for (int i = 0; i < LANES; i++) any |= mask[i]; return any; }
+#endif
+INLINE int ivec_all(ivec mask) { return !ivec_any(~mask); }
+INLINE vec vec_from_some_float(const float *p, ivec mask) { return vec_from_some(p, mask, vec_splat(0)); }
 INLINE ivec ivec_exchanged(ivec x, int bit) { /* lane i of the result is lane i ^ bit */
 #ifdef __clang__
   ivec v; for (int i = 0; i < LANES; i++) v[i] = x[i ^ bit]; return v;
@@ -264,6 +291,7 @@ INLINE vec vec_max_num(vec a, vec b) { /* the instruction gives its second opera
   __mmask16 nan = _mm512_cmp_ps_mask((__m512)a, (__m512)a, _CMP_UNORD_Q);
   return (vec)_mm512_mask_mov_ps(_mm512_max_ps((__m512)b, (__m512)a), nan, (__m512)b);
 }
+INLINE ivec ivec_max(ivec a, ivec b) { return (ivec)_mm512_max_epi32((__m512i)a, (__m512i)b); }
 INLINE vec vec_rounded(vec x) { return (vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INLINE vec vec_where_above(vec x, float limit, vec value) { /* 0 where x <= limit */
   return (vec)_mm512_maskz_mov_ps(_mm512_cmp_ps_mask((__m512)x, (__m512)vec_splat(limit), _CMP_NLE_UQ), (__m512)value);
@@ -271,6 +299,7 @@ INLINE vec vec_where_above(vec x, float limit, vec value) { /* 0 where x <= limi
 INLINE vec vec_scaled(vec x, vec n) { return (vec)_mm512_scalef_ps((__m512)x, (__m512)n); } /* x 2^n */
 #else
 INLINE vec vec_max_num(vec a, vec b) { return vec_select((ivec)(b > a) | (ivec)(a != a), b, a); }
+INLINE ivec ivec_max(ivec a, ivec b) { return ivec_select((ivec)(b > a), b, a); }
 INLINE vec vec_rounded(vec x) { return (x + 0x1.8p23f) - 0x1.8p23f; } /* to the nearest, even, of up to 2^22 */
 INLINE vec vec_where_above(vec x, float limit, vec value) { return (vec)((ivec)value & ~(ivec)(x <= limit)); }
 INLINE vec vec_scaled(vec x, vec n) {

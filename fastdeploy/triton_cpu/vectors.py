@@ -75,6 +75,9 @@ _LANEWISE = {
     ("absf", "f32"): "vec_abs({0})",
     ("exp", "f32"): "vec_exp({0})",
     ("exp2", "f32"): "vec_exp2({0})",
+    ("bitcast", "f32"): "(ivec){0}",
+    ("bitcast", "i32"): "(vec){0}",
+    ("maxsi", "i32"): "ivec_max({0}, {1})",
     ("maxnumf", "f32"): "vec_max_num({0}, {1})",
     ("minnumf", "f32"): "vec_min_num({0}, {1})",
 }
@@ -87,16 +90,25 @@ def plus(variable: str, number: int) -> Term:
     return Term(f"({variable} + {number})" if number else variable, 0)
 
 
-def attempt(emitter: KernelEmitter, write: Callable[[], None]) -> bool:
-    """Runs `write`. If it raises NotATile, what it has written is forgotten, and the answer is False."""
+def attempt(emitter: KernelEmitter, write: Callable[[], object], keep: bool = True) -> bool:
+    """Runs `write`. If it raises NotATile, what it has written is forgotten, and the answer is False. keep: otherwise,
+    what it has written stays."""
     kept = ("lines", "depth", "names", "storage", "origins", "destinations", "copies", "row_counts", "written")
     before = {name: copy(getattr(emitter, name)) for name in kept}
     try:
         write()
+        done = True
     except NotATile:
+        done = False
+    if not (done and keep):
         vars(emitter).update(before)
-        return False
-    return True
+    return done
+
+
+def has_vectors(emitter: KernelEmitter, row: Value) -> bool:
+    """Can a tensor [1, N] be evaluated vector by vector?"""
+    place = Place(ZERO, ZERO)
+    return attempt(emitter, lambda: Vectors(emitter, [ZERO], [ZERO], False).vector(row, place), keep=False)
 
 
 def materialise(emitter: KernelEmitter, value: Value, name: str) -> None:
@@ -116,6 +128,7 @@ _COMBINERS = {
     ("arith.addf", "f32"): "({0} + {1})",
     ("arith.maxnumf", "f32"): "vec_max_num({0}, {1})",
     ("arith.addi", "i32"): "({0} + {1})",
+    ("arith.maxsi", "i32"): "ivec_max({0}, {1})",
 }
 
 
@@ -301,7 +314,8 @@ class Vectors:
         source, target = (op.operands or op.results)[0].type.element, op.result.type.element
         sign = _INFIX.get(source, {}).get(name)
         form = f"({{0}} {sign} {{1}})" if sign else _LANEWISE.get((name, source))
-        if form is None or target not in ("f32", "i32", "i8", "i1") or not op.name.startswith(("arith.", "math.")):
+        here = op.name.startswith(("arith.", "math.")) or op.name == "tt.bitcast"
+        if form is None or target not in ("f32", "i32", "i8", "i1") or not here:
             raise NotATile(f"{op.name} of {source}")
         return form.format(*[self.vector(operand, place) for operand in op.operands])
 

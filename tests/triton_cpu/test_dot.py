@@ -301,3 +301,57 @@ def test_tiles_named_by_a_table_that_ends_where_memory_does(count, rng):
     out = empty((4,))
     paged_kernel[(1,)](Tensor(a), Tensor(b), view(table), out, 2 * count - 1, 4, 64, 32)
     np.testing.assert_allclose(out.stored, (a @ b).max((0, 2)), rtol=1e-5)
+
+
+@triton.jit
+def masked_operand_kernel(
+    a_ptr, b_ptr, table_ptr, out_ptr, depth, width, every, count,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Tiles of b are [K, N], of which the last has `depth` rows and `width` columns; what lies behind is never read."""
+    m, n, k = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :], tl.arange(0, K)[:, None]
+    for i in range(count):
+        rows = i * K + k < (count - 1) * K + depth
+        columns = i * N + n < (count - 1) * N + width
+        if MASK == "rows":
+            mask = rows
+        elif MASK == "columns":
+            mask = columns
+        elif MASK == "both":
+            mask = rows & columns
+        else:
+            mask = (k % every != 1) & (n % every != 1) & columns
+        tile = tl.load(table_ptr + i)
+        b = tl.load(b_ptr + tile * K * N + k * N + n, mask=mask, other=0.0).to(tl.float32)
+        a = tl.load(a_ptr + m * K + tl.arange(0, K)[None, :])
+        out = tl.dot(a, b, tl.full([M, N], 1.0, tl.float32), input_precision="ieee")
+        tl.store(out_ptr + i * M * N + m * N + n, out)
+
+
+@pytest.mark.parametrize("mask", ["rows", "columns", "both", "every"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
+def test_what_a_mask_excludes_is_neither_read_nor_multiplied(dtype, mask, rng):
+    for _ in range(6):
+        m, n, k, count = 1 << int(rng.integers(0, 6)), 1 << int(rng.integers(4, 7)), 1 << int(rng.integers(0, 7)), 3
+        depth, width, every = int(rng.integers(0, k + 1)), int(rng.integers(0, n + 1)), int(rng.integers(2, 5))
+        a = rng.standard_normal((m, k), dtype=np.float32)
+        b = rng.integers(-8, 9, (count, k, n)).astype(np.float32)
+        row, column = np.arange(k)[:, None], np.arange(n)[None]
+        last = {
+            "rows": np.broadcast_to(row < depth, (k, n)),
+            "columns": np.broadcast_to(column < width, (k, n)),
+            "both": (row < depth) & (column < width),
+            "every": (row % every != 1) & (column % every != 1) & (column < width),
+        }[mask]
+        whole = (row % every != 1) & (column % every != 1) if mask == "every" else np.ones((k, n), bool)
+        kept = np.stack([whole, whole, last])
+        stored = np.where(kept, b, 100.0 if dtype == "int8" else np.nan)
+        out = empty((count, m, n))
+        table = rng.permutation(count).astype(np.int32)
+        shuffled = np.empty_like(stored)
+        shuffled[table] = stored
+        masked_operand_kernel[(1,)](
+            Tensor(a), Tensor(shuffled, dtype), Tensor(table), out, depth, width, every, count, m, n, k, mask
+        )
+        exact = 1 + a.astype(float) @ np.where(kept, b, 0.0)
+        np.testing.assert_allclose(out.stored, exact, rtol=1e-5, atol=1e-4)
