@@ -32,7 +32,7 @@ LONGEST = PROMPT_LENGTHS[1] + OUTPUT_LENGTHS[1]  # tokens of a request
 STATIC_BATCH = 16
 ENGINES = ("fastdeploy:bfloat16:32", f"transformers:float32:{STATIC_BATCH}", f"transformers:bfloat16:{STATIC_BATCH}")
 PEERS = {  # with --peers: as many requests at a time as each is fastest with
-    "fastdeploy": "fastdeploy:auto:32",
+    "fastdeploy": "fastdeploy:auto:48",
     "llama_cpp": "llama_cpp:auto:8",
     "openvino": "openvino:auto:64",
     "vllm": "vllm:float32:32",
