@@ -625,12 +625,13 @@ def _launch_prompts(
     quick = prefill_tiles(target(), heads, cache, qkv.dtype)
     rule = quick or tiles(target(), heads, cache, batch.max_query_len)
     rows = (qkv.shape[0] - batch.num_decodes) * heads.group
-    grid = (rows // rule["BLOCK_M"] + batch.num_seqs - batch.num_decodes, heads.num_kv_heads)
+    count = rows // rule["BLOCK_M"] + batch.num_seqs - batch.num_decodes
     if quick is None:
-        _launch_tiles(grid[0], walked, DECODE=False, **constexprs, **rule)
+        _launch_tiles(count, walked, DECODE=False, **constexprs, **rule)
     else:
         known = {name: value for name, value in constexprs.items() if name not in ("BY_TOKEN", "FLAT")}
         inputs = (out, None, None, qkv, cache.k_cache, cache.v_cache, *walked[8:])
+        grid = (count, heads.num_kv_heads)
         launch(_prefill_kernel, grid, *inputs, prod(cache.v_cache.shape[:3]), **known, **rule)
 
 

@@ -276,7 +276,7 @@ def _product_stride(op: Op, left: int, right: int) -> int | None:
 def is_zero(value: Value) -> bool:
     """A constant, 0 in all elements."""
     text = value.op.text if value.op is not None and value.op.name == "arith.constant" else ""
-    return re.search(r"(dense<|constant )0(\.0+e\+00)?\b", text) is not None
+    return re.search(r"(dense<|constant )0(\.0+e\+00)?(?![.\w])", text) is not None
 
 
 def splat_constant(value: Value) -> int | None:

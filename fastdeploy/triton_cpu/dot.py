@@ -148,12 +148,10 @@ class _VectorRows:
     through nor such columns are multiplied, or fetched in advance.
     """
 
-    def __init__(self, emitter: KernelEmitter, load: Op):
+    def __init__(self, emitter: KernelEmitter, load: Op, row_masks: list[Value], column_mask: Value | None):
         self.emitter, self.load, self.element_type = emitter, load, load.result.type.element
-        self.pointers = load.operands[0]
-        self.row_masks = [mask for mask in _masks(load) if is_splat(mask)]
-        self.column_mask = next((_of_columns(mask) for mask in _masks(load) if not is_splat(mask)), None)
-        self.other = load.operands[2:]
+        self.row_masks, self.column_mask = row_masks, column_mask
+        self.pointers, self.other = load.operands[0], load.operands[2:]
         self.step = stride(self.pointers, 0, emitter.origins) if load.result.type.shape[0] > 1 else 0
         self.row_count = rows_let_through(emitter, load)
         self.next_counts: list[str | None] = [None, None]  # of rows and columns
@@ -162,18 +160,19 @@ class _VectorRows:
 
     @classmethod
     def of(cls, emitter: KernelEmitter, value: Value) -> _VectorRows | None:
+        """`value`, if it is a load that can be read so."""
         load = _plain_load(emitter, value, masked=True)
         if load is None or load.result.type.element not in _VECTOR_LOADS:
             return None
-        masks = [mask for mask in _masks(load) if not is_splat(mask)]
-        if masks:
-            columns = _of_columns(masks[0])
-            if len(masks) > 1 or columns is None or not has_vectors(emitter, columns):
-                return None
-            if not all(map(is_zero, load.operands[2:])):
-                return None
+        masks = _masks(load)
+        rows = [mask for mask in masks if is_splat(mask)]
+        columns = [_of_columns(mask) for mask in masks if not is_splat(mask)]
+        if len(columns) > 1 or not all(mask and has_vectors(emitter, mask) for mask in columns):
+            return None
+        if not all(map(is_zero if columns else is_splat, load.operands[2:])):
+            return None
         contiguous = stride(load.operands[0], 1, emitter.origins) == 1
-        return cls(emitter, load) if contiguous and all(map(is_splat, load.operands[2:])) else None
+        return cls(emitter, load, rows, columns[0] if columns else None) if contiguous else None
 
     def prepare(self, emitter: KernelEmitter, rows: list[str]) -> None:
         self.base = self._first()
@@ -286,7 +285,8 @@ def _emit_blocks(  # type: ignore[no-untyped-def]
             some = [begin.vector(right.column_mask, Place(ZERO, Term(f"(int)({col})", 0))) for col in columns]
             with emitter.braces(f"if (ivec_all({' & '.join(some)})) {turns}"):
                 _emit_step(emitter, left, right, sums, columns, k)
-            with emitter.braces(f"else if (ivec_any({' | '.join(some)})) {turns}"):
+            there_are_some = f"if (ivec_any({' | '.join(some)})) " if emitter.wanted.live_rows else ""
+            with emitter.braces(f"else {there_are_some}{turns}"):
                 _emit_step(emitter, left, right, sums, columns, k, some)
         for r in range(rows):
             for v in range(vectors):

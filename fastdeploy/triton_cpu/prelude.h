@@ -258,20 +258,18 @@ INLINE vec vec_from_some(const float *p, ivec mask, vec other) {
 }
 INLINE void vec_store_some(float *p, ivec mask, vec x) { for (int i = 0; i < LANES; i++) if (mask[i]) p[i] = x[i]; }
 #endif
-#if !(LANES == 16 && defined(__AVX512DQ__))
-#define FROM_SOME(name, type)                                \
-  INLINE vec vec_from_some_##name(const type *p, ivec mask) { \
-    type kept[LANES];                                        \
+#if LANES == 16 && defined(__AVX512DQ__)
+INLINE int ivec_any(ivec mask) { return _mm512_movepi32_mask((__m512i)mask) != 0; }
+#else
+#define FROM_SOME(name, type)                                     \
+  INLINE vec vec_from_some_##name(const type *p, ivec mask) {     \
+    type kept[LANES];                                             \
     for (int i = 0; i < LANES; i++) kept[i] = mask[i] ? p[i] : 0; \
-    return vec_from_##name(kept);                            \
+    return vec_from_##name(kept);                                 \
   }
 FROM_SOME(bf16, uint16_t)
 FROM_SOME(f16, uint16_t)
 FROM_SOME(int8_t, int8_t)
-#endif
-#if LANES == 16 && defined(__AVX512DQ__)
-INLINE int ivec_any(ivec mask) { return _mm512_movepi32_mask((__m512i)mask) != 0; }
-#else
 INLINE int ivec_any(ivec mask) { int any = 0; for (int i = 0; i < LANES; i++) any |= mask[i]; return any; }
 #endif
 INLINE int ivec_all(ivec mask) { return !ivec_any(~mask); }

@@ -91,8 +91,8 @@ def plus(variable: str, number: int) -> Term:
 
 
 def attempt(emitter: KernelEmitter, write: Callable[[], object], keep: bool = True) -> bool:
-    """Runs `write`. If it raises NotATile, what it has written is forgotten, and the answer is False. keep: otherwise,
-    what it has written stays."""
+    """Runs `write`; the answer is False if it raises NotATile. What it has written is forgotten then, and unless `keep`
+    in any case."""
     kept = ("lines", "depth", "names", "storage", "origins", "destinations", "copies", "row_counts", "written")
     before = {name: copy(getattr(emitter, name)) for name in kept}
     try:
@@ -314,8 +314,8 @@ class Vectors:
         source, target = (op.operands or op.results)[0].type.element, op.result.type.element
         sign = _INFIX.get(source, {}).get(name)
         form = f"({{0}} {sign} {{1}})" if sign else _LANEWISE.get((name, source))
-        here = op.name.startswith(("arith.", "math.")) or op.name == "tt.bitcast"
-        if form is None or target not in ("f32", "i32", "i8", "i1") or not here:
+        lanewise = op.name.startswith(("arith.", "math.", "tt.bitcast"))
+        if form is None or target not in ("f32", "i32", "i8", "i1") or not lanewise:
             raise NotATile(f"{op.name} of {source}")
         return form.format(*[self.vector(operand, place) for operand in op.operands])
 

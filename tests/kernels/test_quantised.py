@@ -155,8 +155,8 @@ def test_floats_are_packed_as_gguf_quantises_them(rows, width, cuts, storage, dt
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rows, width", [(1, 32), (5, 576), (3, 1536)])
-@pytest.mark.parametrize("wide, most, error", [(False, 127, 1e-4), (True, 127 * 256, 1e-2)])
-def test_activations_are_rounded_to_the_nearest_step(wide, most, error, rows, width, dtype, normal, blank):
+@pytest.mark.parametrize("wide, most, error, others", [(False, 127, 1e-4, 1e-3), (True, 127 * 256, 1e-2, 5e-3)])
+def test_activations_are_rounded_to_the_nearest_step(wide, most, error, others, rows, width, dtype, normal, blank):
     x = normal(rows, width, dtype=dtype)
     out, stored = blank_rows(blank, rows, width, wide)
     quantise(out, x.view)
@@ -165,9 +165,10 @@ def test_activations_are_rounded_to_the_nearest_step(wide, most, error, rows, wi
     found = integers_in(stored)
     exact = x.values / np.repeat(scales, 32, axis=1)
     assert np.abs(found - exact).max() <= 0.5 + error
-    near_halves = np.abs(np.abs(exact - np.trunc(exact)) - 0.5) < error  # float32 may round the other way
-    np.testing.assert_array_equal(found[~near_halves], integers[~near_halves])
-    assert near_halves.mean() < 0.05
+    from_half = np.abs(np.abs(exact - np.trunc(exact)) - 0.5)
+    wrong = found != integers  # where float32 rounds the other way: close to halves, and seldom but for halves
+    assert (from_half[wrong] < error).all()
+    assert (wrong & (from_half > 1e-9)).mean() < others
     sums = found.reshape(rows, -1, 32).sum(2) * stored["scales"].memory
     np.testing.assert_allclose(stored["sums"].memory, sums, rtol=1e-6, atol=1e-6)
 

@@ -331,7 +331,7 @@ def masked_operand_kernel(
 @pytest.mark.parametrize("mask", ["rows", "columns", "both", "every"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
 def test_what_a_mask_excludes_is_neither_read_nor_multiplied(dtype, mask, rng):
-    for _ in range(6):
+    for turn in range(6):
         m, n, k, count = 1 << int(rng.integers(0, 6)), 1 << int(rng.integers(4, 7)), 1 << int(rng.integers(0, 7)), 3
         depth, width, every = int(rng.integers(0, k + 1)), int(rng.integers(0, n + 1)), int(rng.integers(2, 5))
         a = rng.standard_normal((m, k), dtype=np.float32)
@@ -351,7 +351,8 @@ def test_what_a_mask_excludes_is_neither_read_nor_multiplied(dtype, mask, rng):
         shuffled = np.empty_like(stored)
         shuffled[table] = stored
         masked_operand_kernel[(1,)](
-            Tensor(a), Tensor(shuffled, dtype), Tensor(table), out, depth, width, every, count, m, n, k, mask
-        )
+            Tensor(a), Tensor(shuffled, dtype), Tensor(table), out, depth, width, every, count, m, n, k, mask,
+            live_rows=turn % 3 > 0,
+        )  # fmt: skip
         exact = 1 + a.astype(float) @ np.where(kept, b, 0.0)
         np.testing.assert_allclose(out.stored, exact, rtol=1e-5, atol=1e-4)
