@@ -34,7 +34,7 @@ from fastdeploy.models import load_model
 from fastdeploy.models.decoder import StepInputs
 from fastdeploy.models.storage import StoredTensor
 from fastdeploy.models.weights import Checkpoint, open_checkpoint
-from fastdeploy.tokenizer import Tokenizer, load_tokenizer
+from fastdeploy.text.tokenizer import Tokenizer, load_tokenizer
 
 LENGTH, BLOCK_SIZE = 512, 64
 TEXTS = {

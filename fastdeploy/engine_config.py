@@ -8,8 +8,8 @@ from typing import Any
 
 from fastdeploy.checks import check_int, check_number, complaint, suggesting_keywords
 from fastdeploy.config import MODES
-from fastdeploy.reasoning import REASONING_PARSERS
 from fastdeploy.sampling_params import MAX_SEED
+from fastdeploy.text.reasoning import REASONING_PARSERS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = (*DTYPES, "int8")
@@ -135,7 +135,7 @@ class EngineConfig:
             raise ValueError(complaint("LLM", field, value, f"must be one of {listed}"))
 
     def _check_chat_template(self) -> None:
-        from fastdeploy.chat_template import compiled  # jinja2 costs 35 ms, and few give a template here
+        from fastdeploy.text.chat_template import compiled  # jinja2 costs 35 ms, and few give a template here
 
         if not isinstance(self.chat_template, str):
             must = f"must be Jinja source or the path of a file, not {type(self.chat_template).__name__}"

@@ -16,11 +16,11 @@ from fastdeploy.engine.request import Request
 from fastdeploy.engine.transcript import Transcript
 from fastdeploy.engine_config import ResolvedConfig
 from fastdeploy.prompts import Prompt
-from fastdeploy.reasoning import REASONING_PARSERS, ReasoningParser, ThinkingBudget
 from fastdeploy.sampling_params import SamplingParams, banned_sequences
+from fastdeploy.text.reasoning import REASONING_PARSERS, ReasoningParser, ThinkingBudget
 
 if TYPE_CHECKING:
-    from fastdeploy.tokenizer import Tokenizer
+    from fastdeploy.text.tokenizer import Tokenizer
 
 BannedSequences = list[tuple[int, ...]]
 
@@ -73,7 +73,9 @@ class Intake:
             raise ValueError(f"{prompt.name}: {error}") from error
 
     def _request(self, index: int, prompt: Prompt, params: SamplingParams, banned: BannedSequences) -> Request:
-        from fastdeploy.tokenizer import StreamingDetokenizer  # brings the tokenizers library: not before there is one
+        from fastdeploy.text.tokenizer import (
+            StreamingDetokenizer,  # brings the tokenizers library: not before there is one
+        )
 
         request = Request(
             str(uuid.uuid4()), prompt.given, prompt.token_ids, params, self._eos_token_ids, index, banned=banned

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fastdeploy.engine.parallel import Leader
     from fastdeploy.engine.runner import Runner
     from fastdeploy.models.weights import Checkpoint
-    from fastdeploy.tokenizer import Tokenizer
+    from fastdeploy.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("fastdeploy")
 
@@ -57,7 +57,7 @@ def load(given: EngineConfig) -> Loaded:
     from fastdeploy.engine.parallel import lead_ranks
     from fastdeploy.models import open_model
     from fastdeploy.models.sharding import check_divisible
-    from fastdeploy.tokenizer import load_tokenizer
+    from fastdeploy.text.tokenizer import load_tokenizer
 
     checkpoint = open_model(given.model, given.load_format, given.seed)
     check_divisible(checkpoint.config, given.tensor_parallel_size)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastdeploy.tokenizer import Tokenizer
+    from fastdeploy.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from fastdeploy.checks import check_int, check_number, complaint, suggesting_key
 if TYPE_CHECKING:
     import numpy as np
 
-    from fastdeploy.tokenizer import Tokenizer
+    from fastdeploy.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("fastdeploy")
 

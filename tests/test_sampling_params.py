@@ -10,7 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from fastdeploy import SamplingParams
 from fastdeploy.sampling_params import NEUTRAL, banned_sequences, sampling_defaults
-from fastdeploy.tokenizer import Tokenizer
+from fastdeploy.text.tokenizer import Tokenizer
 
 DEFAULTS = SamplingParams(
     temperature=0.6,

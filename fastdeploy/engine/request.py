@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from fastdeploy.engine.transcript import Transcript
-    from fastdeploy.reasoning import ThinkingBudget
+    from fastdeploy.text.reasoning import ThinkingBudget
 
 UNSERVABLE = 400  # error_code: the request asks for more than this engine has
 INTERNAL_ERROR = 500  # error_code: the engine could not do what it should have done

@@ -26,7 +26,7 @@ from fastdeploy.engine.request import (
     RequestOutput,
     TokenLogprobs,
 )
-from fastdeploy.reasoning import ReasoningParser, partial_match
+from fastdeploy.text.reasoning import ReasoningParser, partial_match
 
 
 class Detokenizer(Protocol):

@@ -14,8 +14,8 @@ from fastdeploy.engine.request import (
     RequestOutput,
     TokenLogprobs,
 )
-from fastdeploy.reasoning import ThinkingBudget
 from fastdeploy.sampling_params import SamplingParams, sampling_defaults
+from fastdeploy.text.reasoning import ThinkingBudget
 
 EOS = 99
 DEFAULTS = sampling_defaults({})

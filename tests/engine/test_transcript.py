@@ -14,10 +14,10 @@ from tokenizers import decoders, models
 
 from fastdeploy.engine.request import Logprob, Request, RequestOutput, TokenLogprobs
 from fastdeploy.engine.transcript import Transcript
-from fastdeploy.reasoning import REASONING_PARSERS, ReasoningParser
 from fastdeploy.sampling_params import SamplingParams, sampling_defaults
-from fastdeploy.tokenizer import BYTE_OF_CHARACTER, StreamingDetokenizer, Tokenizer
-from tests.test_reasoning import PROMPTS, SPLINTERS, reference
+from fastdeploy.text.reasoning import REASONING_PARSERS, ReasoningParser
+from fastdeploy.text.tokenizer import BYTE_OF_CHARACTER, StreamingDetokenizer, Tokenizer
+from tests.text.test_reasoning import PROMPTS, SPLINTERS, reference
 
 DEFAULTS = sampling_defaults({})
 CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}

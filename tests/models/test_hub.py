@@ -6,10 +6,10 @@ from huggingface_hub import constants
 
 from fastdeploy.models.hub import from_hub, is_hub_name
 from fastdeploy.models.weights import locate, open_checkpoint
-from fastdeploy.tokenizer import load_tokenizer
+from fastdeploy.text.tokenizer import load_tokenizer
 from tests.models.test_paddle import write
 from tests.models.tiny import TIED, random_tensors
-from tests.test_tokenizer import write_directory
+from tests.text.test_tokenizer import write_directory
 
 NAME = "owner/tiny-Model.1"
 

@@ -15,12 +15,12 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from fastdeploy import sentencepiece
 from fastdeploy.config import Fields, gguf_eos_token_ids
 from fastdeploy.models.dummy import DummyCheckpoint
 from fastdeploy.models.storage import read_json
 from fastdeploy.models.weights import Checkpoint, locate
-from fastdeploy.sentencepiece import BPE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Piece, SentencePieceModel
+from fastdeploy.text import sentencepiece
+from fastdeploy.text.sentencepiece import BPE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Piece, SentencePieceModel
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -122,7 +122,7 @@ class Tokenizer:
         `chat_template` (Jinja source or a file's path) goes before the model's own; `variables` go to the template.
         Raises TypeError or ValueError for bad messages, a missing, broken or refusing template.
         """
-        from fastdeploy.chat_template import render  # jinja2 costs 35 ms, and `generate` has no need of it
+        from fastdeploy.text.chat_template import render  # jinja2 costs 35 ms, and `generate` has no need of it
 
         template = self.chat_template if chat_template is None else chat_template
         if template is None:

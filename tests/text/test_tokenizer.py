@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from fastdeploy.models.weights import open_checkpoint
-from fastdeploy.tokenizer import StreamingDetokenizer, Tokenizer, load_tokenizer
+from fastdeploy.text.tokenizer import StreamingDetokenizer, Tokenizer, load_tokenizer
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 MERGES = ["Ġ t", "h e", "Ġt he", "l l", "o Ġ", "1 2", "ä ¸"]  # the last two never join: digits, and a cut character

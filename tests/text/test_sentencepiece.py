@@ -8,8 +8,8 @@ import gguf
 import pytest
 import sentencepiece as reference
 
-from fastdeploy.sentencepiece import BYTE, CONTROL, Normalizer, build, read_model
-from fastdeploy.tokenizer import StreamingDetokenizer, load_tokenizer
+from fastdeploy.text.sentencepiece import BYTE, CONTROL, Normalizer, build, read_model
+from fastdeploy.text.tokenizer import StreamingDetokenizer, load_tokenizer
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog while 42 engineers measure how many tokens a second it writes.",

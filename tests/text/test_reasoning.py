@@ -5,7 +5,13 @@ import re
 
 import pytest
 
-from fastdeploy.reasoning import REASONING_PARSERS, ReasoningMarkers, ReasoningParser, ThinkingBudget, partial_match
+from fastdeploy.text.reasoning import (
+    REASONING_PARSERS,
+    ReasoningMarkers,
+    ReasoningParser,
+    ThinkingBudget,
+    partial_match,
+)
 
 PROMPTS = {True: "<|assistant|><think>\n", False: "<|assistant|><think>\n\n</think>\n\n", None: "<|assistant|>\n"}
 SPLINTERS = [
