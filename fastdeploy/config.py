@@ -1,9 +1,12 @@
 """What a checkpoint says of itself: ModelConfig, read from config.json or from GGUF metadata."""
 
-import reprlib
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from fastdeploy.features import GGUF_FIELDS, HUGGINGFACE_FIELDS, HUGGINGFACE_OWN, check_features
+from fastdeploy.fields import Fields, known_ids
 
 QWEN = {"use_sliding_window": False, "max_window_layers": 28}
 ERNIE = {"rope_theta": 500000.0, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}
@@ -42,11 +45,21 @@ GGUF_ARCHITECTURES = {
 }
 INTERLEAVED = ("Ernie4_5ForCausalLM", "Ernie4_5_MoeForCausalLM")  # whose rotary pairs are neighbours
 DTYPES = ("float32", "bfloat16", "float16")
+MAX_POSITIONS = 2**31 - 1  # an int32 in the kernels
 ROPE_SCALINGS = {  # rope_type in config.json -> the numbers it can't do without
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
+YARN_BETAS = {"fast": 32.0, "slow": 1.0}  # where a checkpoint names none
+YARN_OPTIONS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+# Control tokens that end an answer, by their spelling: many GGUF files name but one end, or the wrong one.
+ENDS = frozenset(
+    "<|im_end|> <|eot_id|> <|eom_id|> <|end|> <|return|> <|call|> <|calls|> <|flush|> <|end_of_turn|> <end_of_turn> "
+    "<|endoftext|> <|end_of_text|> <|eot|> <|eom|> <EOT> _<EOT> [EOT] [EOS] <eos> <|eos|> <end_of_utterance> "
+    "<｜end▁of▁sentence｜> <|endofturn|> <turn|> </s> [e~[".split()
+)
+CONTROL = 3  # a type of tokens in GGUF
 
 
 @dataclass(frozen=True)
@@ -95,6 +108,7 @@ class ModelConfig:
 
     `rope_scaling` is None or a dict: "rope_type", one of ROPE_SCALINGS, and its numbers as config.json names them; or
     {"rope_type": "divisors", "divisors": head_dim/2 numbers that divide the frequencies}, GGUF's form of "llama3".
+    `sliding_window` is the fewest tokens that a layer's attention looks back to, itself included, None for all.
     `dtype` is what the checkpoint is stored in, "bfloat16" if it is quantised.
     """
 
@@ -119,77 +133,25 @@ class ModelConfig:
     pad_token_id: int | None
     dtype: str
     mixture: MixtureConfig | None = None
+    sliding_window: int | None = None
 
+    @property
+    def length_limit(self) -> tuple[int, str]:
+        """The most tokens a sequence may have, and why.
 
-class Fields:
-    """A JSON object or GGUF metadata whose values are checked as they are read; `source` names it in errors."""
-
-    def __init__(self, values: Mapping[str, Any], source: str):
-        self.values = values
-        self.source = source
-
-    def required(self, key: str) -> Any:
-        if self.values.get(key) is None:
-            raise ValueError(f"{self.source}: required field {key!r} is missing")
-        return self.values[key]
-
-    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """An int of at least `least`; without a default the field is required."""
-        value = self.required(key) if default is None else self._get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise self.error(key, f"must be an integer of at least {least}")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        """A positive number."""
-        value = self._get(key, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
-            raise self.error(key, "must be a positive number")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self._get(key, default)
-        if not isinstance(value, bool):
-            raise self.error(key, "must be true or false")
-        return value
-
-    def token_ids(self, key: str) -> tuple[int, ...]:
-        """A token id, a list of them, or nothing."""
-        value = self._get(key, [])
-        ids = value if isinstance(value, list) else [value]
-        if any(not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0 for token_id in ids):
-            raise self.error(key, "must be a token id or a list of them")
-        return tuple(ids)
-
-    def token_id(self, key: str) -> int | None:
-        return next(iter(self.token_ids(key)), None)
-
-    def text(self, key: str) -> str | None:
-        value = self._get(key, None)
-        if value is not None and not isinstance(value, str):
-            raise self.error(key, "must be text")
-        return value
-
-    def list_of(self, item_type: type, key: str) -> list | None:
-        """A list, each item an instance of `item_type`; None if there is none."""
-        value = self._get(key, None)
-        if value is not None and not (isinstance(value, list) and all(isinstance(item, item_type) for item in value)):
-            raise self.error(key, f"must be a list of {item_type.__name__}")
-        return value
-
-    def object(self, key: str) -> dict[str, Any] | None:
-        value = self._get(key, None)
-        if value is not None and not isinstance(value, dict):
-            raise self.error(key, "must be an object")
-        return value
-
-    def _get(self, key: str, default: Any) -> Any:
-        value = self.values.get(key)  # config.json writes null for "not set"
-        return default if value is None else value
-
-    def error(self, key: str, rule: str) -> ValueError:
-        """For the caller to raise: which value of which file breaks which rule."""
-        return ValueError(f"{self.source}: {key!r} is {reprlib.repr(self.values.get(key))}; {rule}")
+        Linear and yarn scaling stretch the original positions, as many times as their factor says; llama3's form states
+        the stretched number. Within a sliding window, attention to all tokens is the same.
+        """
+        positions = self.max_position_embeddings
+        if (self.rope_scaling or {}).get("rope_type") in ("linear", "yarn"):
+            original = self.rope_scaling.get("original_max_position_embeddings", positions)  # type: ignore[union-attr]
+            positions = int(min(original * self.rope_scaling["factor"], MAX_POSITIONS))  # type: ignore[index]
+        if self.sliding_window is not None and self.sliding_window < positions:
+            return (
+                self.sliding_window,
+                "the sliding window of this model's attention, as attention here is to all tokens",
+            )
+        return positions, "the positions this model was made for"
 
 
 def config_from_json(
@@ -203,21 +165,25 @@ def config_from_json(
     name = _huggingface_architecture(Fields(config, source))
     architecture = SAME_ARCHITECTURES.get(name, name)
     fields = Fields({**HUGGINGFACE_ARCHITECTURES[name], **config}, source)
-    _refuse_huggingface_features(fields)
-    hidden_size = fields.integer("hidden_size")
+    if fields.values.get("quantization_config"):
+        raise fields.error("quantization_config", "use an unquantised checkpoint or a GGUF")
+    hidden_size, vocab_size = fields.integer("hidden_size"), fields.integer("vocab_size")
     num_heads, num_kv_heads = _heads(fields, "num_attention_heads", "num_key_value_heads")
+    head_dim = _head_dim(fields, "head_dim", hidden_size, num_heads)
+    check_features(fields, HUGGINGFACE_FIELDS, HUGGINGFACE_OWN.get(architecture, {}), head_dim)
     rope_theta, rope_scaling = _rope_from_json(fields)
     # generate() in transformers stops at the generation config's ids where it has any; so do we.
-    eos_token_ids = Fields(generation_config, source).token_ids("eos_token_id") or fields.token_ids("eos_token_id")
+    generation = Fields(generation_config, f"{source}: generation config")
+    eos_token_ids = generation.token_ids("eos_token_id", vocab_size) or fields.token_ids("eos_token_id", vocab_size)
     return ModelConfig(
         architecture=architecture,
-        vocab_size=fields.integer("vocab_size"),
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=fields.integer("intermediate_size"),
         num_layers=fields.integer("num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=_head_dim(fields, "head_dim", hidden_size, num_heads),
+        head_dim=head_dim,
         rms_norm_eps=fields.number("rms_norm_eps", default=1e-6),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
@@ -226,11 +192,12 @@ def config_from_json(
         tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
         attention_bias=fields.flag("attention_bias", default=fields.flag("use_bias", default=False)),
         mlp_bias=fields.flag("mlp_bias", default=fields.flag("use_bias", default=False)),
-        bos_token_id=fields.token_id("bos_token_id"),
+        bos_token_id=fields.token_id("bos_token_id", vocab_size),
         eos_token_ids=eos_token_ids,
-        pad_token_id=fields.token_id("pad_token_id"),
+        pad_token_id=fields.token_id("pad_token_id", vocab_size),
         dtype=_dtype(fields) or dtype,
         mixture=MIXTURES[architecture](fields) if architecture in MIXTURES else None,
+        sliding_window=_sliding_window(fields),
     )
 
 
@@ -296,7 +263,7 @@ def _head_dim(fields: Fields, key: str, hidden_size: int, num_heads: int) -> int
 
 def _dtype(fields: Fields) -> str | None:
     for key in ("dtype", "torch_dtype"):
-        name = (fields.text(key) or "").removeprefix("torch.")
+        name = (fields.text(key) or "").removeprefix("torch.").removeprefix("auto")
         if name and name not in DTYPES:
             raise fields.error(key, f"weights can be {', '.join(DTYPES)}")
         if name:
@@ -316,28 +283,23 @@ def _huggingface_architecture(fields: Fields) -> str:
     return name
 
 
-def _refuse_huggingface_features(fields: Fields) -> None:
-    if fields.text("hidden_act") not in (None, "silu"):
-        raise fields.error("hidden_act", "only 'silu' is available")
-    if fields.values.get("quantization_config"):
-        raise fields.error("quantization_config", "use an unquantised checkpoint or a GGUF")
-    max_positions = fields.integer("max_position_embeddings", default=2048)
-    if fields.integer("sliding_window", default=max_positions) < max_positions and _has_sliding_layers(fields):
-        raise fields.error("sliding_window", f"only full attention, over all {max_positions} positions, is available")
-
-
-def _has_sliding_layers(fields: Fields) -> bool:
-    """Whether the sliding window is that of any layer: as each layer says, or of those from max_window_layers on."""
-    layers = fields.list_of(str, "layer_types")
-    if layers is not None:
-        return "sliding_attention" in layers
+def _sliding_window(fields: Fields) -> int | None:
+    """The sliding window, if it is that of any layer: as each layer says, or of those from max_window_layers on."""
+    layers = fields.list_of(str, "layer_types") or []
+    if not set(layers) <= {"full_attention", "sliding_attention"}:
+        raise fields.error("layer_types", "only full and sliding attention are available")
     first = fields.integer("max_window_layers", default=0, least=0)
-    return fields.flag("use_sliding_window", default=True) and first < fields.integer("num_hidden_layers")
+    slides = fields.flag("use_sliding_window", default=True) and first < fields.integer("num_hidden_layers")
+    if fields.values.get("sliding_window") is None or not ("sliding_attention" in layers if layers else slides):
+        return None
+    return fields.integer("sliding_window")
 
 
 def _rope_from_json(fields: Fields) -> tuple[float, dict[str, Any] | None]:
     """(theta, scaling) from either `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
     rope = fields.object("rope_parameters") or fields.object("rope_scaling") or {}
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise fields.error("rope_parameters", "layers with rotary embeddings of their own are not available")
     everything = Fields({**fields.values, **rope}, fields.source)
     theta = everything.number("rope_theta", default=10000.0)
     if everything.number("partial_rotary_factor", default=1.0) != 1.0:
@@ -362,6 +324,9 @@ def _checked_scaling(scaling: dict[str, Any], source: str) -> dict[str, Any]:
     for key in ROPE_SCALINGS[scaling["rope_type"]]:
         fields.required(key)
         fields.number(key, default=1.0)
+    for key in YARN_OPTIONS:
+        if fields.values.get(key) != 0:  # which stands for none
+            fields.number(key, default=1.0)
     return scaling
 
 
@@ -382,10 +347,14 @@ def config_from_gguf(
     hidden_size = fields.integer("embedding_length")
     num_heads, num_kv_heads = _heads(fields, "attention.head_count", "attention.head_count_kv")
     head_dim = _head_dim(fields, "attention.key_length", hidden_size, num_heads)
-    _refuse_gguf_features(fields, head_dim)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if fields.integer(key, default=head_dim) != head_dim:
+            raise fields.error(key, f"only the head size, {head_dim}, is available")
+    check_features(fields, GGUF_FIELDS, {}, head_dim)
+    vocab_size = fields.integer("vocab_size", default=len(general.list_of(str, "tokenizer.ggml.tokens") or ()))
     return ModelConfig(
         architecture=architecture,
-        vocab_size=fields.integer("vocab_size", default=len(general.list_of(str, "tokenizer.ggml.tokens") or ())),
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=fields.integer("feed_forward_length"),
         num_layers=fields.integer("block_count"),
@@ -400,11 +369,12 @@ def config_from_gguf(
         tie_word_embeddings="lm_head.weight" not in tensor_names,
         attention_bias="model.layers.0.self_attn.q_proj.bias" in tensor_names,
         mlp_bias="model.layers.0.mlp.gate_proj.bias" in tensor_names,
-        bos_token_id=general.token_id("tokenizer.ggml.bos_token_id"),
-        eos_token_ids=gguf_eos_token_ids(metadata, source),
-        pad_token_id=general.token_id("tokenizer.ggml.padding_token_id"),
+        bos_token_id=general.token_id("tokenizer.ggml.bos_token_id", vocab_size),
+        eos_token_ids=gguf_eos_token_ids(general, vocab_size),
+        pad_token_id=general.token_id("tokenizer.ggml.padding_token_id", vocab_size),
         dtype=dtype,
         mixture=_mixture_from_gguf(architecture, fields, tensor_names),
+        sliding_window=fields.integer("attention.sliding_window", default=0, least=0) or None,
     )
 
 
@@ -417,17 +387,20 @@ def _gguf_architecture(general: Fields) -> tuple[str, Fields]:
     return GGUF_ARCHITECTURES[name], Fields(own, f"{general.source}: {name}")
 
 
-def gguf_eos_token_ids(metadata: Mapping[str, Any], source: str) -> tuple[int, ...]:
-    """End of sequence and, where the file names it apart, end of turn."""
-    tokens = Fields(metadata, source)
-    ends = tokens.token_ids("tokenizer.ggml.eos_token_id") + tokens.token_ids("tokenizer.ggml.eot_token_id")
-    return tuple(dict.fromkeys(ends))
+def gguf_eos_token_ids(metadata: Fields, vocab_size: int) -> tuple[int, ...]:
+    """All that ends an answer: end of sequence, of turn and of message, and the control tokens that are spelled so.
 
-
-def _refuse_gguf_features(fields: Fields, head_dim: int) -> None:
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if fields.integer(key, default=head_dim) != head_dim:
-            raise fields.error(key, f"only the head size, {head_dim}, is available")
+    Those of gpt-oss and Solar end a part of an answer with <|end|>: not where there are tokens for the whole of it.
+    """
+    keys = [f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom")]
+    named = [token_id for key in keys for token_id in metadata.token_ids(key, vocab_size)]
+    tokens = metadata.list_of(str, "tokenizer.ggml.tokens") or []
+    types = metadata.list_of(int, "tokenizer.ggml.token_type") or []
+    control = (token_id for token_id, kind in enumerate(types[: len(tokens)]) if kind == CONTROL)
+    spelled = {tokens[token_id]: token_id for token_id in control if tokens[token_id] in ENDS}
+    if {"<|return|>", "<|call|>"} <= spelled.keys() or {"<|flush|>", "<|calls|>"} <= spelled.keys():
+        spelled.pop("<|end|>", None)
+    return known_ids([*named, *spelled.values()], vocab_size, metadata.source)
 
 
 def _mixture_from_gguf(architecture: str, fields: Fields, tensor_names: Collection[str]) -> MixtureConfig | None:
@@ -449,13 +422,27 @@ def _mixture_from_gguf(architecture: str, fields: Fields, tensor_names: Collecti
 
 
 def _rope_scaling_from_gguf(fields: Fields, divisors: tuple[float, ...] | None) -> dict[str, Any] | None:
+    """As llama.cpp reads it: a factor without a type is linear, "rope.scale_linear" its old name, and 0 none."""
+    given = {key.removeprefix("rope.scaling."): value for key, value in fields.values.items() if value != 0}
+    own = Fields(given, f"{fields.source}: rope.scaling")
+    kind = own.text("type") or "linear"
+    factor = own.number("factor", default=own.number("rope.scale_linear", default=1.0))
+    attention = own.number("attn_factor", default=1.0)
+    if kind != "yarn" and attention != 1.0:
+        raise own.error("attn_factor", "it is available for the type 'yarn'")
     if divisors is not None:  # llama.cpp's converter works Llama 3's numbers out and stores them as a tensor
-        return {"rope_type": "divisors", "divisors": divisors}
-    rope_type = fields.text("rope.scaling.type")
-    if rope_type in (None, "none"):
+        if kind not in ("none", "linear"):
+            raise own.error("type", "rope_freqs.weight is there, too, which is another kind of scaling")
+        stretch = factor if kind == "linear" else 1.0
+        return {"rope_type": "divisors", "divisors": tuple(divisor * stretch for divisor in divisors)}
+    if kind == "none" or (kind == "linear" and factor == 1.0):
         return None
-    scaling = {"rope_type": rope_type, "factor": fields.values.get("rope.scaling.factor")}
-    if rope_type == "yarn":
-        original = fields.integer("rope.scaling.original_context_length", default=fields.integer("context_length"))
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
+    if kind == "yarn" or "original_context_length" in given:
+        original = own.integer("original_context_length", default=fields.integer("context_length"))
         scaling["original_max_position_embeddings"] = original
+    if kind == "yarn":
+        scaling |= {f"beta_{end}": own.number(f"yarn_beta_{end}", value) for end, value in YARN_BETAS.items()}
+        if attention != 1.0:
+            scaling["attention_factor"] = attention * (1.0 + 0.1 * math.log(max(factor, 1.0)))
     return _checked_scaling(scaling, fields.source)

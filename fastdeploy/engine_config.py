@@ -146,14 +146,14 @@ class EngineConfig:
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
             raise kind(complaint("LLM", "chat_template", self.chat_template, f"must be a template: {error}")) from error
 
-    def resolved(self, model_limit: int) -> ResolvedConfig:
+    def resolved(self, model_limit: int, why: str = "the positions this model was made for") -> ResolvedConfig:
         """A copy in which max_model_len and max_num_batched_tokens are numbers, and quantization regards dtype.
 
-        model_limit: the positions the model was made for. Raises ValueError where max_model_len is above it.
+        model_limit, why: as `ModelConfig.length_limit` says. Raises ValueError where max_model_len is above it.
         """
         length = self.max_model_len if self.max_model_len is not None else model_limit
         if length > model_limit:
-            must = f"must be at most {model_limit}, the positions this model was made for"
+            must = f"must be at most {model_limit}, {why}"
             raise ValueError(complaint("LLM", "max_model_len", length, must))
         tokens = self.max_num_batched_tokens or DEFAULT_MAX_NUM_BATCHED_TOKENS
         known: dict[str, Any] = {"max_model_len": length, "max_num_batched_tokens": tokens}

@@ -20,6 +20,7 @@ from fastdeploy.engine.engine import Engine
 from fastdeploy.engine.request import Request, RequestOutput
 from fastdeploy.engine.scheduler import Scheduler, Statistics
 from fastdeploy.engine_config import EngineConfig, ResolvedConfig
+from fastdeploy.fields import known_ids
 from fastdeploy.intake import Intake
 from fastdeploy.prompts import Prompt, PromptReader, template_variables
 from fastdeploy.sampling_params import SamplingParams, sampling_defaults
@@ -61,7 +62,7 @@ def load(given: EngineConfig) -> Loaded:
 
     checkpoint = open_model(given.model, given.load_format, given.seed)
     check_divisible(checkpoint.config, given.tensor_parallel_size)
-    config = given.resolved(checkpoint.config.max_position_embeddings)
+    config = given.resolved(*checkpoint.config.length_limit)
     tokenizer = load_tokenizer(config.tokenizer or checkpoint)
     checkpoint.forget_vocabulary()
     leader = lead_ranks(config)
@@ -135,10 +136,10 @@ class LLM:
             "attention_split": runner.split_keys,
         }
         vocab_size = model_config.vocab_size
-        eos_token_ids = frozenset([*model_config.eos_token_ids, *tokenizer.eos_token_ids])
+        ends = known_ids([*model_config.eos_token_ids, *tokenizer.eos_token_ids], vocab_size, "the tokenizer's ends")
         self.reader = PromptReader(tokenizer, vocab_size, config.max_model_len)
         defaults = sampling_defaults(loaded.checkpoint.generation_config)
-        self.intake = Intake(config, tokenizer, vocab_size, eos_token_ids, defaults)
+        self.intake = Intake(config, tokenizer, vocab_size, frozenset(ends), defaults)
         logger.info("%s ready: %s", config.model, ", ".join(f"{name} {value}" for name, value in self.facts.items()))
 
     @property

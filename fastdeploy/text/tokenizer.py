@@ -7,6 +7,7 @@ still come in.
 
 import codecs
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from fastdeploy.config import Fields, gguf_eos_token_ids
+from fastdeploy.config import gguf_eos_token_ids
+from fastdeploy.fields import Fields
 from fastdeploy.models.dummy import DummyCheckpoint
 from fastdeploy.models.storage import read_json
 from fastdeploy.models.weights import Checkpoint, locate
@@ -256,9 +258,11 @@ def _from_directory(directory: Path) -> Tokenizer:
         backend = _from_sentencepiece(model, named, files, directory)
     else:
         raise FileNotFoundError(f"{directory}: expected {' or '.join(TOKENIZER_FILES)}, found neither; pass tokenizer=")
+    vocab_size = Fields(files["config"], str(directory / "config.json")).integer("vocab_size", default=sys.maxsize)
     eos_token_ids: tuple[int, ...] = ()
     for name in ("generation_config", "config"):  # in this order, as generate() in transformers has it
-        eos_token_ids = eos_token_ids or Fields(files[name], f"{directory / name}.json").token_ids("eos_token_id")
+        fields = Fields(files[name], f"{directory / name}.json")
+        eos_token_ids = eos_token_ids or fields.token_ids("eos_token_id", vocab_size)
     return Tokenizer(backend, named, eos_token_ids, _chat_template(directory, files["tokenizer_config"]))
 
 
@@ -373,7 +377,7 @@ def _from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     adds_bos = kind == "llama" or fields.text("tokenizer.ggml.pre") == "llama-bpe"
     if fields.flag("tokenizer.ggml.add_bos_token", default=adds_bos) and "bos_token" in named:
         _add_bos(backend, named["bos_token"])
-    return Tokenizer(backend, named, gguf_eos_token_ids(metadata, source), fields.text("tokenizer.chat_template"))
+    return Tokenizer(backend, named, gguf_eos_token_ids(fields, len(tokens)), fields.text("tokenizer.chat_template"))
 
 
 def _gguf_byte_level(fields: Fields, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
@@ -446,9 +450,7 @@ def _pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
 def _gguf_named_tokens(fields: Fields, tokens: list[str]) -> dict[str, str]:
     named = {}
     for name, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
-        token_id = fields.token_id(f"tokenizer.ggml.{key}_token_id")
-        if token_id is not None and token_id >= len(tokens):
-            raise fields.error(f"tokenizer.ggml.{key}_token_id", f"there are {len(tokens)} tokens")
+        token_id = fields.token_id(f"tokenizer.ggml.{key}_token_id", len(tokens))
         if token_id is not None:
             named[f"{name}_token"] = tokens[token_id]
     return named

@@ -83,3 +83,31 @@ def test_a_model_without_config_json_is_refused(tmp_path):
             LLM(model, load_format="dummy")
     with pytest.raises(ValueError, match="load_format='random'.*'auto', 'dummy'"):
         LLM(tmp_path, load_format="random")
+
+
+def test_an_end_that_the_vocabulary_lacks_changes_no_token(tmp_path):
+    """Two requests at once, whose rows of logits lie side by side; min_tokens holds ends back by writing to them."""
+    said = []
+    params = SamplingParams(temperature=0, max_tokens=6, min_tokens=6)
+    for ends in (None, 10**6, [CASES["llama"]["vocab_size"], 2**31 + 5]):
+        with LLM(write_config(tmp_path, eos_token_id=ends), load_format="dummy", max_num_seqs=2) as llm:
+            said.append([each.outputs.token_ids for each in llm.generate([[1, 2, 3], [4]], params, use_tqdm=False)])
+    assert said[0] == said[1] == said[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 512),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100}}, 400),
+        ({"sliding_window": 100}, 100),
+    ],
+)
+def test_max_model_len_may_reach_as_far_as_scaled_rope_and_window_let_it(tmp_path, changes, limit):
+    keywords = {"load_format": "dummy", "max_num_seqs": 1}
+    with LLM(write_config(tmp_path, **changes), **keywords) as llm:
+        assert llm.facts["max_model_len"] == limit
+        prompt = [1] * (limit - 2)
+        assert len(llm.generate([prompt], SamplingParams(ignore_eos=True), use_tqdm=False)[0].outputs.token_ids) == 2
+    with pytest.raises(ValueError, match=f"max_model_len={limit + 1}.*at most {limit}"):
+        LLM(tmp_path, max_model_len=limit + 1, **keywords)

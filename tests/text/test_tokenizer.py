@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 
 import gguf
 import numpy as np
@@ -181,6 +182,20 @@ def test_ids_and_named_tokens_of_a_gguf(tmp_path):
     assert tokenizer.bos_token_id is None
 
 
+def test_ids_that_a_gguf_names_and_lacks_are_dropped_with_a_warning(tmp_path, caplog):
+    given = {
+        "eos_token_id": 10**6,
+        "eot_token_id": 5,
+        "padding_token_id": 266,
+        "bos_token_id": 2**31,
+        "eom_token_id": 3,
+    }
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "m.gguf", **given))
+    assert (tokenizer.eos_token_ids, tokenizer.named_tokens) == ((5, 3, 0), {})  # 0 is spelled <|end|>
+    dropped = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert {"eos", "padding", "bos"} == {re.search(r"ggml\.(\w+)_token_id: dropped", line)[1] for line in dropped}
+
+
 @pytest.mark.parametrize("text", [None, 3, b"bytes", ["list"]])
 def test_text_of_another_type_is_a_type_error(text):
     with pytest.raises(TypeError, match="must be a str"):
@@ -315,7 +330,6 @@ def test_missing_tokenizer_is_refused(tmp_path):
         ({"merges": ["a nothing"]}, "merges don't fit"),
         ({"token_type": [1]}, "1 in tokenizer.ggml.token_type"),
         ({"token_type": ["a"]}, "list of int"),
-        ({"eos_token_id": 10**6}, "eos_token_id.*1000000"),
     ],
 )
 def test_gguf_tokenizer_we_cannot_rebuild_is_refused(tmp_path, changes, message):
@@ -458,7 +472,7 @@ def test_smollm2_ids(smollm2):
     assert smollm2.encode("Café déjà vu.") == [51, 1939, 2756, 32564, 90, 16739, 386, 101, 30]
     assert smollm2.encode("The capital of France is") == [504, 3575, 282, 4649, 314]
     assert len(smollm2.encode("2026")) == 4 and smollm2.encode("2026")[0] == smollm2.encode("2026")[2]
-    assert (smollm2.vocab_size, smollm2.bos_token_id, smollm2.eos_token_ids) == (49152, 1, (2,))
+    assert (smollm2.vocab_size, smollm2.bos_token_id, smollm2.eos_token_ids) == (49152, 1, (2, 0))
     assert len(smollm2.special_token_ids) == 17
 
 
