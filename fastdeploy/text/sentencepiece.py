@@ -56,6 +56,15 @@ class SentencePieceModel:
     remove_extra_whitespaces: bool = False
     named_tokens: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def unknown_id(self) -> int:
+        """The piece that stands for what has none. Others of its type may fill the vocabulary up."""
+        ids = [token_id for token_id, piece in enumerate(self.pieces) if piece.type == UNKNOWN]
+        named = self.named_tokens.get("unk_token")
+        if len(ids) != 1 and named is not None:
+            return next(token_id for token_id, piece in enumerate(self.pieces) if piece.text == named)
+        return ids[0] if ids else 0
+
     def texts(self, *types: int) -> list[str]:
         """The pieces of these types."""
         return [piece.text for piece in self.pieces if piece.type in types]
@@ -95,10 +104,19 @@ def check(model: SentencePieceModel, source: str) -> None:
         raise ValueError(f"{source}: expected different pieces, found {len(texts)}, {len(set(texts))} different ones")
     if model.algorithm not in (UNIGRAM, BPE):
         raise ValueError(f"{source}: model type {model.algorithm}; known are 1, unigram, and 2, BPE; pass tokenizer=")
-    if len(model.texts(UNKNOWN)) != 1:
-        raise ValueError(f"{source}: expected one unknown piece, found {model.texts(UNKNOWN)}")
-    if model.algorithm == BPE and model.texts(UNUSED):
-        raise ValueError(f"{source}: unused pieces in a BPE model are not available; pass tokenizer=")
+    if model.algorithm == BPE:
+        _check_unused(model, source)
+
+
+def _check_unused(model: SentencePieceModel, source: str) -> None:
+    """Raises ValueError if merges lead to an unused piece: SentencePiece then takes it apart again, byte pairs can't.
+
+    Where none do, it only fills the vocabulary up.
+    """
+    made = set(model.texts(NORMAL))
+    for text in sorted(model.texts(UNUSED), key=len):
+        if len(text) == 1 or any(text[:cut] in made and text[cut:] in made for cut in range(1, len(text))):
+            raise ValueError(f"{source}: the unused piece {text!r:.80} is one that merges make; pass tokenizer=")
 
 
 def build(model: SentencePieceModel, added: list[AddedToken], prefix_first_only: bool = False) -> tokenizers.Tokenizer:
@@ -141,14 +159,13 @@ def _byte_pairs(model: SentencePieceModel) -> models.BPE:
     )
     merges = sorted(pairs, key=lambda pair: -score[pair[0] + pair[1]])
     vocabulary = {piece.text: token_id for token_id, piece in enumerate(model.pieces)}
-    (unknown,) = model.texts(UNKNOWN)
+    unknown = model.pieces[model.unknown_id].text
     return models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=model.byte_fallback)
 
 
 def _unigram(model: SentencePieceModel) -> models.Unigram:
     vocabulary = [(piece.text, piece.score) for piece in model.pieces]
-    unknown = [piece.type for piece in model.pieces].index(UNKNOWN)
-    return models.Unigram(vocabulary, unk_id=unknown, byte_fallback=model.byte_fallback)
+    return models.Unigram(vocabulary, unk_id=model.unknown_id, byte_fallback=model.byte_fallback)
 
 
 def _unigram_split(model: SentencePieceModel) -> pre_tokenizers.PreTokenizer:

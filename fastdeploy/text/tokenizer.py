@@ -7,6 +7,7 @@ still come in.
 
 import codecs
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from fastdeploy.config import gguf_eos_token_ids
 from fastdeploy.fields import Fields
 from fastdeploy.models.dummy import DummyCheckpoint
 from fastdeploy.models.storage import read_json
 from fastdeploy.models.weights import Checkpoint, locate
-from fastdeploy.text import sentencepiece
-from fastdeploy.text.sentencepiece import BPE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Piece, SentencePieceModel
+from fastdeploy.text import byte_pairs, sentencepiece
+from fastdeploy.text.backend import add_bos, failures_as_errors, special
+from fastdeploy.text.byte_pairs import BYTE_OF_CHARACTER
+from fastdeploy.text.sentencepiece import BPE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Piece, SentencePieceModel
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -65,10 +68,11 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be a str, found {type(text).__name__}: {text!r}")
-        try:
-            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except TypeError:  # what tokenizers makes of a lone surrogate
-            raise ValueError(f"text {text[:80]!r} is no valid Unicode: it holds half of a surrogate pair") from None
+        with failures_as_errors(f"text {text[:80]!r} can't be tokenised"):
+            try:
+                return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            except TypeError:  # what tokenizers makes of a lone surrogate
+                raise ValueError("it is no valid Unicode, as it holds half of a surrogate pair") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; ids without a token count for nothing, broken UTF-8 becomes U+FFFD.
@@ -244,7 +248,9 @@ def _locate_tokenizer(source: str | os.PathLike) -> Path:
 
 # --- tokenizer.json or tokenizer.model, and the files around it -----------------------------------------------------
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+VOCABULARY_CLASSES = {"GPT2Tokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}  # -> how text is cut into words
+PREFIXED_MERGES = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def _from_directory(directory: Path) -> Tokenizer:
@@ -256,8 +262,10 @@ def _from_directory(directory: Path) -> Tokenizer:
         model = sentencepiece.read_model(directory / "tokenizer.model")
         named = {**model.named_tokens, **named}
         backend = _from_sentencepiece(model, named, files, directory)
+    elif (directory / "vocab.json").exists():
+        backend = _from_vocabulary(named, files, directory)
     else:
-        raise FileNotFoundError(f"{directory}: expected {' or '.join(TOKENIZER_FILES)}, found neither; pass tokenizer=")
+        raise FileNotFoundError(f"{directory}: expected {' or '.join(TOKENIZER_FILES)}, found none; pass tokenizer=")
     vocab_size = Fields(files["config"], str(directory / "config.json")).integer("vocab_size", default=sys.maxsize)
     eos_token_ids: tuple[int, ...] = ()
     for name in ("generation_config", "config"):  # in this order, as generate() in transformers has it
@@ -267,11 +275,27 @@ def _from_directory(directory: Path) -> Tokenizer:
 
 
 def _from_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing narrower
-        version = tokenizers.__version__
-        raise ValueError(f"{path}: not a tokenizer that tokenizers {version} can read: {error}") from None
+    content = path.read_bytes()
+    if PREFIXED_MERGES.search(content):
+        _check_prefixed_merges(path)
+    with failures_as_errors(f"{path}: not a tokenizer that can be read"):
+        return tokenizers.Tokenizer.from_buffer(content)
+
+
+def _check_prefixed_merges(path: Path) -> None:
+    """Raises ValueError for merges whose second part lacks the prefix of parts that go on: tokenizers cuts it off
+    unseen, and aborts the process where there is less."""
+    model = Fields(read_json(path), str(path)).object("model") or {}
+    prefix = model.get("continuing_subword_prefix")
+    merges = model.get("merges")
+    if not isinstance(prefix, str) or not isinstance(merges, list):
+        return
+    for merge in merges:
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(parts, list) or len(parts) != 2 or not str(parts[1]).startswith(prefix):
+            raise ValueError(
+                f"{path}: the merge {merge!r:.80} doesn't go on with continuing_subword_prefix, {prefix!r:.80}"
+            )
 
 
 def _from_sentencepiece(
@@ -282,19 +306,60 @@ def _from_sentencepiece(
     config = Fields(files["tokenizer_config"], source)
     prefix = config.flag("add_prefix_space", default=model.add_dummy_prefix)
     added = _added_tokens(files, source)
-    listed = {added[token_id].content: added[token_id] for token_id in sorted(added)}
-    special = [*named.values(), *(text for file in files.values() for text in _additional_tokens(file))]
-    unlisted = {text: AddedToken(text, special=True, normalized=False) for text in special}
-    tokens = [*listed.values(), *(token for text, token in unlisted.items() if text not in listed)]
     first_only = not config.flag("legacy", default=True)
-    backend = sentencepiece.build(replace(model, add_dummy_prefix=prefix), tokens, first_only)
-    for token_id, token in added.items():
-        if backend.token_to_id(token.content) != token_id:
-            found = backend.token_to_id(token.content)
-            raise ValueError(f"{source}: added token {token.content!r} has id {token_id}, but would get {found}")
+    backend = sentencepiece.build(
+        replace(model, add_dummy_prefix=prefix), _tokens_in_text(added, named, files), first_only
+    )
+    _check_ids(backend, added, source)
     if config.flag("add_bos_token", default=True) and "bos_token" in named:
-        _add_bos(backend, named["bos_token"])
+        add_bos(backend, named["bos_token"])
     return backend
+
+
+def _from_vocabulary(
+    named: dict[str, str], files: Mapping[str, dict[str, Any]], directory: Path
+) -> tokenizers.Tokenizer:
+    """vocab.json and merges.txt: GPT-2's byte pairs, with words cut as the class of the tokenizer does it."""
+    paths, source = (
+        [directory / name for name in ("vocab.json", "merges.txt")],
+        str(directory / "tokenizer_config.json"),
+    )
+    config = Fields(files["tokenizer_config"], source)
+    if not paths[1].exists():
+        raise FileNotFoundError(f"{paths[1]}: no such file; it belongs to vocab.json: download it, too")
+    with failures_as_errors(f"{paths[0]} and merges.txt can't be read"):
+        vocabulary, merges = models.BPE.read_file(*map(str, paths))
+    kind = (config.text("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
+    if kind not in VOCABULARY_CLASSES:
+        raise config.error("tokenizer_class", f"of vocab.json, {' and '.join(VOCABULARY_CLASSES)} can be rebuilt")
+    cut = byte_pairs.CUT_BY_NAME[VOCABULARY_CLASSES[kind]]
+    prefix = config.flag("add_prefix_space", default=False)
+    backend = byte_pairs.build(vocabulary, merges, cut, str(paths[0]), prefix)
+    if "<|endoftext|>" in vocabulary:  # both classes' end, and unknown token, where no file names another
+        named.setdefault("eos_token", "<|endoftext|>")
+    added = _added_tokens(files, source)
+    backend.add_tokens(_tokens_in_text(added, named, files))
+    _check_ids(backend, added, source)
+    if config.flag("add_bos_token", default=False) and "bos_token" in named:
+        add_bos(backend, named["bos_token"])
+    return backend
+
+
+def _tokens_in_text(
+    added: Mapping[int, AddedToken], named: Mapping[str, str], files: Mapping[str, dict[str, Any]]
+) -> list[AddedToken]:
+    """The tokens that are looked for in a text before all else: those with ids of their own, in the ids' order."""
+    listed = {added[token_id].content: added[token_id] for token_id in sorted(added)}
+    names = [*named.values(), *(text for file in files.values() for text in _additional_tokens(file))]
+    return [*listed.values(), *(special(text) for text in dict.fromkeys(names) if text not in listed)]
+
+
+def _check_ids(backend: tokenizers.Tokenizer, added: Mapping[int, AddedToken], source: str) -> None:
+    """Raises ValueError unless the added tokens have the ids that the files give them."""
+    for token_id, token in added.items():
+        found = backend.token_to_id(token.content)
+        if found != token_id:
+            raise ValueError(f"{source}: added token {token.content!r} has id {token_id}, but would get {found}")
 
 
 def _added_tokens(files: Mapping[str, dict[str, Any]], source: str) -> dict[int, AddedToken]:
@@ -352,13 +417,6 @@ def _chat_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> str 
 
 # --- GGUF metadata ------------------------------------------------------------------------------------------------
 
-CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-LLAMA3_SPLIT = CONTRACTIONS + (
-    r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-PRE_TOKENIZERS = ("default", "gpt-2", "smollm", "llama-bpe", "qwen2")
-
 
 def _from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     """A byte-level BPE or a SentencePiece BPE from GGUF metadata, equal to what llama.cpp makes of it."""
@@ -371,27 +429,39 @@ def _from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     types = fields.list_of(int, "tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     if len(types) != len(tokens):
         raise ValueError(f"{source}: {len(tokens)} tokens, but {len(types)} in tokenizer.ggml.token_type")
-    make = _gguf_byte_level if kind == "gpt2" else _gguf_sentencepiece
-    backend = make(fields, tokens, types)
+    tokens = _distinct(tokens, types)
+    if kind == "gpt2":
+        cut = byte_pairs.cut_named(fields.text("tokenizer.ggml.pre"), source)
+        backend, adds_bos = _gguf_byte_level(fields, tokens, types, cut), cut.adds_bos
+    else:
+        backend, adds_bos = _gguf_sentencepiece(fields, tokens, types), True
     named = _gguf_named_tokens(fields, tokens)
-    adds_bos = kind == "llama" or fields.text("tokenizer.ggml.pre") == "llama-bpe"
     if fields.flag("tokenizer.ggml.add_bos_token", default=adds_bos) and "bos_token" in named:
-        _add_bos(backend, named["bos_token"])
+        add_bos(backend, named["bos_token"])
     return Tokenizer(backend, named, gguf_eos_token_ids(fields, len(tokens)), fields.text("tokenizer.chat_template"))
 
 
-def _gguf_byte_level(fields: Fields, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
-    pre = fields.text("tokenizer.ggml.pre") or "default"
-    if pre not in PRE_TOKENIZERS:
-        raise fields.error("tokenizer.ggml.pre", f"known are {', '.join(PRE_TOKENIZERS)}; pass tokenizer=")
+def _gguf_byte_level(fields: Fields, tokens: list[str], types: list[int], cut: byte_pairs.Cut) -> tokenizers.Tokenizer:
+    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     merges = fields.list_of(str, "tokenizer.ggml.merges")
-    backend = tokenizers.Tokenizer(_byte_pair_encoding(tokens, merges, pre, fields.source))
-    backend.normalizer = normalizers.NFC() if pre == "qwen2" else None
-    backend.pre_tokenizer = _pre_tokenizer(pre)
-    backend.decoder = decoders.ByteLevel()
-    for special, kinds in ((True, (UNKNOWN, CONTROL)), (False, (USER_DEFINED,))):
-        chosen = [token for token, kind in zip(tokens, types, strict=True) if kind in kinds]
-        backend.add_tokens([AddedToken(token, special=special, normalized=False) for token in chosen])
+    if not tokens or merges is None or len(vocabulary) != len(tokens):
+        raise ValueError(
+            f"{fields.source}: expected tokenizer.ggml.tokens, all different, and tokenizer.ggml.merges; found"
+            f" {len(tokens)} tokens, {len(vocabulary)} of them different, and"
+            f" {'no' if merges is None else len(merges)} merges"
+        )
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    wrong = next((merge for merge, pair in zip(merges, pairs) if len(pair) != 2 or "" in pair), None)
+    if wrong is not None:
+        raise fields.error("tokenizer.ggml.merges", f"it holds {wrong!r:.80}; expected two tokens, a space between")
+    backend = byte_pairs.build(vocabulary, pairs, cut, fields.source)  # type: ignore[arg-type]
+    backend.add_tokens(
+        [
+            AddedToken(token, special=kind != USER_DEFINED, normalized=False)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+        ]
+    )
     return backend
 
 
@@ -399,8 +469,11 @@ def _gguf_sentencepiece(fields: Fields, tokens: list[str], types: list[int]) -> 
     scores = fields.list_of(float, "tokenizer.ggml.scores") or []
     if len(scores) != len(tokens):
         raise ValueError(f"{fields.source}: {len(tokens)} tokens, but {len(scores)} in tokenizer.ggml.scores")
+    # llama.cpp merges two pieces to any third, whatever its type.
+    types = [NORMAL if kind == UNUSED else kind for kind in types]
     model = SentencePieceModel(
         pieces=[Piece(*piece) for piece in zip(tokens, scores, types, strict=True)],
+        named_tokens=_gguf_named_tokens(fields, tokens),
         algorithm=BPE,
         byte_fallback=True,
         add_dummy_prefix=fields.flag("tokenizer.ggml.add_space_prefix", default=True),
@@ -409,42 +482,16 @@ def _gguf_sentencepiece(fields: Fields, tokens: list[str], types: list[int]) -> 
     return sentencepiece.build(model, added=[])
 
 
-def _add_bos(backend: tokenizers.Tokenizer, bos: str) -> None:
-    """Have `encode(add_special_tokens=True)` begin with this token."""
-    special_tokens = [(bos, backend.token_to_id(bos))]
-    backend.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=special_tokens)
-
-
-def _byte_pair_encoding(tokens: list[str], merges: list[str] | None, pre: str, source: str) -> models.BPE:
-    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
-    if not tokens or merges is None or len(vocabulary) != len(tokens):
-        raise ValueError(
-            f"{source}: expected tokenizer.ggml.tokens, all different, and tokenizer.ggml.merges; found {len(tokens)}"
-            f" tokens, {len(vocabulary)} of them different, and {'no' if merges is None else len(merges)} merges"
-        )
-    pairs = []
-    for merge in merges:
-        left, space, right = merge.partition(" ")
-        if not (left and space and right) or " " in right:
-            raise ValueError(f"{source}: tokenizer.ggml.merges holds {merge!r}; expected two tokens, a space between")
-        pairs.append((left, right))
-    try:
-        # Llama 3 takes a word that is a token as it is, whether or not merges lead to it.
-        return models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre == "llama-bpe")
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"{source}: tokenizer.ggml.merges don't fit tokenizer.ggml.tokens: {error}") from None
-
-
-def _pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
-    """How text is cut into words before byte pairs are merged; patterns as the models' own tokenizer.json have them."""
-    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if pre in ("default", "gpt-2"):
-        return gpt2
-    if pre == "smollm":
-        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
-    pattern = tokenizers.Regex(LLAMA3_SPLIT if pre == "llama-bpe" else QWEN2_SPLIT)
-    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(pattern, behavior="isolated"), as_bytes])
+def _distinct(tokens: list[str], types: list[int]) -> list[str]:
+    """The tokens, with names of their own for those that fill a vocabulary up and are all called the same."""
+    found: set[str] = set()
+    distinct = []
+    for token_id, (token, kind) in enumerate(zip(tokens, types, strict=True)):
+        if kind in (UNKNOWN, CONTROL, UNUSED) and (token in found or not token):
+            token = f"{token}[{token_id}]"
+        found.add(token)
+        distinct.append(token)
+    return distinct
 
 
 def _gguf_named_tokens(fields: Fields, tokens: list[str]) -> dict[str, str]:
@@ -464,14 +511,3 @@ def _byte_tokenizer(vocab_size: int) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return Tokenizer(backend)
-
-
-def _characters_of_bytes() -> dict[str, int]:
-    """Byte-level BPE's alphabet: printable bytes of Latin-1 stand for themselves, the others for U+0100 and on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    characters = {chr(byte): byte for byte in printable}
-    return characters | {chr(0x100 + place): byte for place, byte in enumerate(others)}
-
-
-BYTE_OF_CHARACTER = _characters_of_bytes()

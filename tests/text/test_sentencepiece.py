@@ -3,12 +3,13 @@
 import io
 import json
 import random
+import struct
 
 import gguf
 import pytest
 import sentencepiece as reference
 
-from fastdeploy.text.sentencepiece import BYTE, CONTROL, Normalizer, build, read_model
+from fastdeploy.text.sentencepiece import BYTE, CONTROL, UNKNOWN, UNUSED, Normalizer, Piece, build, read_model
 from fastdeploy.text.tokenizer import StreamingDetokenizer, load_tokenizer
 
 SENTENCES = [
@@ -150,23 +151,65 @@ def test_where_segments_begin_with_a_space(llama_path, tmp_path, switches, text,
     assert tokenizer.decode(tokenizer.encode(text)).startswith("the fox")
 
 
-def test_a_gguf_gives_the_same_ids(llama_path, tmp_path):
-    pieces = read_model(llama_path).pieces
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+def write_gguf(path, pieces, **ids):
+    """A GGUF with these pieces; ids: bos=1 for tokenizer.ggml.bos_token_id and so on."""
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model("llama")
     writer.add_token_list([piece.text for piece in pieces])
     writer.add_token_scores([piece.score for piece in pieces])
     writer.add_token_types([piece.type for piece in pieces])
-    writer.add_bos_token_id(1)
+    for name, token_id in ids.items():
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token_id)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    ours, theirs = load_tokenizer(tmp_path / "m.gguf"), reference.SentencePieceProcessor(model_file=str(llama_path))
+    return path
+
+
+def test_a_gguf_gives_the_same_ids(llama_path, tmp_path):
+    ours = load_tokenizer(write_gguf(tmp_path / "m.gguf", read_model(llama_path).pieces, bos=1))
+    theirs = reference.SentencePieceProcessor(model_file=str(llama_path))
     for script in SCRIPTS:
         for text in random_texts(script, count=50, seed=2):
             assert ours.encode(text) == theirs.encode(text), text
     assert ours.encode("fox", add_special_tokens=True) == [1, *theirs.encode("fox")]
+
+
+@pytest.mark.parametrize("ids", [{}, {"unknown": 0}])
+@pytest.mark.parametrize("names", ["[PAD{}]", "<unused>", ""], ids=["numbered", "alike", "nameless"])
+@pytest.mark.parametrize("kind", [UNKNOWN, UNUSED, CONTROL])
+def test_a_gguf_filled_up_with_pieces_gives_the_same_ids(llama_path, tmp_path, kind, names, ids):
+    padding = [Piece(names.format(number), -1000.0, kind) for number in range(5)]
+    ours = load_tokenizer(write_gguf(tmp_path / "m.gguf", read_model(llama_path).pieces + padding, **ids))
+    theirs = reference.SentencePieceProcessor(model_file=str(llama_path))
+    assert ours.vocab_size == theirs.vocab_size() + 5
+    for text in random_texts("latin", count=50, seed=3):
+        assert ours.encode(text) == theirs.encode(text), text
+
+
+def with_pieces(path, texts, kind):
+    """The model with more pieces at its end: repeated fields of a protocol buffer go on wherever they stand."""
+    more = b""
+    for text in map(str.encode, texts):
+        piece = b"\x0a" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", -1000.0) + b"\x18" + bytes([kind])
+        more += b"\x0a" + bytes([len(piece)]) + piece
+    path.write_bytes(path.read_bytes() + more)
+    return path
+
+
+@pytest.mark.parametrize(("name", "unused"), [("like Llama 2's", "[PAD1]"), ("unigram", "quickquick")])
+def test_a_model_filled_up_with_unused_pieces_gives_the_same_ids(tmp_path, name, unused):
+    path = with_pieces(train(tmp_path / "tokenizer.model", **MODELS[name]), [unused, unused + unused], UNUSED)
+    theirs, ours = reference.SentencePieceProcessor(model_file=str(path)), build(read_model(path), added=[])
+    for text in [unused, f"a {unused}{unused} b", *random_texts("latin", count=50, seed=4)]:
+        assert ours.encode(text).ids == theirs.encode(text), text
+
+
+def test_an_unused_piece_that_merges_make_is_refused(llama_path, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(llama_path.read_bytes())
+    with pytest.raises(ValueError, match="unused piece 'ee' is one that merges make"):
+        read_model(with_pieces(tmp_path / "tokenizer.model", ["ee"], UNUSED))
 
 
 def test_types_of_pieces_are_read(llama_path):

@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from fastdeploy.models.weights import open_checkpoint
+from fastdeploy.text.backend import failures_as_errors
 from fastdeploy.text.tokenizer import StreamingDetokenizer, Tokenizer, load_tokenizer
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -306,9 +307,47 @@ def test_broken_tokenizer_json_is_refused(tmp_path, content):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("prefix", "merge", "message"),
+    [
+        ("##", ["a", "##b"], None),
+        ("##", "a ##b", None),
+        ("##", ["a", "b"], r"merge \['a', 'b'\] doesn't go on with continuing_subword_prefix, '##'"),
+        ("#####", ["a", "b"], "continuing_subword_prefix"),
+        ("#", ["a", "é"], "continuing_subword_prefix"),  # cut in the middle of a character, it aborts the process
+        ("#", "a", "continuing_subword_prefix"),
+    ],
+)
+def test_merges_that_lack_the_prefix_of_parts_that_go_on_are_refused(tmp_path, prefix, merge, message):
+    vocabulary = {token: token_id for token_id, token in enumerate(["a", "b", "##b", "ab", "é"])}
+    model = {"type": "BPE", "continuing_subword_prefix": prefix, "vocab": vocabulary, "merges": [merge]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    if message is None:
+        assert load_tokenizer(tmp_path).encode("ab") == [3]
+    else:
+        with pytest.raises(ValueError, match=f"tokenizer.json.*{message}"):
+            load_tokenizer(tmp_path)
+
+
+class PanicException(BaseException):
+    """As pyo3 calls what a Rust library did not foresee."""
+
+
+def test_a_panic_of_the_library_is_a_value_error_and_ctrl_c_is_not():
+    def raises(error):
+        with failures_as_errors("m.json"):
+            raise error
+
+    for error in (PanicException("index"), Exception("index")):
+        with pytest.raises(ValueError, match="^m.json: index"):
+            raises(error)
+    with pytest.raises(KeyboardInterrupt):
+        raises(KeyboardInterrupt())
+
+
 def test_missing_tokenizer_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="expected tokenizer.json or tokenizer.model, found neither"):
+    with pytest.raises(FileNotFoundError, match="expected tokenizer.json or tokenizer.model or vocab.json, found none"):
         load_tokenizer(tmp_path)
     with pytest.raises(FileNotFoundError, match="tokenizer 'no-such-model' was not found"):
         load_tokenizer("no-such-model")
@@ -322,7 +361,7 @@ def test_missing_tokenizer_is_refused(tmp_path):
         ({"model": "bert"}, "'bert'; only 'gpt2'"),
         ({"model": "llama"}, "266 tokens, but 0 in tokenizer.ggml.scores"),
         ({"model": None}, "tokenizer.ggml.model"),
-        ({"pre": "martian"}, "'martian'; known are default, gpt-2, smollm, llama-bpe, qwen2"),
+        ({"pre": "martian"}, "'martian'; known are default, gpt-2, .*llama-bpe, llama3.*pass tokenizer="),
         ({"tokens": None}, "0 tokens"),
         ({"tokens": ["a", "a"], "token_type": None}, "2 tokens, 1 of them different"),
         ({"merges": None}, "no merges"),
