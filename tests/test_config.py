@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from fastdeploy.config import config_from_gguf, config_from_json
+from fastdeploy.models.weights import open_checkpoint
+from tests.smollm2 import MODEL, needs_smollm2
 from tests.test_weights import CONFIG_JSON, HEAD_DIM, LAYERS, LLAMA3, VOCABULARY
 from tests.test_weights import LLAMA_METADATA as WRITTEN
 
@@ -208,3 +210,11 @@ def test_ends_of_turns_and_messages_are_read_by_name():
 def test_an_end_of_a_part_is_none_where_there_is_one_of_the_whole():
     assert ends(["<|end|>", "<|return|>", "<|call|>"]) == (1, 2)
     assert ends(["<|end|>", "<|return|>"]) == (0, 1)
+
+
+@needs_smollm2
+def test_smollm2_stops_where_it_did_if_its_file_names_the_wrong_end():
+    checkpoint = open_checkpoint(MODEL)
+    wrong = {**checkpoint.metadata, "tokenizer.ggml.eos_token_id": 0}
+    config = config_from_gguf(wrong, checkpoint.names(), None, "bfloat16", "m.gguf")
+    assert set(config.eos_token_ids) == set(checkpoint.config.eos_token_ids) == {0, 2}

@@ -10,8 +10,8 @@ from tokenizers import AddedToken, processors
 
 
 @contextmanager
-def failures_as_errors(what: str) -> Iterator[None]:
-    """Raises ValueError, beginning with `what`, for whatever the library fails with.
+def failures_as_errors(what: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Raises ValueError, beginning with `what`, for whatever the library fails with, but for exceptions of `passing`.
 
     It raises plain Exceptions; what it did not foresee is a Rust panic, which is no Exception and would pass by those
     who guard a request.
@@ -19,9 +19,14 @@ def failures_as_errors(what: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise  # Ctrl-C
-        raise ValueError(f"{what}: {error} (tokenizers {tokenizers.__version__})") from None
+        if isinstance(error, passing) or not (isinstance(error, Exception) or _is_panic(error)):
+            raise
+        readable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error)[:500])
+        raise ValueError(f"{what}: {readable} (tokenizers {tokenizers.__version__})") from None
+
+
+def _is_panic(error: BaseException) -> bool:
+    return type(error).__name__ == "PanicException"  # which no module exports; Ctrl-C is another BaseException
 
 
 def add_bos(backend: tokenizers.Tokenizer, bos: str) -> None:

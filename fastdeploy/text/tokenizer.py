@@ -68,11 +68,11 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be a str, found {type(text).__name__}: {text!r}")
-        with failures_as_errors(f"text {text[:80]!r} can't be tokenised"):
-            try:
+        try:
+            with failures_as_errors(f"text {text[:80]!r} can't be tokenised", passing=(TypeError,)):
                 return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-            except TypeError:  # what tokenizers makes of a lone surrogate
-                raise ValueError("it is no valid Unicode, as it holds half of a surrogate pair") from None
+        except TypeError:  # what tokenizers makes of a lone surrogate
+            raise ValueError(f"text {text[:80]!r} is no valid Unicode: it holds half of a surrogate pair") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; ids without a token count for nothing, broken UTF-8 becomes U+FFFD.
@@ -80,7 +80,8 @@ class Tokenizer:
         Raises TypeError or ValueError if `ids` is no sequence of token ids.
         """
         try:
-            return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+            with failures_as_errors("tokens can't be decoded", passing=(OverflowError, TypeError)):
+                return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
         except OverflowError:
             raise ValueError(f"token ids run from 0 to 2^32 - 1, found {min(ids)} to {max(ids)}") from None
         except TypeError as error:
