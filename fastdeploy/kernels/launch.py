@@ -35,6 +35,8 @@ _DLPACK_DTYPES = {
     (2, 16): "float16", (2, 32): "float32", (2, 64): "float64",
     (4, 16): "bfloat16", (6, 8): "bool", (10, 8): "float8_e4m3fn", (12, 8): "float8_e5m2",
 }  # fmt: skip
+# DLPack's numbers of devices whose memory the host can read: itself, memory pinned for CUDA and ROCm, CUDA's managed one.
+_READABLE_BY_HOST = (1, 3, 11, 13)
 ITEM_SIZES = {name: bits // 8 for (_, bits), name in _DLPACK_DTYPES.items()}
 
 
@@ -114,7 +116,8 @@ def view(tensor: Any, dtype: str | None = None) -> TensorView:
     """A view of any DLPack producer's tensor, which it keeps alive; a `TensorView` is returned as it is.
 
     `dtype` says what the bits mean where the producer has no name for it: view(array_of_uint16, "bfloat16").
-    TypeError for what is no tensor; ValueError where `dtype` has another size than the elements.
+    TypeError for what is no tensor; ValueError where `dtype` has another size than the elements, and for memory that
+    kernels can't read: another device's on a CPU, or none at all.
     """
     if isinstance(tensor, TensorView):
         found = tensor
@@ -144,6 +147,13 @@ def _read_capsule(capsule: Any) -> TensorView:
         raise TypeError(f"no kernel takes DLPack type code {described.code} of {described.bits} bits")
     shape = tuple(described.shape[: described.ndim])
     strides = tuple(described.strides[: described.ndim]) if described.strides else _contiguous_strides(shape)
+    if not described.data and 0 not in shape:
+        raise ValueError(f"a tensor of shape {shape} has elements and no memory, as tensors on a meta device have")
+    if described.device_type not in _READABLE_BY_HOST and target().is_cpu:
+        raise ValueError(
+            f"a tensor on device {described.device_id} of DLPack's type {described.device_type} is not in the host's "
+            "memory, where kernels on a CPU need it"
+        )
     pointer = (described.data or 0) + described.byte_offset
     return TensorView(pointer, dtype, shape, strides, owner=capsule)  # an unconsumed capsule owns its tensor
 
@@ -254,10 +264,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constexprs: An
     """Run `kernel` on every program of `grid`; nothing happens where the grid is empty.
 
     Arguments are `TensorView`s, DLPack tensors, numbers or None. A kernel's constexprs come after its arguments.
+    TypeError or ValueError that names the argument, for a tensor of which there can be no `view`.
     """
     if 0 in grid:
         return
-    ready = [view(argument) if hasattr(argument, "__dlpack__") else argument for argument in arguments]
+    ready: list[Any] = []
+    try:
+        for argument in arguments:
+            ready.append(view(argument) if hasattr(argument, "__dlpack__") else argument)  # noqa: PERF401 (see below)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{kernel.__name__}: argument {kernel.arg_names[len(ready)]!r}: {error}") from error
     variant = _cpu_variant if target().is_cpu else _gpu_variant
     key = (kernel, *map(variant, ready), *constexprs.items())
     found = _compiled.get(key)

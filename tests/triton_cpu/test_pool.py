@@ -57,7 +57,16 @@ def test_every_program_runs_once(threads):
 def test_a_plan_runs_all_programs_however_long_it_was_left_alone_and_no_field_is_raced_for(tmp_path, sanitizer):
     pool, driver = Path(runtime.__file__).with_name("pool.c"), Path(__file__).with_name("pool_driver.c")
     program = tmp_path / "driver"
-    command = [*toolchain().compiler, "-O1", *sanitizer, f'-DPOOL="{pool}"', str(driver), "-o", str(program), "-pthread"]
+    command = [
+        *toolchain().compiler,
+        "-O1",
+        *sanitizer,
+        f'-DPOOL="{pool}"',
+        str(driver),
+        "-o",
+        str(program),
+        "-pthread",
+    ]
     compiled = subprocess.run(command, capture_output=True, text=True)
     if sanitizer and compiled.returncode:
         pytest.skip("the compiler has no ThreadSanitizer")
