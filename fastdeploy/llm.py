@@ -121,7 +121,8 @@ class LLM:
         )
         self.config = config
         self.tokenizer = tokenizer
-        self.engine = Engine(scheduler, runner, runner.overlaps)
+        forkable = loaded.leader is None and runner.device.name == "cpu"
+        self.engine = Engine(scheduler, runner, runner.overlaps, forkable)
         self._leader = loaded.leader
         self.facts = {
             "device": runner.device.describe(),

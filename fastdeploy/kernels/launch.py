@@ -35,7 +35,7 @@ _DLPACK_DTYPES = {
     (2, 16): "float16", (2, 32): "float32", (2, 64): "float64",
     (4, 16): "bfloat16", (6, 8): "bool", (10, 8): "float8_e4m3fn", (12, 8): "float8_e5m2",
 }  # fmt: skip
-# DLPack's numbers of devices whose memory the host can read: itself, memory pinned for CUDA and ROCm, CUDA's managed one.
+# DLPack's numbers of devices whose memory the host can read: its own, pinned for CUDA and ROCm, managed by CUDA.
 _READABLE_BY_HOST = (1, 3, 11, 13)
 ITEM_SIZES = {name: bits // 8 for (_, bits), name in _DLPACK_DTYPES.items()}
 
@@ -271,7 +271,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constexprs: An
     ready: list[Any] = []
     try:
         for argument in arguments:
-            ready.append(view(argument) if hasattr(argument, "__dlpack__") else argument)  # noqa: PERF401 (see below)
+            ready.append(view(argument) if hasattr(argument, "__dlpack__") else argument)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{kernel.__name__}: argument {kernel.arg_names[len(ready)]!r}: {error}") from error

@@ -97,8 +97,10 @@ class CPULauncher:
 
 
 def _runtime_values(kind: Any, path: tuple[int, ...], name: str) -> Iterator[tuple[tuple[int, ...], str, str]]:
-    """(path, name, kind) of every value in an argument, tuples opened, that is no constant of the kernel. A tuple can be
-    a constant as a whole, whatever is in it."""
+    """(path, name, kind) of every value in an argument, tuples opened, that is no constant of the kernel.
+
+    A tuple can be a constant as a whole, whatever is in it.
+    """
     if isinstance(kind, tuple | list):
         for place, inner in enumerate(kind):
             yield from _runtime_values(inner, (*path, place), f"{name}[{place}]")

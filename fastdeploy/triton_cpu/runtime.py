@@ -183,6 +183,15 @@ def _compiled_pool() -> bytes:
 _making_the_pool = threading.Lock()
 
 
+def _forget_who_makes_the_pool() -> None:
+    """In a forked child: a thread that was making the pool is not there to end it."""
+    global _making_the_pool
+    _making_the_pool = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_who_makes_the_pool)
+
+
 def thread_pool() -> _ThreadPool:
     """The process's one pool, made when the first kernel runs."""
     with _making_the_pool:
