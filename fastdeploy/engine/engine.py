@@ -259,8 +259,8 @@ class Engine:
         if at_rest:
             self._lock.release()
         else:
-            self._lock = threading.RLock()  # nobody is here to release the other one
-        self._left_behind = not (at_rest and self._forkable)
+            self._lock, self._busy = threading.RLock(), None  # nobody is here to release the lock
+        self._left_behind |= not (at_rest and self._forkable)
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()

@@ -174,8 +174,10 @@ class Leader:
 
 
 def end_ranks(pipes: dict[int, Connection], processes: dict[int, subprocess.Popen], leader: int) -> None:
-    """Let all ranks end, and see to it that they do. leader: the process whose ranks they are; another one, which it has
-    forked, leaves them alone."""
+    """Let all ranks end, and see to it that they do.
+
+    leader: the process whose ranks they are; another one, which it has forked, leaves them alone.
+    """
     if os.getpid() != leader:
         return
     for pipe in pipes.values():
