@@ -23,7 +23,6 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
 import triton.language as tl
-from triton import knobs
 from triton.runtime import driver
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -280,7 +279,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constexprs: An
     found = _compiled.get(key)
     if found is None:
         _lend_scratch()
-        compiled = _launch_by_jit(kernel, grid, ready, constexprs)
+        compiled = kernel[grid](*ready, **constexprs)
         if compiled is not None:  # Triton's interpreter compiles nothing
             constants = [constexprs[name] for name in kernel.arg_names[len(ready) :]]
             _compiled[key] = (compiled, constants)
@@ -312,19 +311,6 @@ def _take_scratch(nbytes: int, alignment: int, stream: int | None) -> TensorView
         have = 0 if _scratch is None else _scratch.nbytes
         raise MemoryError(f"a kernel needs {nbytes} bytes of scratch memory, {have} were provided")
     return _scratch
-
-
-def _launch_by_jit(kernel: Any, grid: tuple[int, ...], arguments: list[Any], constexprs: dict[str, Any]) -> Any:
-    """Launch by way of Triton's JIT; returns the compiled kernel. OSError with the remedy if it can't be stored."""
-    try:
-        return kernel[grid](*arguments, **constexprs)
-    except OSError as error:
-        folder = knobs.cache.dir
-        if error.errno is None or not str(error.filename).startswith(folder):
-            raise
-        remedy = f"make {folder!r} writable, or set TRITON_CACHE_DIR to a folder that is"
-        message = f"a compiled kernel can't be stored ({error.strerror}): {remedy}"
-        raise OSError(error.errno, message, error.filename) from error
 
 
 _compiled: dict[tuple, tuple[Any, list[Any]]] = {}  # kernels and their constexprs, by all that distinguishes them

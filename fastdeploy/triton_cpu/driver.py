@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 from . import runtime
+from .cache import use_checked_cache
 
 
 class CPUUtils:
@@ -45,7 +46,9 @@ class CPULauncher:
             for place, (name, kind) in enumerate(source.signature.items())
             for leaf in _runtime_values(kind, (place,), str(name))
         ]
-        self.paths, self.names, kinds = zip(*leaves) if leaves else ((), (), ())
+        self.paths = [path for path, _, _ in leaves]
+        self.names = [name for _, name, _ in leaves]
+        kinds = [kind for _, _, kind in leaves]
         if any(kind.startswith("tensordesc") for kind in kinds):
             raise NotImplementedError(
                 f"kernel {metadata.name!r}: tensor descriptors made on the host are not supported on a CPU; "
@@ -141,6 +144,7 @@ class CPUDriver(DriverBase):
     launcher_cls = CPULauncher
 
     def __init__(self) -> None:
+        use_checked_cache()
         self.utils = CPUUtils()
 
     @classmethod
