@@ -55,11 +55,13 @@ class Loaded:
 def load(given: EngineConfig) -> Loaded:
     """Open the checkpoint, read its weights onto the device and allocate the KV cache."""
     # Imported here, because they take time to load, Paddle and Triton seconds: bad keywords shall not wait.
+    from fastdeploy.device.host import open_standard_streams
     from fastdeploy.engine.parallel import lead_ranks
     from fastdeploy.models import open_model
     from fastdeploy.models.sharding import check_divisible
     from fastdeploy.text.tokenizer import load_tokenizer
 
+    open_standard_streams()
     checkpoint = open_model(given.model, given.load_format, given.seed)
     check_divisible(checkpoint.config, given.tensor_parallel_size)
     config = given.resolved(*checkpoint.config.length_limit)
@@ -122,7 +124,8 @@ class LLM:
         )
         self.config = config
         self.tokenizer = tokenizer
-        self.engine = Engine(scheduler, runner, runner.overlaps)
+        forkable = loaded.leader is None and runner.device.name == "cpu"
+        self.engine = Engine(scheduler, runner, runner.overlaps, forkable)
         self._leader = loaded.leader
         self.facts = {
             "device": runner.device.describe(),

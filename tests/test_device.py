@@ -5,6 +5,8 @@ import itertools
 import mmap
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -245,6 +247,25 @@ def test_importing_paddle_leaves_the_root_logger_alone():
         "import fastdeploy.device.quiet_paddle; assert (root.level, root.handlers) == before, root.handlers"
     )
     assert done.returncode == 0, done.stderr
+
+
+STREAMLESS = """
+import os, sys, tempfile
+from pathlib import Path
+from tests.models.test_families import CASES, open_llm
+with tempfile.TemporaryDirectory() as folder, open_llm(Path(folder), CASES["llama"]) as llm:
+    assert len(llm.generate([3, 1, 4])) == 1
+    for name in ("stdout", "stderr"):
+        getattr(sys, name).write("to nobody")
+    assert open(os.devnull).fileno() > 2
+    os._exit(7)
+"""
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_an_llm_works_where_standard_streams_are_closed(closed):
+    done = subprocess.run(["sh", "-c", f'exec "{sys.executable}" -c "$0" {closed}', STREAMLESS], timeout=120)
+    assert done.returncode == 7
 
 
 def test_this_machine_has_free_memory_and_the_cache_gets_a_part_of_it(device):

@@ -21,6 +21,7 @@ from fastdeploy.device.driver import cuda_driver
 from fastdeploy.device.nvidia import NvidiaDevice
 from fastdeploy.device.quiet_paddle import compute_on_this_thread, paddle
 from fastdeploy.kernels.launch import forbid_early_launches
+from fastdeploy.triton_cpu.cache import use_checked_cache
 
 core: Any = paddle.base.core
 
@@ -40,6 +41,7 @@ class PaddleDriver(nvidia.CudaDriver):
     """
 
     def __init__(self, number: int) -> None:
+        use_checked_cache()
         self.utils = nvidia.CudaUtils()
         self.launcher_cls = nvidia.CudaLauncher
         self.get_current_stream = raw_stream

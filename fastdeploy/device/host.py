@@ -1,11 +1,13 @@
-"""Free memory of the host, and giving back what imports have touched of it."""
+"""The process on its host: free memory, giving back what it has touched of it, standard streams."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import mmap
+import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +51,23 @@ def release_pages_after(stage: str) -> None:
     """`release_library_pages`, once a process for each stage: what a later device or model touches is not worth looking
     through all mappings again."""
     release_library_pages()
+
+
+def open_standard_streams() -> None:
+    """Give a process whose standard streams are closed (`2>&-`) some that lead nowhere.
+
+    Else the next file that is opened gets the number of one, for libraries to write their messages into; and progress
+    bars fail for want of `sys.stderr`.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free: this one
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or stream.closed:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lives)
 
 
 def _shared_mappings(smaps: str) -> list[tuple[int, int, bool]]:

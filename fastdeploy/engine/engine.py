@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -64,11 +66,14 @@ class Engine:
 
     overlap: launch a step before the tokens of the one before it are read, where the scheduler can foresee it. Between
     two steps one is then in flight, unless there is nobody left to profit from it.
+    forkable: whether what the runner works with is there in a forked child, too: a GPU and other processes are not.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, overlap: bool = False) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner, overlap: bool = False, forkable: bool = True) -> None:
         self.scheduler = scheduler
         self.runner: Runner | None = runner  # None: closed
+        self._forkable = forkable
+        self._left_behind = False  # in a forked child: the parent's, and of no use here
         self._overlap = overlap
         self._flight: Flight | None = None  # of the scheduler's `pending` batch
         self._ended = 0.0  # when the latest step did
@@ -79,6 +84,7 @@ class Engine:
         self._left: deque[Request] = deque()
         self._busy: Call | None = None  # the one that computes a step or leaves
         self._intact = True  # False: what is above and in the scheduler is being changed, or a change was cut short
+        _engines.add(self)
 
     def run(self, requests: Sequence[Request], partial: bool = True) -> Generator[list[RequestOutput], None, None]:
         """Queue the requests; step by step, yield an output of each that is finished, until all are.
@@ -116,6 +122,8 @@ class Engine:
 
     def close(self) -> None:
         """Let go of the runner, and so of model and KV cache; calls under way and later ones raise RuntimeError."""
+        if self._left_behind:
+            return  # the parent's memory is not this process's to free
         with self._lock:
             flight, self._flight = self._flight, None
             self.runner = None
@@ -123,7 +131,13 @@ class Engine:
                 flight.wait()  # it computes in the memory that will be gone
 
     def check_open(self) -> Runner:
-        """The runner. Raises RuntimeError once the engine is closed."""
+        """The runner. Raises RuntimeError once the engine is closed, and in a forked child that can't have it."""
+        if self._left_behind:
+            raise RuntimeError(
+                "this LLM was made in the parent of this forked process and can't be used here: it was generating in "
+                "another thread at the time of the fork, or it has a GPU or other ranks. Make the LLM in the child, or "
+                'start processes with multiprocessing.get_context("spawn")'
+            )
         runner = self.runner
         if runner is None:
             raise RuntimeError("this LLM is closed and has given its memory back: make a new one to generate more")
@@ -238,6 +252,26 @@ class Engine:
                 self._note([request])
         self.scheduler.restart(self._calls)
         self._intact = True
+
+    def _after_fork(self) -> None:
+        """In a forked child, which has only the thread that forked: what another one was changing stays half done."""
+        at_rest = self._lock.acquire(blocking=False)
+        if at_rest:
+            self._lock.release()
+        else:
+            self._lock, self._busy = threading.RLock(), None  # nobody is here to release the lock
+        self._left_behind |= not (at_rest and self._forkable)
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for engine in list(_engines):
+        engine._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def outputs_of(requests: Iterable[Request]) -> list[RequestOutput]:

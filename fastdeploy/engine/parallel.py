@@ -74,7 +74,7 @@ class Leader:
         self._pipes: dict[int, Connection] = {}
         self.processes: dict[int, subprocess.Popen] = {}
         self.size = config.tensor_parallel_size
-        self._end = weakref.finalize(self, end_ranks, self._pipes, self.processes)
+        self._end = weakref.finalize(self, end_ranks, self._pipes, self.processes, os.getpid())
         self._start(config)
 
     def _start(self, config: ResolvedConfig) -> None:
@@ -173,8 +173,13 @@ class Leader:
         return causes[0]
 
 
-def end_ranks(pipes: dict[int, Connection], processes: dict[int, subprocess.Popen]) -> None:
-    """Let all ranks end, and see to it that they do."""
+def end_ranks(pipes: dict[int, Connection], processes: dict[int, subprocess.Popen], leader: int) -> None:
+    """Let all ranks end, and see to it that they do.
+
+    leader: the process whose ranks they are; another one, which it has forked, leaves them alone.
+    """
+    if os.getpid() != leader:
+        return
     for pipe in pipes.values():
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(pipe.fileno())) as end:
             end.shutdown(socket.SHUT_RDWR)  # they take it for the end, even where a forked child has the pipe, too

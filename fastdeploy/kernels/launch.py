@@ -23,7 +23,6 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
 import triton.language as tl
-from triton import knobs
 from triton.runtime import driver
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -35,6 +34,8 @@ _DLPACK_DTYPES = {
     (2, 16): "float16", (2, 32): "float32", (2, 64): "float64",
     (4, 16): "bfloat16", (6, 8): "bool", (10, 8): "float8_e4m3fn", (12, 8): "float8_e5m2",
 }  # fmt: skip
+# DLPack's numbers of devices whose memory the host can read: its own, pinned for CUDA and ROCm, managed by CUDA.
+_READABLE_BY_HOST = (1, 3, 11, 13)
 ITEM_SIZES = {name: bits // 8 for (_, bits), name in _DLPACK_DTYPES.items()}
 
 
@@ -114,7 +115,8 @@ def view(tensor: Any, dtype: str | None = None) -> TensorView:
     """A view of any DLPack producer's tensor, which it keeps alive; a `TensorView` is returned as it is.
 
     `dtype` says what the bits mean where the producer has no name for it: view(array_of_uint16, "bfloat16").
-    TypeError for what is no tensor; ValueError where `dtype` has another size than the elements.
+    TypeError for what is no tensor; ValueError where `dtype` has another size than the elements, and for memory that
+    kernels can't read: another device's on a CPU, or none at all.
     """
     if isinstance(tensor, TensorView):
         found = tensor
@@ -144,6 +146,13 @@ def _read_capsule(capsule: Any) -> TensorView:
         raise TypeError(f"no kernel takes DLPack type code {described.code} of {described.bits} bits")
     shape = tuple(described.shape[: described.ndim])
     strides = tuple(described.strides[: described.ndim]) if described.strides else _contiguous_strides(shape)
+    if not described.data and 0 not in shape:
+        raise ValueError(f"a tensor of shape {shape} has elements and no memory, as tensors on a meta device have")
+    if described.device_type not in _READABLE_BY_HOST and target().is_cpu:
+        raise ValueError(
+            f"a tensor on device {described.device_id} of DLPack's type {described.device_type} is not in the host's "
+            "memory, where kernels on a CPU need it"
+        )
     pointer = (described.data or 0) + described.byte_offset
     return TensorView(pointer, dtype, shape, strides, owner=capsule)  # an unconsumed capsule owns its tensor
 
@@ -254,16 +263,23 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constexprs: An
     """Run `kernel` on every program of `grid`; nothing happens where the grid is empty.
 
     Arguments are `TensorView`s, DLPack tensors, numbers or None. A kernel's constexprs come after its arguments.
+    TypeError or ValueError that names the argument, for a tensor of which there can be no `view`.
     """
     if 0 in grid:
         return
-    ready = [view(argument) if hasattr(argument, "__dlpack__") else argument for argument in arguments]
+    ready: list[Any] = []
+    try:
+        for argument in arguments:
+            ready.append(view(argument) if hasattr(argument, "__dlpack__") else argument)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{kernel.__name__}: argument {kernel.arg_names[len(ready)]!r}: {error}") from error
     variant = _cpu_variant if target().is_cpu else _gpu_variant
     key = (kernel, *map(variant, ready), *constexprs.items())
     found = _compiled.get(key)
     if found is None:
         _lend_scratch()
-        compiled = _launch_by_jit(kernel, grid, ready, constexprs)
+        compiled = kernel[grid](*ready, **constexprs)
         if compiled is not None:  # Triton's interpreter compiles nothing
             constants = [constexprs[name] for name in kernel.arg_names[len(ready) :]]
             _compiled[key] = (compiled, constants)
@@ -295,19 +311,6 @@ def _take_scratch(nbytes: int, alignment: int, stream: int | None) -> TensorView
         have = 0 if _scratch is None else _scratch.nbytes
         raise MemoryError(f"a kernel needs {nbytes} bytes of scratch memory, {have} were provided")
     return _scratch
-
-
-def _launch_by_jit(kernel: Any, grid: tuple[int, ...], arguments: list[Any], constexprs: dict[str, Any]) -> Any:
-    """Launch by way of Triton's JIT; returns the compiled kernel. OSError with the remedy if it can't be stored."""
-    try:
-        return kernel[grid](*arguments, **constexprs)
-    except OSError as error:
-        folder = knobs.cache.dir
-        if error.errno is None or not str(error.filename).startswith(folder):
-            raise
-        remedy = f"make {folder!r} writable, or set TRITON_CACHE_DIR to a folder that is"
-        message = f"a compiled kernel can't be stored ({error.strerror}): {remedy}"
-        raise OSError(error.errno, message, error.filename) from error
 
 
 _compiled: dict[tuple, tuple[Any, list[Any]]] = {}  # kernels and their constexprs, by all that distinguishes them

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import operator
 import os
 import struct
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 from . import runtime
+from .cache import use_checked_cache
 
 
 class CPUUtils:
@@ -38,31 +41,43 @@ class CPULauncher:
     """Packs a kernel's arguments into its C struct and hands it to the thread pool. One per compiled kernel."""
 
     def __init__(self, source: Any, metadata: Any):
-        kinds = list(_flat(list(source.signature.values())))
-        if any(str(kind).startswith("tensordesc") for kind in kinds):
+        leaves = [
+            leaf
+            for place, (name, kind) in enumerate(source.signature.items())
+            for leaf in _runtime_values(kind, (place,), str(name))
+        ]
+        self.paths = [path for path, _, _ in leaves]
+        self.names = [name for _, name, _ in leaves]
+        kinds = [kind for _, _, kind in leaves]
+        if any(kind.startswith("tensordesc") for kind in kinds):
             raise NotImplementedError(
                 f"kernel {metadata.name!r}: tensor descriptors made on the host are not supported on a CPU; "
                 "use tl.make_tensor_descriptor in the kernel"
             )
-        self.positions = [i for i, kind in enumerate(kinds) if kind != "constexpr"]
         codes = [  # TTIR's integers have no sign, Python's do
-            code.upper() if code in "bhiq" and str(kinds[i]).startswith("u") else code
-            for i, code in zip(self.positions, metadata.argument_format[1:], strict=True)
+            code.upper() if code in "bhiq" and kind.startswith("u") else code
+            for code, kind in zip(metadata.argument_format[1:], kinds, strict=True)
         ]
+        self.kernel = metadata.name
         self.format = struct.Struct("@" + "".join(codes))
-        self.nested = any(isinstance(kind, tuple) for kind in source.signature.values())
-        self.is_pointer = [code == "P" for code in metadata.argument_format[1:]]
+        self.nested = any(len(path) > 1 for path in self.paths)
+        self.positions = [number if self.nested else path[0] for number, path in enumerate(self.paths)]
+        self.is_pointer = [code == "P" for code in codes]
 
     def pack(self, arguments: Any) -> bytes:
-        """The bytes of the C struct that the kernel reads its arguments from."""
+        """The bytes of the C struct that the kernel reads its arguments from. ValueError for memory it can't read."""
         if self.nested:
-            arguments = list(_flat(arguments))
-        return self.format.pack(
-            *[
-                _pointer(arguments[i]) if pointer else arguments[i]
-                for i, pointer in zip(self.positions, self.is_pointer)
-            ]
-        )
+            arguments = [functools.reduce(operator.getitem, path, arguments) for path in self.paths]
+        try:
+            return self.format.pack(
+                *[
+                    _pointer(arguments[i]) if pointer else arguments[i]
+                    for i, pointer in zip(self.positions, self.is_pointer)
+                ]
+            )
+        except _Unreadable as error:
+            name = next(name for name, i in zip(self.names, self.positions) if arguments[i] is error.tensor)
+            raise ValueError(f"kernel {self.kernel!r}: argument {name!r} {error}") from None
 
     def __call__(
         self,
@@ -84,24 +99,52 @@ class CPULauncher:
             exit_hook(launch_metadata)
 
 
-def _flat(items: Any) -> Iterator[Any]:
-    for item in items:
-        if isinstance(item, (tuple, list)):
-            yield from _flat(item)
-        else:
-            yield item
+def _runtime_values(kind: Any, path: tuple[int, ...], name: str) -> Iterator[tuple[tuple[int, ...], str, str]]:
+    """(path, name, kind) of every value in an argument, tuples opened, that is no constant of the kernel.
+
+    A tuple can be a constant as a whole, whatever is in it.
+    """
+    if isinstance(kind, tuple | list):
+        for place, inner in enumerate(kind):
+            yield from _runtime_values(inner, (*path, place), f"{name}[{place}]")
+    elif kind != "constexpr":
+        yield path, name, str(kind)
+
+
+class _Unreadable(Exception):
+    """A tensor whose memory is not this process's to read: an access would end the process."""
+
+    def __init__(self, tensor: Any, reason: str) -> None:
+        super().__init__(reason)
+        self.tensor = tensor
 
 
 def _pointer(argument: Any) -> int:
     if argument is None:
         return 0
-    return argument if isinstance(argument, int) else argument.data_ptr()
+    if isinstance(argument, int):
+        return argument
+    device = getattr(argument, "device", None)  # of PyTorch, Paddle and the like; a `TensorView` has none
+    if device and not _is_host(str(device)):
+        raise _Unreadable(argument, f"is on device {str(device)!r}; kernels on a CPU need it in the host's memory")
+    address = argument.data_ptr()
+    if not address and 0 not in tuple(getattr(argument, "shape", ())):
+        raise _Unreadable(
+            argument, "has elements and no memory (its data_ptr() is 0), as tensors on a meta device have"
+        )
+    return address
+
+
+@functools.lru_cache(64)
+def _is_host(device: str) -> bool:
+    return "cpu" in device.lower()
 
 
 class CPUDriver(DriverBase):
     launcher_cls = CPULauncher
 
     def __init__(self) -> None:
+        use_checked_cache()
         self.utils = CPUUtils()
 
     @classmethod

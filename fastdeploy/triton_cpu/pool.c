@@ -9,8 +9,11 @@
  *                                                           of every grid, it finds what it wrote in its own cache
  *
  * A worker may be put to sleep by the system anywhere and wake up much later. So every execution of a plan has a number
- * of its own, its generation, and the words `claimed` and `done` hold (generation << 32 | count). A worker from an old
+ * of its own, its generation, and the words `claimed` and `done` hold (generation << 16 | count). A worker from an old
  * generation sees a newer one there and claims nothing; the first thread of a new one starts the count again.
+ *
+ * Both numbers fit. 2^48 generations last for nine years at one in a microsecond. A launch has at most twice as many
+ * chunks as it is meant to have, 16 for each of 1024 threads: 2^15.
  */
 #define _GNU_SOURCE
 #include <linux/futex.h>
@@ -29,27 +32,32 @@ struct share {
   _Alignas(64) _Atomic uint64_t claimed; /* chunks; alone in its cache line, which its thread writes most */
 };
 
+/* Atomic is what `fill` writes, for a worker of an old generation may be reading it. One cache line. */
 struct launch {
-  programs run;
-  const void *arguments;
-  int grid[3];
-  uint32_t chunk, chunks, shares; /* programs in a chunk, number of chunks, number of shares */
+  _Alignas(64) _Atomic(programs) run;
+  _Atomic(const void *) arguments;
+  _Atomic int grid[3];
+  _Atomic uint32_t chunks; /* their number */
+  _Atomic int64_t chunk;   /* programs in each */
   struct share *share;
+  uint32_t shares;
   _Atomic uint64_t done; /* chunks */
 };
 
 struct plan {
   int64_t count;
-  _Atomic uint32_t generation;
+  _Atomic uint64_t generation;
   struct launch *launches;
 };
 
 enum { SPINS_BEFORE_SLEEP = 4000, SPINS_BEFORE_YIELD = 2000, CHUNKS_PER_THREAD = 16, STACK_BYTES = 16 << 20 };
+enum { MOST_THREADS = 1024, COUNT_BITS = 16, MOST = (1 << COUNT_BITS) - 1 /* that a count may be */ };
+_Static_assert(2 * CHUNKS_PER_THREAD * MOST_THREADS < MOST, "MOST stands for a launch that is closed");
 
 static pthread_mutex_t one_caller = PTHREAD_MUTEX_INITIALIZER;
 static _Atomic(struct plan *) current;
 static _Atomic uint32_t calls, sleepers;
-static uint32_t generations;
+static uint64_t generations;
 static int threads = 1;
 
 static inline void pause_briefly(void) {
@@ -58,26 +66,26 @@ static inline void pause_briefly(void) {
 #endif
 }
 
-static inline int newer(uint64_t word, uint32_t generation) { return (int32_t)((uint32_t)(word >> 32) - generation) > 0; }
+static inline uint64_t generation_of(uint64_t word) { return word >> COUNT_BITS; }
 
 /* Adds to a word, which counts from 0 if it is of an older generation. Returns the old count, or `limit` and adds
  * nothing if the count has reached `limit` or the word is of a newer generation. */
-static uint32_t count_up(_Atomic uint64_t *word, uint32_t generation, uint32_t by, uint32_t limit) {
-  uint64_t seen = atomic_load(word), start = (uint64_t)generation << 32;
+static uint32_t count_up(_Atomic uint64_t *word, uint64_t generation, uint32_t by, uint32_t limit) {
+  uint64_t seen = atomic_load(word), start = generation << COUNT_BITS;
   for (;;) {
-    uint64_t from = (uint32_t)(seen >> 32) == generation ? seen : start;
-    if (newer(seen, generation) || (uint32_t)from >= limit) return limit;
-    if (atomic_compare_exchange_weak(word, &seen, from + by)) return (uint32_t)from;
+    uint64_t from = seen < start ? start : seen;
+    if (generation_of(from) > generation || (from & MOST) >= limit) return limit;
+    if (atomic_compare_exchange_weak(word, &seen, from + by)) return from & MOST;
   }
 }
 
-static int finished(struct launch *launch, uint32_t generation) {
+static int finished(struct launch *launch, uint64_t generation) {
   uint64_t word = atomic_load(&launch->done);
-  return newer(word, generation) || ((uint32_t)(word >> 32) == generation && (uint32_t)word == launch->chunks);
+  return generation_of(word) > generation || word == (generation << COUNT_BITS | launch->chunks);
 }
 
 /* Runs chunks of one share until none are left; returns how many. */
-static uint32_t work(struct launch *launch, uint32_t generation, uint32_t number) {
+static uint32_t work(struct launch *launch, uint64_t generation, uint32_t number) {
   for (uint32_t ran = 0;; ran++) {
     /* Fields first, claim second: a claim that succeeds proves that they belonged to this generation. */
     programs run = launch->run;
@@ -92,12 +100,12 @@ static uint32_t work(struct launch *launch, uint32_t generation, uint32_t number
   }
 }
 
-static void walk(struct plan *plan, uint32_t generation, uint32_t thread) {
+static void walk(struct plan *plan, uint64_t generation, uint32_t thread) {
   for (int64_t i = 0; i < plan->count; i++) {
     struct launch *launch = &plan->launches[i];
     uint32_t ran = 0;
     for (uint32_t k = 0; k < launch->shares; k++) ran += work(launch, generation, (thread + k) % launch->shares);
-    if (ran) count_up(&launch->done, generation, ran, UINT32_MAX);
+    if (ran) count_up(&launch->done, generation, ran, MOST);
     for (int spins = 0; !finished(launch, generation);) {
       pause_briefly();
       if (++spins > SPINS_BEFORE_YIELD) sched_yield(), spins = 0;
@@ -148,7 +156,7 @@ int fd_start(int wanted, int pinned) {
   cpu_set_t allowed;
   pinned = pinned && !sched_getaffinity(0, sizeof allowed, &allowed);
   int callers_core = sched_getcpu();
-  for (; threads < wanted; threads++) {
+  for (; threads < wanted && threads < MOST_THREADS; threads++) {
     pthread_t thread;
     if (pinned) pin(&attributes, threads, &allowed, callers_core);
     if (pthread_create(&thread, &attributes, worker, (void *)(uintptr_t)threads)) break;
@@ -157,22 +165,23 @@ int fd_start(int wanted, int pinned) {
   return threads;
 }
 
+/* Whoever sees what is written here also sees what was written before, by which a launch is closed to them. */
+#define release(field, value) atomic_store_explicit(&(field), value, memory_order_release)
+
 static void fill(struct launch *launch, programs run, const void *arguments, const int *grid) {
   long total = (long)grid[0] * grid[1] * grid[2];
   long chunk = threads > 1 ? total / ((long)threads * CHUNKS_PER_THREAD) : total;
-  launch->run = run;
-  launch->arguments = arguments;
-  for (int i = 0; i < 3; i++) launch->grid[i] = grid[i];
-  launch->chunk = chunk < 1 ? 1 : chunk > INT32_MAX ? INT32_MAX : (uint32_t)chunk;
-  launch->chunks = (uint32_t)((total + launch->chunk - 1) / launch->chunk);
+  if (chunk < 1) chunk = 1;
+  release(launch->run, run);
+  release(launch->arguments, arguments);
+  for (int i = 0; i < 3; i++) release(launch->grid[i], grid[i]);
+  release(launch->chunk, chunk);
+  release(launch->chunks, (uint32_t)((total + chunk - 1) / chunk));
 }
 
-static struct share *new_shares(int64_t launches) {
-  size_t bytes = (size_t)launches * threads * sizeof(struct share);
-  return memset(aligned_alloc(_Alignof(struct share), bytes), 0, bytes);
-}
+static void *zeros(size_t bytes) { return memset(aligned_alloc(64, bytes), 0, bytes); }
 
-static void execute(struct plan *plan, uint32_t generation) {
+static void execute(struct plan *plan, uint64_t generation) {
   atomic_store(&plan->generation, generation);
   if (threads > 1) {
     atomic_store(&current, plan);
@@ -192,12 +201,12 @@ void fd_launch(programs run, const void *arguments, int x, int y, int z) {
     return;
   }
   pthread_mutex_lock(&one_caller);
-  uint32_t generation = ++generations;
-  if (!launch.share) launch.share = new_shares(1), launch.shares = threads;
+  uint64_t generation = ++generations;
+  if (!launch.share) launch.share = zeros(threads * sizeof *launch.share), launch.shares = threads;
   for (uint32_t k = 0; k < launch.shares; k++)
-    atomic_store(&launch.share[k].claimed, (uint64_t)generation << 32 | UINT32_MAX);
+    atomic_store(&launch.share[k].claimed, generation << COUNT_BITS | MOST);
   fill(&launch, run, arguments, grid);
-  for (uint32_t k = 0; k < launch.shares; k++) atomic_store(&launch.share[k].claimed, (uint64_t)generation << 32);
+  for (uint32_t k = 0; k < launch.shares; k++) atomic_store(&launch.share[k].claimed, generation << COUNT_BITS);
   execute(&plan, generation);
   pthread_mutex_unlock(&one_caller);
 }
@@ -210,13 +219,14 @@ struct recorded {
 
 struct plan *fd_plan_new(const struct recorded *list, int64_t count) {
   struct plan *plan = calloc(1, sizeof *plan);
-  plan->launches = calloc(count ? count : 1, sizeof *plan->launches);
+  plan->launches = zeros(count * sizeof *plan->launches);
   plan->count = count;
-  struct share *shares = new_shares(count);
+  struct share *shares = zeros(count * threads * sizeof *shares);
   for (int64_t i = 0; i < count; i++) {
     struct launch *launch = &plan->launches[i];
     fill(launch, list[i].run, list[i].arguments, list[i].grid);
-    launch->share = shares + i * threads, launch->shares = threads;
+    launch->share = shares + i * threads;
+    launch->shares = threads;
   }
   return plan;
 }

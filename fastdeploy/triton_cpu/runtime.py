@@ -172,15 +172,28 @@ def _compiled_pool() -> bytes:
     """pool.c as a shared object, from Triton's cache where it has been compiled before."""
     from triton.runtime.cache import get_cache_manager
 
+    from .cache import use_checked_cache
+
+    use_checked_cache()
     source = (Path(__file__).parent / "pool.c").read_text()
     cache = get_cache_manager(hashlib.sha256((source + toolchain().fingerprint()).encode()).hexdigest())
-    found = cache.get_file("pool.so")
+    found = cache.get_group("pool")
     if found is None:
-        found = cache.put(toolchain().compile(source, "-O2"), "pool.so")
-    return Path(found).read_bytes()
+        found = {"pool.so": cache.put(toolchain().compile(source, "-O2"), "pool.so")}
+        cache.put_group("pool", found)
+    return Path(found["pool.so"]).read_bytes()
 
 
 _making_the_pool = threading.Lock()
+
+
+def _forget_who_makes_the_pool() -> None:
+    """In a forked child: a thread that was making the pool is not there to end it."""
+    global _making_the_pool
+    _making_the_pool = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_who_makes_the_pool)
 
 
 def thread_pool() -> _ThreadPool:
@@ -196,7 +209,25 @@ def _the_pool() -> _ThreadPool:
 
 def load_library(code: bytes) -> ctypes.CDLL:
     """Maps a shared object given as bytes. It stays loaded: recorded plans point into it."""
-    with tempfile.NamedTemporaryFile(suffix=".so", prefix="fastdeploy-") as file:
-        file.write(code)
-        file.flush()
-        return ctypes.CDLL(file.name)
+    try:
+        with tempfile.NamedTemporaryFile(suffix=".so", prefix="fastdeploy-") as file:
+            file.write(code)
+            file.flush()
+            return ctypes.CDLL(file.name)
+    except OSError as error:  # the folder for temporary files is full, can't be written to, or is mounted noexec
+        return _load_from_memory(code, error)
+
+
+def _load_from_memory(code: bytes, reason: OSError) -> ctypes.CDLL:
+    """The same from a file that has no folder. It stays open, as to the loader its number is the library's name."""
+    try:
+        number = os.memfd_create("fastdeploy-kernel")
+        with open(number, "wb", closefd=False) as file:
+            file.write(code)
+        return ctypes.CDLL(f"/proc/self/fd/{number}")
+    except OSError as error:
+        message = (
+            f"a compiled kernel can't be loaded, neither by way of a temporary file ({reason}) nor from memory "
+            f"({error}): set TMPDIR to a folder that has room and is not mounted noexec"
+        )
+        raise OSError(error.errno, message) from error

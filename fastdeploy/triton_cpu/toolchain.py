@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import os
@@ -10,6 +11,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,16 +70,34 @@ class Toolchain:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def compile(self, source: str, *flags: str) -> bytes:
-        """C text -> the bytes of a shared object."""
-        with tempfile.TemporaryDirectory(prefix="fastdeploy-") as folder:
+        """C text -> the bytes of a shared object. OSError with the remedy where there is no room for it."""
+        with _workspace() as folder:
             code, library = Path(folder, "kernel.c"), Path(folder, "kernel.so")
             code.write_text(source)
             command = [*self.compiler, *(flags or self.flags), "-shared", "-fPIC"]
             command += ["-o", str(library), str(code), "-lm", "-pthread"]
-            done = subprocess.run(command, capture_output=True, text=True)
+            environment = os.environ | {"TMPDIR": folder, "LC_ALL": "C"}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if done.returncode and os.strerror(errno.ENOSPC) in done.stderr:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[:4000]}")
             return library.read_bytes()
+
+
+@contextmanager
+def _workspace() -> Iterator[str]:
+    """A folder of temporary files."""
+    parent = ""
+    try:
+        parent = tempfile.gettempdir()
+        with tempfile.TemporaryDirectory(prefix="fastdeploy-") as folder:
+            yield folder
+    except OSError as error:
+        if error.filename and not str(error.filename).startswith(parent):
+            raise
+        message = f"a kernel can't be compiled ({error.strerror}): set TMPDIR to a folder that has room"
+        raise OSError(error.errno, message, error.filename or parent or None) from error
 
 
 @functools.lru_cache(None)

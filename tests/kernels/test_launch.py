@@ -7,6 +7,7 @@ import pytest
 import triton
 import triton.language as tl
 
+from fastdeploy.kernels import launch as launch_module
 from fastdeploy.kernels.launch import TensorView, launch, target, view
 from tests.triton_cpu.arrays import run_python
 
@@ -135,6 +136,46 @@ def test_view_of_a_paddle_slice():
     tensor = paddle.zeros([6, 8], dtype="bfloat16")
     seen = view(tensor[2:5])
     assert (seen.pointer, seen.dtype, seen.strides) == (tensor.data_ptr() + 2 * 8 * 2, "bfloat16", (8, 1))
+
+
+class Exported:
+    """A DLPack producer that says of an array's memory that it is another device's, or not there."""
+
+    def __init__(self, device_type, data):
+        self.array = np.zeros((2, 3), np.float32)
+        self.device_type, self.data = device_type, data
+
+    def __dlpack__(self):
+        capsule = self.array.__dlpack__()
+        described = launch_module._DLTensor.from_address(launch_module._capsule_pointer(capsule, b"dltensor"))
+        described.device_type = self.device_type
+        described.data = described.data if self.data is None else self.data
+        return capsule
+
+
+@pytest.mark.parametrize(
+    ("device_type", "data", "said"),
+    [(2, 1 << 44, "type 2"), (10, None, "type 10"), (1, 0, "has elements and no memory"), (2, 0, "no memory")],
+)
+def test_a_tensor_that_the_cpu_cannot_read_is_refused_and_a_launch_names_the_argument(device_type, data, said):
+    exported = Exported(device_type, data)
+    with pytest.raises(ValueError, match=said):
+        view(exported)
+    with pytest.raises(ValueError, match=rf"_double_kernel: argument 'x': .*{said}"):
+        doubled(np.zeros(6, np.float32), exported, 6)
+
+
+@pytest.mark.parametrize("device_type", [3, 11, 13])
+def test_memory_of_a_gpu_that_the_host_can_read_is_taken(device_type):
+    out, exported = np.zeros((2, 3), np.float32), Exported(device_type, None)
+    exported.array[:] = 4
+    doubled(out, exported, 6)
+    assert (out == 8).all()
+
+
+def test_a_launch_names_the_argument_that_no_kernel_takes():
+    with pytest.raises(TypeError, match=r"_double_kernel: argument 'x': no kernel takes"):
+        doubled(np.zeros(2, np.float32), np.zeros(2, np.complex64), 2)
 
 
 def test_an_empty_grid_launches_nothing():

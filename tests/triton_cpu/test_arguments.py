@@ -1,8 +1,11 @@
 """What a kernel may be called with, and that Triton's random numbers are Triton's."""
 
 import numpy as np
+import pytest
 import triton
 import triton.language as tl
+
+from fastdeploy.triton_cpu.runtime import record
 
 from .arrays import Tensor, empty, rounded
 
@@ -60,6 +63,67 @@ def test_tuples(rng):
     tuple_kernel[(1,)]((Tensor(x), Tensor(y), out), (10, (12, 3)), 0.5, 16)
     i = np.arange(16)
     np.testing.assert_allclose(out.stored, np.where(i < 10, x, 0) * 0.5 + np.where(i < 12, y, 0) * 3, rtol=1e-6)
+
+
+@triton.jit
+def mixed_kernel(shape: tl.constexpr, tensors, pair, N: tl.constexpr, scale):
+    """Constants before, within and after what the kernel is given when it runs."""
+    i = tl.arange(0, N)
+    x = tl.load(tensors[0] + i)
+    if tensors[1] is not None:
+        x += tl.load(tensors[1] + i)
+    tl.store(tensors[2][0] + i, x * scale + pair[1] * shape[0] + pair[0] * shape[1][0])
+
+
+@pytest.mark.parametrize("shape", [(5, (7,)), (5, (7, (8, 9)), None, ())])
+@pytest.mark.parametrize("second", ["constant", "number", "one"])
+@pytest.mark.parametrize("absent", [True, False])
+def test_constants_anywhere_in_tuples_do_not_shift_what_is_not_constant(rng, shape, second, absent):
+    x, y = rng.standard_normal((2, 16), dtype=np.float32)
+    out, value = empty(16), {"constant": 3, "number": 3, "one": 1}[second]
+    tensors = (Tensor(x), None if absent else Tensor(y), (out, ()))
+    mixed_kernel[(1,)](shape, tensors, (4, tl.constexpr(value) if second == "constant" else value), 16, 2.0)
+    np.testing.assert_allclose(out.stored, (x if absent else x + y) * 2 + value * 5 + 4 * 7, rtol=1e-5, atol=1e-5)
+
+
+class Elsewhere(Tensor):
+    """A tensor as PyTorch has them on other devices."""
+
+    def __init__(self, device, address, shape=(1,)):
+        super().__init__(np.zeros(shape, np.float32))
+        self.device, self.shape, self.address = device, shape, address
+
+    def data_ptr(self):
+        return super().data_ptr() if self.address is None else self.address
+
+
+@triton.jit
+def copy_kernel(out_ptr, inputs, n, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out_ptr + i, tl.load(inputs[0] + i, i < n, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("device", "address", "said"),
+    [("meta", 0, "'meta'"), ("cuda:0", 1 << 44, "'cuda:0'"), ("cpu", 0, "no memory"), (None, 0, "no memory")],
+)
+def test_memory_that_a_cpu_cannot_read_is_an_error_that_names_the_argument(device, address, said):
+    out, elsewhere = empty(4), Elsewhere(device, address)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"'copy_kernel': argument 'inputs\[0\]' .*{said}"):
+            copy_kernel[(1,)](out, (elsewhere,), 1, 4)
+        with pytest.raises(ValueError, match=rf"argument 'out_ptr' .*{said}"), record():
+            copy_kernel[(1,)](elsewhere, (out,), 1, 4)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0", "Place(cpu)", None])
+def test_tensors_in_the_hosts_memory_and_those_without_elements_are_taken(device):
+    out, full = empty(4), Elsewhere(device, None, (4,))
+    full.stored[:] = 5
+    copy_kernel[(1,)](out, (full,), 4, 4)
+    np.testing.assert_array_equal(out.stored, 5)
+    copy_kernel[(1,)](out, (Elsewhere(device, 0, (0, 3)),), 0, 4)
+    np.testing.assert_array_equal(out.stored, 0)
 
 
 def _philox(seed, offset, rounds=10):

@@ -1,8 +1,13 @@
 """The thread pool: every program of every launch runs exactly once, whatever the number of threads."""
 
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
+
+from fastdeploy.triton_cpu import runtime
+from fastdeploy.triton_cpu.toolchain import toolchain
 
 from .arrays import run_python
 
@@ -46,6 +51,30 @@ def test_every_program_runs_once(threads):
     done = run_python(STRESS.replace("ROUNDS", "3000" if threads < 8 else "1000"), FASTDEPLOY_NUM_THREADS=str(threads))
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(threads)]
+
+
+@pytest.mark.parametrize("sanitizer", [(), ("-fsanitize=thread", "-g")], ids=["plain", "thread-sanitizer"])
+def test_a_plan_runs_all_programs_however_long_it_was_left_alone_and_no_field_is_raced_for(tmp_path, sanitizer):
+    pool, driver = Path(runtime.__file__).with_name("pool.c"), Path(__file__).with_name("pool_driver.c")
+    program = tmp_path / "driver"
+    command = [
+        *toolchain().compiler,
+        "-O1",
+        *sanitizer,
+        f'-DPOOL="{pool}"',
+        str(driver),
+        "-o",
+        str(program),
+        "-pthread",
+    ]
+    compiled = subprocess.run(command, capture_output=True, text=True)
+    if sanitizer and compiled.returncode:
+        pytest.skip("the compiler has no ThreadSanitizer")
+    assert compiled.returncode == 0, compiled.stderr
+    done = subprocess.run([program], capture_output=True, text=True, timeout=120)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("ThreadSanitizer can't run on this kernel")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 FORK = """
