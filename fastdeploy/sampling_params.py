@@ -294,15 +294,28 @@ def sampling_defaults(generation_config: Mapping[str, object]) -> SamplingParams
 def banned_sequences(params: SamplingParams, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
     """The token sequences that bad_words and bad_words_token_ids forbid, each once.
 
-    A word is forbidden as it is and with a space before it, which is another token. Spelled with other tokens than the
-    tokenizer's own it still may occur.
+    A word is forbidden as it is, whitespace too, and with a space before it, which is another token, unless it has one.
+    Spelled with other tokens than the tokenizer's own it still may occur.
     """
 
     def sequences() -> Iterator[tuple[int, ...]]:
         for token_id in params.bad_words_token_ids or ():
             yield (token_id,)
         for word in params.bad_words or ():
-            yield tuple(tokenizer.encode(word))
-            yield tuple(tokenizer.encode(f" {word.lstrip()}"))
+            yield _within_text(word, tokenizer)
+            if word[0] != " " or word.isspace():
+                yield _within_text(f" {word}", tokenizer)
 
     return [ids for ids in dict.fromkeys(sequences()) if ids]
+
+
+ANCHORS = ("\n", ".", "0", "中", "a")  # texts that hardly ever share a token with what follows them
+
+
+def _within_text(words: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens of `words` after other text: at a text's beginning SentencePiece adds a space, or removes one."""
+    for anchor in ANCHORS:
+        before, together = (tuple(tokenizer.encode(text)) for text in (anchor, anchor + words))
+        if before and together[: len(before)] == before:
+            return together[len(before) :]
+    return tuple(tokenizer.encode(words))

@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from fastdeploy import SamplingParams
 from fastdeploy.sampling_params import NEUTRAL, banned_sequences, sampling_defaults
@@ -288,6 +288,52 @@ def test_bad_words_are_banned_as_they_are_and_after_a_space(tokenizer: Tokenizer
     banned = banned_sequences(SamplingParams(bad_words=["he", "hex"]), tokenizer)
     spelled = [[tokenizer.token(token_id) for token_id in sequence] for sequence in banned]
     assert spelled == [["he"], ["Ġhe"], ["he", "x"], ["Ġhe", "x"]]
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("\n", [["Ċ"], ["Ġ", "Ċ"]]),
+        ("\n\n", [["Ċ", "Ċ"], ["Ġ", "Ċ", "Ċ"]]),
+        ("\t", [["ĉ"], ["Ġ", "ĉ"]]),
+        (" ", [["Ġ"], ["Ġ", "Ġ"]]),
+        (" he", [["Ġhe"]]),
+        ("\nhe", [["Ċ", "he"], ["Ġ", "Ċ", "he"]]),
+    ],
+)
+def test_whitespace_is_a_word_and_part_of_one(tokenizer: Tokenizer, word: str, expected: list[list[str]]) -> None:
+    banned = banned_sequences(SamplingParams(bad_words=[word]), tokenizer)
+    assert [[tokenizer.token(token_id) for token_id in sequence] for sequence in banned] == expected
+
+
+@pytest.fixture(scope="module")
+def llama() -> Tokenizer:
+    """As Llama 2's: a space is put before every text, what has no token is spelled in bytes."""
+    tokens = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "h", "e", "a", "he", "▁he", "▁a"]
+    merges = [("h", "e"), ("▁", "he"), ("▁", "a")]
+    backend = tokenizers.Tokenizer(
+        models.BPE({t: i for i, t in enumerate(tokens)}, merges, byte_fallback=True, unk_token="<unk>")
+    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.add_special_tokens(["</s>"])
+    return Tokenizer(backend)
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("he", [["he"], ["▁he"]]),
+        ("\n", [["<0x0A>"], ["▁", "<0x0A>"]]),
+        (" ", [["▁"], ["▁", "▁"]]),
+        ("he a", [["he", "▁a"], ["▁he", "▁a"]]),
+        ("</s>", [["</s>"], ["▁", "</s>"]]),
+    ],
+)
+def test_a_space_that_the_tokenizer_puts_before_a_text_is_no_part_of_the_word(
+    llama: Tokenizer, word: str, expected: list[list[str]]
+) -> None:
+    banned = banned_sequences(SamplingParams(bad_words=[word]), llama)
+    assert [[llama.token(token_id) for token_id in sequence] for sequence in banned] == expected
 
 
 def test_every_sequence_is_banned_once(tokenizer: Tokenizer) -> None:
