@@ -8,6 +8,7 @@ import hashlib
 import logging
 import math
 import numbers
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -95,6 +96,7 @@ class SamplingParams:
     max_tokens: end after this many output tokens; clipped to what the prompt leaves of max_model_len. None: all of it.
     stop: a text or several: end where one is complete in the output's text, reasoning included, wherever tokens begin
         and end. Of several the one that is complete first counts, then the longest. The text is cut off before it.
+        A special token written out in one is found where the text leaves it out, too.
     stop_token_ids: end after any of these ids, which stays in token_ids but not in the text.
     include_stop_str_in_output: leave the stop text in the text, and the text of the stop or end-of-sequence token
         too (that of a special token only if skip_special_tokens is False).
@@ -176,6 +178,8 @@ class SamplingParams:
                 raise self._type_error(f"{field}[{place}]", text, f"must be text, not {type(text).__name__}")
             if not text:
                 raise self._value_error(f"{field}[{place}]", text, "must have at least one character")
+            if not text.isascii() and re.search("[\ud800-\udfff]", text):
+                raise self._value_error(f"{field}[{place}]", text, "must be valid Unicode, not half a surrogate pair")
         return texts
 
     def _checked_ids(self, field: str, given: object) -> list[int] | None:
