@@ -32,13 +32,14 @@ NEUTRAL: dict[str, float] = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
+MAX_N = 16384  # outputs are held until a call returns them
 MAX_SEED = 2**63 - 1
 MAX_TOP_K = 2**31 - 1  # the sampler has it as an int32
 MAX_TEMPERATURE = 3.4e38  # it goes to the sampler as a float32
 LARGE = 1e30  # leaves logits that are multiplied by it, or have it added, finite in float32
 
 INTEGERS: dict[str, tuple[int, int | None]] = {
-    "n": (1, None),
+    "n": (1, MAX_N),
     "top_k": (-1, MAX_TOP_K),
     "min_tokens": (0, None),
     "max_tokens": (1, None),
@@ -72,8 +73,8 @@ class SamplingParams:
     penalties; what it does not name either is temperature 1.0, top_p 0.7, and everything else off.
 
     Which token comes:
-    n: completions per prompt, one RequestOutput each, prompt by prompt. Number i > 0 of them has a seed of its own
-        made of `seed` and i, see `for_sample`.
+    n: completions per prompt, one RequestOutput each, prompt by prompt, 1 to 16384. Number i > 0 of them has a seed of
+        its own made of the request's and i, see `for_sample`.
     temperature: logits are divided by it before the softmax; 0 takes the most probable token (ties: lowest id).
     top_p: keep the fewest most probable tokens whose probabilities reach top_p; 0 takes the most probable token.
     top_k: keep the k most probable tokens; 1 takes the most probable one, 0 and -1 keep all (-1 is read as 0).

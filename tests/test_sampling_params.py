@@ -28,6 +28,8 @@ NAN, INF = float("nan"), float("inf")
     ("field", "value", "error"),
     [
         ("n", 0, ValueError),
+        ("n", 16385, ValueError),
+        ("n", 10**9, ValueError),
         ("n", None, TypeError),
         ("n", 1.0, TypeError),
         ("temperature", -0.1, ValueError),
