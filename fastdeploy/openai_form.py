@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import math
 import re
+import reprlib
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -53,11 +54,11 @@ def openai_request(given: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise ValueError(f"'body' is a JSON object, not {type(body).__name__}")
     request = {key: value for key, value in body.items() if value is not None and key not in IGNORED}
-    for key in NEUTRAL.keys() & request.keys():
-        if not NEUTRAL[key](request[key], request):
-            raise ValueError(f"{key!r} is {request[key]!r:.80}: this engine does not have that, leave it out")
     if request.get("tool_choice") == "none":
         request.pop("tools", None)
+    for key, asks_for_nothing in NEUTRAL.items():
+        if key in request and not asks_for_nothing(request[key], request):
+            raise ValueError(f"{key!r} is {reprlib.repr(request[key])}: this engine does not have that, leave it out")
     request = {key: value for key, value in request.items() if key not in NEUTRAL}
     if "max_completion_tokens" in request:
         request["max_tokens"] = request.pop("max_completion_tokens")
