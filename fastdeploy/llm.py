@@ -10,6 +10,7 @@ A call checks everything it was given, all prompts and all sampling parameters, 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -107,7 +108,7 @@ class LLM:
         attention_split (keys of a context that are summed up together).
     """
 
-    def __init__(self, model: str | None = None, **keywords: Any) -> None:
+    def __init__(self, model: str | os.PathLike[str] | None = None, **keywords: Any) -> None:
         # EngineConfig refuses None, but first tells of LLM(modle=...) what it should have been.
         loaded = load(EngineConfig(model, **keywords))  # type: ignore[arg-type]
         runner, model_config, tokenizer = loaded.runner, loaded.checkpoint.config, loaded.tokenizer

@@ -9,6 +9,8 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from fastdeploy import SamplingParams
+from fastdeploy.checks import FOREIGN
+from fastdeploy.engine_config import EngineConfig
 from fastdeploy.sampling_params import NEUTRAL, banned_sequences, sampling_defaults
 from fastdeploy.text.tokenizer import Tokenizer
 
@@ -110,6 +112,15 @@ def test_a_bad_key_of_logit_bias_is_refused_by_name(key: object, error: type[Exc
         SamplingParams(logit_bias={key: 1.0})
 
 
+def test_the_table_of_foreign_names_has_none_of_ours_and_leads_to_ours() -> None:
+    ours = {f.name for cls in (SamplingParams, EngineConfig) for f in dataclasses.fields(cls)}
+    assert set(FOREIGN) <= ours
+    for cls in (SamplingParams, EngineConfig):
+        known = {f.name for f in dataclasses.fields(cls)}
+        foreign = [foreign for name in known & set(FOREIGN) for foreign in FOREIGN[name].split()]
+        assert not known & set(foreign) and len(set(foreign)) == len(foreign)
+
+
 @pytest.mark.parametrize(
     ("params", "message"),
     [
@@ -130,7 +141,20 @@ def test_an_integer_too_large_for_a_float_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("name", "remedy"),
-    [("temprature", "did you mean 'temperature'?"), ("max_token", "'max_tokens'"), ("zzz", "it takes")],
+    [
+        ("temprature", "did you mean 'temperature'?"),
+        ("max_token", "did you mean 'max_tokens'?"),
+        ("max_completion_tokens", "did you mean 'max_tokens'?"),
+        ("max_new_tokens", "did you mean 'max_tokens'?"),
+        ("min_new_tokens", "did you mean 'min_tokens'?"),
+        ("repeat_penalty", "did you mean 'repetition_penalty'?"),
+        ("stop_sequences", "did you mean 'stop'?"),
+        ("zzz", "it takes n, temperature,"),
+        ("top_a", "it takes n, temperature,"),
+        ("length_penalty", "it takes n, temperature,"),
+        ("spaces_between_special_tokens", "it takes n, temperature,"),
+        ("max_model_len", "it takes n, temperature,"),
+    ],
 )
 def test_an_unknown_keyword_is_a_type_error_that_suggests_a_name(name: str, remedy: str) -> None:
     with pytest.raises(TypeError) as raised:
