@@ -56,7 +56,8 @@ class EngineConfig:
         known for it: the same tokens, and the host's work is done while the device computes. None: on a GPU; a CPU
         computes a step in the call that launches it.
     reasoning_parser: splits what the model thinks (reasoning_content) from what it answers (text): "qwen3", "ernie-x1"
-        or "deepseek_r1", for the markers that such models write. None: all is text.
+        or "deepseek_r1", for the markers that such models write. None: all is text. Where neither prompt nor output
+        has a marker, "qwen3" streams its text at the end, see text/reasoning.py.
     chat_template: Jinja source or the path of a file, for `LLM.chat` to use instead of the tokenizer's own template.
     tensor_parallel_size: number of processes (ranks) that share the model, each with its part of every weight. This one
         starts, and ends, the others. On a CPU they divide its cores; FASTDEPLOY_NUM_THREADS is each one's number.

@@ -141,7 +141,7 @@ def check_one_reasoned_story(rng: random.Random) -> None:
     markers = REASONING_PARSERS[name]
     story = Story(cut(rng, text), ReasoningParser(markers, prompt), stop=stops)
     match = find_first(story, stops, 1)
-    reasoning, answer = reference(markers, markers.open_after(prompt), text if match is None else text[: match[0]])
+    reasoning, answer = reference(markers, prompt, text if match is None else text[: match[0]])
 
     given = ["", ""]
     while not story.request.finished:
