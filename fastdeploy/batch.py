@@ -228,7 +228,7 @@ class BatchRun:
             finished = []
             for output in outputs:
                 task, writer = owners.pop(output.request_id)
-                task.choices.append(writer(output))
+                task.choices.append({} if output.error_msg else writer(output))
                 task.num_output_tokens += len(output.outputs.token_ids)
                 if output.error_msg is not None:  # this request alone failed; the line has no answer then
                     task.error = {"code": output.error_code, "message": output.error_msg}

@@ -178,8 +178,8 @@ class LLM:
     ) -> list[RequestOutput] | Iterator[RequestOutput]:
         """Continue each prompt.
 
-        prompts: text, a list of token ids, {"prompt": either}, {"prompt_token_ids": ids}, or a list of these. Text is
-            tokenised as it is: no special tokens are added, no chat template is applied.
+        prompts: text, a list of token ids, {"prompt": either}, {"prompt_token_ids": ids}, or a list of these, which may
+            be empty. Text is tokenised as it is: no special tokens are added, no chat template is applied.
         sampling_params: one object for all prompts, or a list with one for each. None: SamplingParams(). With n > 1 a
             prompt has n outputs, one after the other, each drawn with a seed of its own.
         use_tqdm: show a progress bar with input and output tokens per second (never while streaming).

@@ -5,10 +5,10 @@ r"""What a reasoning model thinks and what it answers: told apart by markers in 
 A marker counts where it is markup: the start marker at the very beginning of the output, the end marker while the
 model thinks. Anywhere else it is text. Line breaks directly beside a marker belong to it and are dropped.
 
-A qwen3 model may think without a start marker, in the prompt or in the output: an end marker then tells that all before
-it was a thinking. In a stream what was given is never taken back. So text that begins without a marker is held back until
-a marker comes, or the end: without any marker, a stream gives its text at the end. Nothing is held back where the prompt
-ends with a marker, as chat templates have it with enable_thinking=False and for models that always think.
+A qwen3 model may think without a start marker in prompt or output: an end marker then tells that all before it was a
+thinking. What a stream has given is never taken back. So text that begins without a marker is held back until a marker
+comes, or the end: without any marker, a stream gives its text at the end. Nothing is held back where the prompt ends
+with a marker, as chat templates have it with enable_thinking=False and for models that always think.
 """
 
 from __future__ import annotations
