@@ -2,7 +2,7 @@
 
 A line of the input is a JSON object:
 
-    {"prompt": "Once upon a time", "max_tokens": 32}                  text, or a list of token ids
+    {"prompt": "Once upon a time", "max_tokens": 32}                  text, a list of token ids, or a list of prompts
     {"messages": [{"role": "user", "content": "Hi"}], "seed": 7}      with "tools", "chat_template_kwargs" if wanted
     {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {...}}      a line of OpenAI's batches
 
@@ -12,8 +12,9 @@ written as soon as it is finished, so in no order; "line" counts the input's lin
     {"line": 1, "digest": "5f0c...", "custom_id": ..., "error": null, "usage": {"prompt_tokens": 4, ...},
      "choices": [{"index": 0, "text": "...", "finish_reason": "length"}]}
 
-A line that can't be answered has {"error": {"code": 400, "message": ...}} and no choices; to have it tried again,
-delete it from the output. OpenAI's lines are answered in OpenAI's form, which has all this in "response".
+Several prompts have their choices one after the other, each with its n. A line that can't be answered, whatever is
+wrong with it, has {"error": {"code": 400, "message": ...}} and no choices; to have it tried again, delete it from the
+output. OpenAI's lines are answered in OpenAI's form, which has all this in "response" (openai_form.py).
 
 Killed and started again, it answers the lines that the output does not have yet. What makes this safe: an answer is
 written whole or, if the kill strikes there, its line lacks the end and is cut off; and each answer has a digest of the
@@ -27,22 +28,28 @@ import fcntl
 import hashlib
 import itertools
 import json
+import logging
 import sys
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fastdeploy.engine.request import UNSERVABLE, Request, RequestOutput
+from fastdeploy.engine.request import INTERNAL_ERROR, UNSERVABLE, Request, RequestOutput
+from fastdeploy.intake import Requests
 from fastdeploy.llm import LLM
-from fastdeploy.prompts import template_variables
+from fastdeploy.openai_form import CHAT, ChoiceWriter, openai_body, openai_error, openai_request
+from fastdeploy.prompts import Prompt, template_variables
 from fastdeploy.sampling_params import SamplingParams
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+logger = logging.getLogger("fastdeploy")
+
 INPUTS = ("prompt", "prompt_token_ids", "messages")
-# Keys of an OpenAI request that change no token here; "model" is the one that runs.
-OPENAI_IGNORED = ("model", "user", "metadata", "store", "service_tier", "stream", "stream_options")
 BEGINNING = b'{"line": '  # of every answer
+PROCESS_ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit)  # exceptions that are no line's
+
+Writer = Callable[[RequestOutput], dict[str, Any]]
 
 
 def answer_file(engine: Mapping[str, Any], sampling: Mapping[str, Any], input: str, output: str) -> int:
@@ -93,13 +100,35 @@ class Task:
 
     line: Line
     given: Mapping[str, Any] = field(default_factory=dict)  # the line's JSON, if it is an object
-    requests: list[Request] = field(default_factory=list)
-    outputs: list[RequestOutput] = field(default_factory=list)
+    requests: Requests | None = None
+    choices: list[dict[str, Any]] = field(default_factory=list)  # in the order in which they were finished
+    num_output_tokens: int = 0
     error: dict[str, Any] | None = None  # {"code": ..., "message": ...}
 
     @property
     def is_openai(self) -> bool:
         return "body" in self.given
+
+    @property
+    def is_chat(self) -> bool:
+        return self.given.get("url") == CHAT
+
+    @property
+    def sorted_choices(self) -> list[dict[str, Any]]:
+        return sorted(self.choices, key=lambda choice: choice["index"])
+
+    @property
+    def usage(self) -> dict[str, int]:
+        orders = () if self.requests is None else self.requests.orders
+        num_prompt, num_output = sum(len(order.prompt.token_ids) for order in orders), self.num_output_tokens
+        return {"prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output}
+
+    def fail(self, error: BaseException) -> None:
+        """Take an exception, of whatever kind, for the answer."""
+        self.error = {"code": UNSERVABLE, "message": str(error)}
+        if not isinstance(error, (ValueError, TypeError)):  # those say what is wrong with the line
+            logger.warning("line %d can't be answered", self.line.number, exc_info=error)
+            self.error = {"code": INTERNAL_ERROR, "message": f"{type(error).__name__}: {error}"}
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -137,7 +166,7 @@ def finished_lines(file: BinaryIO, lines: list[Line]) -> set[int]:
             answer = json.loads(content)
             number, digest = answer["line"], answer["digest"]
             is_known = digests.get(number) == digest
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(stranger) from None
         if not is_known:
             raise ValueError(
@@ -193,19 +222,28 @@ class BatchRun:
 
     def _run(self, tasks: list[Task]) -> Iterator[list[Task]]:
         """The tasks that each step finishes; first of all those that have failed already."""
-        yield [task for task in tasks if task.error]  # these have no requests
-        owners = {request.request_id: task for task in tasks for request in task.requests}
-        requests = [request for task in tasks for request in task.requests]
-        for outputs in self._llm.engine.run(requests, partial=False):
+        yield [task for task in tasks if task.requests is None]  # these have failed already
+        owners: dict[str, tuple[Task, Writer]] = {}
+        for outputs in self._llm.engine.run(self._made(tasks, owners), partial=False):
             finished = []
             for output in outputs:
-                task = owners[output.request_id]
-                task.outputs.append(output)
+                task, writer = owners.pop(output.request_id)
+                task.choices.append({} if output.error_msg else writer(output))
+                task.num_output_tokens += len(output.outputs.token_ids)
                 if output.error_msg is not None:  # this request alone failed; the line has no answer then
                     task.error = {"code": output.error_code, "message": output.error_msg}
-                if len(task.outputs) == len(task.requests):
+                if task.requests is not None and len(task.choices) == len(task.requests):
                     finished.append(task)
             yield finished
+
+    def _made(self, tasks: list[Task], owners: dict[str, tuple[Task, Writer]]) -> Iterator[Request]:
+        """The requests of the tasks. Notes in `owners` whose each is, and what makes a choice of its output."""
+        for task in tasks:
+            for request in task.requests or ():
+                params = request.sampling_params
+                openai = ChoiceWriter(task.is_chat, params, self._llm.tokenizer).choice
+                owners[request.request_id] = (task, openai if task.is_openai else own_choice)
+                yield request
 
     def _task(self, line: Line) -> Task:
         """The line, read and checked; with an error if it can't be answered."""
@@ -215,39 +253,61 @@ class BatchRun:
             request = openai_request(task.given) if task.is_openai else dict(task.given)
             request.pop("custom_id", None)
             task.requests = self._requests(request, line)
-        except (ValueError, TypeError) as error:
-            task.error = {"code": UNSERVABLE, "message": str(error)}
+        except PROCESS_ENDS:
+            raise
+        except BaseException as error:  # the one gate: whatever a line does, to a library that panics too
+            task.fail(error)
         return task
 
-    def _requests(self, request: dict[str, Any], line: Line) -> list[Request]:
+    def _requests(self, request: dict[str, Any], line: Line) -> Requests:
         """What the engine has to run for a line. Raises TypeError or ValueError for a bad one."""
-        llm = self._llm
+        prompts = self._prompts(request)
+        params = SamplingParams(**{**self._sampling, **request})
+        if params.seed is not None:
+            return self._llm.intake.requests(prompts, params)
+        # Not the engine's next seed: a run that goes on would draw those of its beginning again.
+        params = dataclasses.replace(params, seed=line.seed(self._llm.config.seed))
+        seeds = [params.for_sample(place * params.n).seed for place in range(len(prompts))]
+        return self._llm.intake.requests(prompts, [dataclasses.replace(params, seed=seed) for seed in seeds])
+
+    def _prompts(self, request: dict[str, Any]) -> list[Prompt]:
+        """Takes the prompts out of a request."""
+        reader, template = self._llm.reader, self._llm.config.chat_template
         found = {key: request.pop(key) for key in INPUTS if key in request}
-        if len(found) != 1:
-            raise ValueError(f"a line has one of {', '.join(map(repr, INPUTS))}, this one has {list(found) or 'none'}")
-        if "messages" in found:
+        if "messages" in found and len(found) == 1:
             messages = found["messages"]
             variables = template_variables(request.pop("chat_template_kwargs", None), request.pop("tools", None), True)
             if isinstance(messages, list) and messages and isinstance(messages[0], list):
                 raise TypeError("'messages' is several conversations: a line is one, a list of messages")
-            prompts = llm.reader.read_chat(messages, llm.config.chat_template, variables)
-        else:
-            prompts = llm.reader.read(found)
-        params = SamplingParams(**{**self._sampling, **request})
-        if params.seed is None:  # not the engine's next: a run that goes on would draw those of its beginning again
-            params = dataclasses.replace(params, seed=line.seed(llm.config.seed))
-        return llm.intake.requests(prompts, params)
+            return reader.read_chat(messages, template, variables)
+        if "messages" in found or not found:
+            raise ValueError(f"a line has one of {', '.join(map(repr, INPUTS))}, this one has {list(found) or 'none'}")
+        prompts = reader.read(found if "prompt_token_ids" in found else found["prompt"])
+        if not prompts:
+            raise ValueError("'prompt' is an empty list: a line has at least one prompt")
+        return prompts
 
     def _write(self, task: Task) -> None:
         """Append the answer, whole or not at all as far as a kill lets it."""
-        self._num_errors += task.error is not None
-        answer = openai_answer(task) if task.is_openai else own_answer(task)
         try:
-            content = json.dumps(answer, ensure_ascii=False).encode()
-        except UnicodeEncodeError:  # half a surrogate pair, in a custom_id say
-            content = json.dumps(answer).encode()
+            content = self._written(task)
+        except PROCESS_ENDS:
+            raise
+        except BaseException as error:  # a custom_id that JSON can be read from, but not written to: too deep
+            task.given = {}
+            task.fail(error)
+            content = self._written(task)
+        self._num_errors += task.error is not None
         self._file.write(content + b"\n")
         self._file.flush()
+        task.choices.clear()  # thousands, perhaps, and the others of its slice may take long
+
+    def _written(self, task: Task) -> bytes:
+        answer = openai_answer(task, self._llm.config.model) if task.is_openai else own_answer(task)
+        try:
+            return json.dumps(answer, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # half a surrogate pair, in a custom_id say
+            return json.dumps(answer).encode()
 
 
 def parsed(content: bytes) -> dict[str, Any]:
@@ -261,40 +321,26 @@ def parsed(content: bytes) -> dict[str, Any]:
     return given
 
 
-def openai_request(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The body of a line of an OpenAI batch in our words. Raises ValueError for what we don't have."""
-    body = given["body"]
-    if given.get("url") not in (CHAT, COMPLETIONS):
-        raise ValueError(f"'url' is {given.get('url')!r}; it may be {CHAT!r} or {COMPLETIONS!r}")
-    if not isinstance(body, dict):
-        raise ValueError(f"'body' is a JSON object, not {type(body).__name__}")
-    request = {key: value for key, value in body.items() if value is not None and key not in OPENAI_IGNORED}
-    if "max_completion_tokens" in request:
-        request["max_tokens"] = request.pop("max_completion_tokens")
-    if isinstance(request.get("logprobs"), bool):  # chat says whether, and how many elsewhere
-        number = request.pop("top_logprobs", 0)
-        request["logprobs"] = number if request["logprobs"] else None
-    return request
-
-
 def own_answer(task: Task) -> dict[str, Any]:
     """A line of the output."""
     answer = _heading(task) | {"error": task.error}
-    return answer if task.error else {**answer, "usage": _usage(task), "choices": _choices(task)}
+    return answer if task.error else {**answer, "usage": task.usage, "choices": task.sorted_choices}
 
 
-def openai_answer(task: Task) -> dict[str, Any]:
-    """A line of the output in the form of OpenAI's batches; "line" and "digest" come on top."""
-    status = 200 if task.error is None else task.error["code"]
-    request_id = task.requests[0].request_id if task.requests else None
-    body: dict[str, Any] = {"error": task.error}
-    if task.error is None:
-        is_chat = task.given["url"] == CHAT
-        choices = [_openai_choice(choice, is_chat) for choice in _choices(task)]
-        kind, model = "chat.completion" if is_chat else "text_completion", task.given["body"].get("model")
-        body = {"id": request_id, "object": kind, "model": model, "choices": choices, "usage": _usage(task)}
-    response = {"status_code": status, "request_id": request_id, "body": body}
-    return {**_heading(task), "id": request_id, "response": response, "error": None}
+def openai_answer(task: Task, model: str) -> dict[str, Any]:
+    """A line of the output in the form of OpenAI's batches; "line" and "digest" come on top.
+
+    model: what is named where the line names none.
+    """
+    if task.error is not None:
+        status, body = task.error["code"], openai_error(task.error)
+    else:
+        asked = task.given["body"].get("model")
+        named = asked if isinstance(asked, str) else model
+        status, body = 200, openai_body(task.is_chat, named, task.sorted_choices, task.usage)
+    number = uuid.uuid4().hex
+    response = {"status_code": status, "request_id": number, "body": body}
+    return {**_heading(task), "id": f"batch_req_{number}", "response": response, "error": None}
 
 
 def _heading(task: Task) -> dict[str, Any]:
@@ -302,29 +348,13 @@ def _heading(task: Task) -> dict[str, Any]:
     return {"line": task.line.number, "digest": task.line.digest, **named}
 
 
-def _choices(task: Task) -> list[dict[str, Any]]:
+def own_choice(output: RequestOutput) -> dict[str, Any]:
     """What the model said, with what was asked for besides."""
-    choices = []
-    for index, output in enumerate(sorted(task.outputs, key=lambda output: output.outputs.index)):
-        said = output.outputs
-        extras = {"reasoning_content": said.reasoning_content, "stop_reason": said.stop_reason}
-        if said.logprobs is not None:
-            extras["logprobs"] = said.to_dict()["logprobs"]
-        if output.prompt_logprobs is not None:
-            extras["prompt_logprobs"] = output.to_dict()["prompt_logprobs"]
-        named = {name: value for name, value in extras.items() if value is not None}
-        choices.append({"index": index, "text": said.text, "finish_reason": said.finish_reason, **named})
-    return choices
-
-
-def _openai_choice(choice: dict[str, Any], is_chat: bool) -> dict[str, Any]:
-    if not is_chat:
-        return choice
-    thoughts = {"reasoning_content": choice.pop("reasoning_content")} if "reasoning_content" in choice else {}
-    return {**choice, "message": {"role": "assistant", "content": choice.pop("text"), **thoughts}}
-
-
-def _usage(task: Task) -> dict[str, int]:
-    num_prompt = len(task.outputs[0].prompt_token_ids)
-    num_output = sum(len(output.outputs.token_ids) for output in task.outputs)
-    return {"prompt_tokens": num_prompt, "completion_tokens": num_output, "total_tokens": num_prompt + num_output}
+    said = output.outputs
+    extras = {"reasoning_content": said.reasoning_content, "stop_reason": said.stop_reason}
+    if said.logprobs is not None:
+        extras["logprobs"] = said.to_dict()["logprobs"]
+    if output.prompt_logprobs is not None:
+        extras["prompt_logprobs"] = output.to_dict()["prompt_logprobs"]
+    named = {name: value for name, value in extras.items() if value is not None}
+    return {"index": said.index, "text": said.text, "finish_reason": said.finish_reason, **named}

@@ -10,11 +10,42 @@ import difflib
 import functools
 import math
 import numbers
+import os
 import reprlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 Class = TypeVar("Class")
+
+# Our keywords, and what other engines call them.
+FOREIGN: dict[str, str] = {
+    # of SamplingParams
+    "max_tokens": "max_completion_tokens max_new_tokens max_length max_gen_len n_predict num_predict",
+    "min_tokens": "min_new_tokens min_length",
+    "n": "best_of num_return_sequences num_completions",
+    "temperature": "temp",
+    "repetition_penalty": "repeat_penalty",
+    "seed": "random_seed sampling_seed",
+    "stop": "stop_sequences stop_strings stop_words",
+    "stop_token_ids": "stop_tokens eos_token_id",
+    "bad_words_token_ids": "bad_words_ids suppress_tokens",
+    "logprobs": "top_logprobs num_logprobs",
+    "reasoning_max_tokens": "thinking_budget max_thinking_tokens",
+    # of LLM
+    "model": "model_path model_name model_name_or_path pretrained_model_name_or_path checkpoint",
+    "tokenizer": "tokenizer_path",
+    "max_model_len": "max_len max_length max_seq_len max_seq_length context_length context_len n_ctx ctx_size",
+    "max_num_seqs": "max_batch_size max_num_sequences max_running_requests",
+    "max_num_batched_tokens": "n_batch max_num_tokens",
+    "tensor_parallel_size": "tensor_parallel tensor_model_parallel_size tp tp_size num_gpus",
+    "gpu_memory_utilization": "gpu_memory gpu_mem gpu_memory_fraction mem_fraction_static",
+    "block_size": "page_size",
+    "num_gpu_blocks_override": "num_gpu_blocks num_blocks",
+    "dtype": "torch_dtype data_type",
+    "kv_cache_dtype": "cache_dtype cache_type kv_cache_quantization",
+    "quantization": "quant quantize quantization_config load_in_8bit load_in_4bit",
+}
+NEAR = 0.82  # of difflib's ratio: 'top_a' is 0.8 from 'top_p', 'expert_parallel_size' from 'tensor_parallel_size'
 
 
 def complaint(owner: str, field: str, value: object, must: str) -> str:
@@ -48,9 +79,21 @@ def check_number(owner: str, field: str, value: object, low: float, high: float 
     return number
 
 
+def path_text(path: str | os.PathLike[str]) -> str:
+    """A path as text, its ~ the home directory."""
+    return os.path.expanduser(os.fspath(path))
+
+
+def template_text(template: object) -> object:
+    """A chat template as text: Jinja source as it is, and a path, of which one with a brace is taken for source."""
+    is_path = isinstance(template, os.PathLike) or (isinstance(template, str) and "{" not in template)
+    return path_text(template) if is_path else template  # type: ignore[arg-type]
+
+
 def unknown_keyword(owner: str, name: str, known: list[str]) -> str:
-    """The text of a TypeError about a keyword nobody knows; suggests the nearest one, or lists all."""
-    nearest = difflib.get_close_matches(name, known, n=1)
+    """The text of a TypeError about a keyword nobody knows; suggests the one that is meant, or lists all."""
+    same = [ours for ours in known if name in FOREIGN.get(ours, "").split() or sorted(name) == sorted(ours)]
+    nearest = same or difflib.get_close_matches(name, known, n=1, cutoff=NEAR)
     remedy = f"did you mean {nearest[0]!r}?" if nearest else f"it takes {', '.join(known)}"
     return f"{owner} has no keyword {name!r}: {remedy}"
 

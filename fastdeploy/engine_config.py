@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from fastdeploy.checks import check_int, check_number, complaint, suggesting_keywords
+from fastdeploy.checks import check_int, check_number, complaint, path_text, suggesting_keywords, template_text
 from fastdeploy.config import MODES
 from fastdeploy.sampling_params import MAX_SEED
 from fastdeploy.text.reasoning import REASONING_PARSERS
@@ -22,6 +22,8 @@ DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048  # requests that decode wait for the whole
 @dataclass(frozen=True)
 class EngineConfig:
     """What `LLM(...)` takes. Wrong types are a TypeError, wrong values a ValueError, when built.
+
+    Paths may be `pathlib.Path`s and begin with ~, the home directory.
 
     model: a .gguf file, a checkpoint directory (Hugging Face's or Paddle's), a model's name on the Hugging Face Hub,
         "owner/name", which is downloaded unless the cache has it, or an installed Python package with a .gguf file.
@@ -54,7 +56,8 @@ class EngineConfig:
         known for it: the same tokens, and the host's work is done while the device computes. None: on a GPU; a CPU
         computes a step in the call that launches it.
     reasoning_parser: splits what the model thinks (reasoning_content) from what it answers (text): "qwen3", "ernie-x1"
-        or "deepseek_r1", for the markers that such models write. None: all is text.
+        or "deepseek_r1", for the markers that such models write. None: all is text. Where neither prompt nor output
+        has a marker, "qwen3" streams its text at the end, see text/reasoning.py.
     chat_template: Jinja source or the path of a file, for `LLM.chat` to use instead of the tokenizer's own template.
     tensor_parallel_size: number of processes (ranks) that share the model, each with its part of every weight. This one
         starts, and ends, the others. On a CPU they divide its cores; FASTDEPLOY_NUM_THREADS is each one's number.
@@ -120,7 +123,7 @@ class EngineConfig:
         path = os.fspath(value)
         if not isinstance(path, str) or not path.strip():
             raise ValueError(complaint("LLM", field, value, "must be a path or a package name, not empty"))
-        object.__setattr__(self, field, path)
+        object.__setattr__(self, field, path_text(path))
 
     def _check_int(self, field: str, low: int, high: int | None = None) -> None:
         object.__setattr__(self, field, check_int("LLM", field, getattr(self, field), low, high))
@@ -137,6 +140,7 @@ class EngineConfig:
     def _check_chat_template(self) -> None:
         from fastdeploy.text.chat_template import compiled  # jinja2 costs 35 ms, and few give a template here
 
+        object.__setattr__(self, "chat_template", template_text(self.chat_template))
         if not isinstance(self.chat_template, str):
             must = f"must be Jinja source or the path of a file, not {type(self.chat_template).__name__}"
             raise TypeError(complaint("LLM", "chat_template", self.chat_template, must))

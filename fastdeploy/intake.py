@@ -1,6 +1,7 @@
 """Intake: prompts and sampling parameters become Requests that this model can serve.
 
-All is checked, of all prompts, before the first request exists: a call is queued whole or not at all.
+All is checked, of all prompts, before the first request exists: a call is served whole or not at all. The requests are
+made while they are read, so that n of them for each of many prompts need not fit in memory.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import random
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fastdeploy.checks import complaint
@@ -17,12 +19,41 @@ from fastdeploy.engine.transcript import Transcript
 from fastdeploy.engine_config import ResolvedConfig
 from fastdeploy.prompts import Prompt
 from fastdeploy.sampling_params import SamplingParams, banned_sequences
-from fastdeploy.text.reasoning import REASONING_PARSERS, ReasoningParser, ThinkingBudget
+from fastdeploy.text.reasoning import REASONING_PARSERS, ReasoningMarkers, ReasoningParser, ThinkingBudget
 
 if TYPE_CHECKING:
     from fastdeploy.text.tokenizer import Tokenizer
 
 BannedSequences = list[tuple[int, ...]]
+PROMPT_END = 64  # tokens in which the prompt's last marker of reasoning is, if it ends with one
+
+
+@dataclass(frozen=True)
+class Order:
+    """What was asked for one prompt, all checked. params: resolved, but for n."""
+
+    prompt: Prompt
+    params: SamplingParams
+    banned: BannedSequences
+
+
+class Requests:
+    """The requests of one call, n for each prompt, prompt by prompt, each with its place as its index.
+
+    They are made while they are read; `len` is their number.
+    """
+
+    def __init__(self, orders: Sequence[Order], make: Callable[[int, Order, SamplingParams], Request]) -> None:
+        self.orders = orders
+        self._make = make
+
+    def __len__(self) -> int:
+        return sum(order.params.n for order in self.orders)
+
+    def __iter__(self) -> Iterator[Request]:
+        samples = ((order, sample) for order in self.orders for sample in range(order.params.n))
+        for index, (order, sample) in enumerate(samples):
+            yield self._make(index, order, order.params.for_sample(sample))
 
 
 class Intake:
@@ -48,8 +79,8 @@ class Intake:
         self._markers = None if config.reasoning_parser is None else REASONING_PARSERS[config.reasoning_parser]
         self._seeds = random.Random(config.seed)
 
-    def requests(self, prompts: Sequence[Prompt], sampling_params: object) -> list[Request]:
-        """n requests for each prompt, prompt by prompt, each with its transcript and its place as its index.
+    def requests(self, prompts: Sequence[Prompt], sampling_params: object) -> Requests:
+        """n requests for each prompt, each with its transcript.
 
         sampling_params: one SamplingParams for all prompts, a list with one for each, or None. Raises TypeError or
         ValueError if it is anything else, or asks for what this model doesn't have.
@@ -58,12 +89,11 @@ class Intake:
         # Checked anew, each object once: somebody may have assigned to fields since.
         checked = {id(given): dataclasses.replace(given) for given in all_given}
         banned = {key: self._check(params) for key, params in checked.items()}
-        requests: list[Request] = []
-        for prompt, given in zip(prompts, all_given, strict=True):
-            for sample in range(given.n):
-                params = self._resolved(prompt, checked[id(given)].for_sample(sample))
-                requests.append(self._request(len(requests), prompt, params, banned[id(given)]))
-        return requests
+        orders = [
+            Order(prompt, self._resolved(prompt, checked[id(given)]), banned[id(given)])
+            for prompt, given in zip(prompts, all_given, strict=True)
+        ]
+        return Requests(orders, self._request)
 
     def _resolved(self, prompt: Prompt, params: SamplingParams) -> SamplingParams:
         room = self._max_model_len - len(prompt.token_ids)
@@ -72,32 +102,35 @@ class Intake:
         except ValueError as error:  # min_tokens that this prompt leaves no room for
             raise ValueError(f"{prompt.name}: {error}") from error
 
-    def _request(self, index: int, prompt: Prompt, params: SamplingParams, banned: BannedSequences) -> Request:
+    def _request(self, index: int, order: Order, params: SamplingParams) -> Request:
         from fastdeploy.text.tokenizer import (
             StreamingDetokenizer,  # brings the tokenizers library: not before there is one
         )
 
-        request = Request(
-            str(uuid.uuid4()), prompt.given, prompt.token_ids, params, self._eos_token_ids, index, banned=banned
-        )
+        prompt, ends = order.prompt, self._eos_token_ids
+        request = Request(str(uuid.uuid4()), prompt.given, prompt.token_ids, params, ends, index, banned=order.banned)
         parser: ReasoningParser | None = None
         shown: tuple[str, ...] = ()
         if self._markers is not None:
             shown = self._markers.texts  # the parser must see them, even where they are special tokens
-            text = self._text(prompt)
+            text = self._tokenizer.decode(prompt.token_ids[-PROMPT_END:], skip_special_tokens=False)
             parser = ReasoningParser(self._markers, text)
             if params.reasoning_max_tokens is not None:
-                start, end = (self._tokenizer.encode(marker) for marker in (self._markers.start, self._markers.end))
                 is_open = self._markers.open_after(text)
-                request.thinking = ThinkingBudget(params.reasoning_max_tokens, start, end, is_open)
+                request.thinking = ThinkingBudget(
+                    params.reasoning_max_tokens, *self._marker_ids(self._markers), is_open
+                )
         detokenizer = StreamingDetokenizer(self._tokenizer, params.skip_special_tokens, shown)
         Transcript(request, detokenizer, self._tokenizer.token_text, parser)  # introduces itself to the request
         return request
 
-    def _text(self, prompt: Prompt) -> str:
-        if isinstance(prompt.given, str):
-            return prompt.given
-        return self._tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
+    def _marker_ids(self, markers: ReasoningMarkers) -> tuple[list[int], list[int]]:
+        """The tokens of the start and the end marker. Raises ValueError if the model has none for one of them."""
+        start, end = (self._tokenizer.encode(marker) for marker in (markers.start, markers.end))
+        for marker, ids in {markers.start: start, markers.end: end}.items():
+            if not ids or max(ids) >= self._vocab_size:
+                raise ValueError(f"reasoning_max_tokens needs a model that has tokens for {marker!r}, found ids {ids}")
+        return start, end
 
     # What SamplingParams can't check for itself, since it knows no model
 
@@ -109,10 +142,13 @@ class Intake:
             if number is not None and number > self._vocab_size:
                 must = f"must be at most {self._vocab_size}, the size of the vocabulary; -1 stands for all of it"
                 raise ValueError(complaint("SamplingParams", field, number, must))
-        if params.reasoning_max_tokens is not None and self._markers is None:
-            must = f"needs LLM(reasoning_parser=...), which may be {', '.join(map(repr, REASONING_PARSERS))}"
-            raise ValueError(complaint("SamplingParams", "reasoning_max_tokens", params.reasoning_max_tokens, must))
-        banned = banned_sequences(params, self._tokenizer)
+        if params.reasoning_max_tokens is not None:
+            if self._markers is None:
+                must = f"needs LLM(reasoning_parser=...), which may be {', '.join(map(repr, REASONING_PARSERS))}"
+                raise ValueError(complaint("SamplingParams", "reasoning_max_tokens", params.reasoning_max_tokens, must))
+            self._marker_ids(self._markers)
+        # An id that a tokenizer has and the model lacks occurs in no output.
+        banned = [ids for ids in banned_sequences(params, self._tokenizer) if max(ids) < self._vocab_size]
         self._check_edits(params, banned)
         return banned
 

@@ -10,8 +10,9 @@ A call checks everything it was given, all prompts and all sampling parameters, 
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -21,7 +22,7 @@ from fastdeploy.engine.request import Request, RequestOutput
 from fastdeploy.engine.scheduler import Scheduler, Statistics
 from fastdeploy.engine_config import EngineConfig, ResolvedConfig
 from fastdeploy.fields import known_ids
-from fastdeploy.intake import Intake
+from fastdeploy.intake import Intake, Requests
 from fastdeploy.prompts import Prompt, PromptReader, template_variables
 from fastdeploy.sampling_params import SamplingParams, sampling_defaults
 
@@ -110,7 +111,7 @@ class LLM:
         attention_split (keys of a context that are summed up together).
     """
 
-    def __init__(self, model: str | None = None, **keywords: Any) -> None:
+    def __init__(self, model: str | os.PathLike[str] | None = None, **keywords: Any) -> None:
         # EngineConfig refuses None, but first tells of LLM(modle=...) what it should have been.
         loaded = load(EngineConfig(model, **keywords))  # type: ignore[arg-type]
         runner, model_config, tokenizer = loaded.runner, loaded.checkpoint.config, loaded.tokenizer
@@ -181,8 +182,8 @@ class LLM:
     ) -> list[RequestOutput] | Iterator[RequestOutput]:
         """Continue each prompt.
 
-        prompts: text, a list of token ids, {"prompt": either}, {"prompt_token_ids": ids}, or a list of these. Text is
-            tokenised as it is: no special tokens are added, no chat template is applied.
+        prompts: text, a list of token ids, {"prompt": either}, {"prompt_token_ids": ids}, or a list of these, which may
+            be empty. Text is tokenised as it is: no special tokens are added, no chat template is applied.
         sampling_params: one object for all prompts, or a list with one for each. None: SamplingParams(). With n > 1 a
             prompt has n outputs, one after the other, each drawn with a seed of its own.
         use_tqdm: show a progress bar with input and output tokens per second (never while streaming).
@@ -263,11 +264,12 @@ class LLM:
         with closing(outputs):
             return sorted(outputs, key=lambda output: output.outputs.index)
 
-    def _outputs(
-        self, requests: list[Request], show_progress: bool, partial: bool
-    ) -> Generator[RequestOutput, None, None]:
+    def _outputs(self, requests: Requests, show_progress: bool, partial: bool) -> Generator[RequestOutput, None, None]:
         """Run the requests; yield an output of each when it is finished, with `partial` whenever it has new tokens."""
-        with Progress(requests, show_progress) as progress, closing(self.engine.run(requests, partial)) as steps:
+        with (
+            Progress(len(requests), show_progress) as progress,
+            closing(self.engine.run(progress.watched(requests), partial)) as steps,
+        ):
             for outputs in steps:
                 progress.update(outputs)
                 yield from outputs
@@ -277,11 +279,12 @@ class LLM:
 class Progress:
     """A progress bar over the requests of one call, with input and output tokens per second so far."""
 
-    def __init__(self, requests: list[Request], visible: bool) -> None:
+    def __init__(self, num_requests: int, visible: bool) -> None:
         from tqdm import tqdm  # 20 ms that `import fastdeploy` does without
 
-        self._requests = requests
-        self._bar = tqdm(total=len(requests), desc="Processed prompts", dynamic_ncols=True, disable=not visible)
+        self._running: dict[str, Request] = {}
+        self._num_input = self._num_output = 0  # tokens of finished requests
+        self._bar = tqdm(total=num_requests, desc="Processed prompts", dynamic_ncols=True, disable=not visible)
         self._started = self._shown = time.perf_counter()
 
     def __enter__(self) -> Progress:
@@ -291,8 +294,19 @@ class Progress:
         self._show()
         self._bar.close()
 
+    def watched(self, requests: Iterable[Request]) -> Iterator[Request]:
+        """The requests, whose tokens are counted from now on."""
+        for request in requests:
+            self._running[request.request_id] = request
+            yield request
+
     def update(self, outputs: list[RequestOutput]) -> None:
-        self._bar.n += sum(output.finished for output in outputs)
+        for output in outputs:
+            if output.finished:
+                self._bar.n += 1
+                del self._running[output.request_id]
+                self._num_input += len(output.prompt_token_ids)
+                self._num_output += len(output.outputs.token_ids)
         if time.perf_counter() - self._shown >= REFRESH_SECONDS:
             self._show()
 
@@ -301,7 +315,8 @@ class Progress:
             return
         self._shown = time.perf_counter()
         seconds = max(self._shown - self._started, 1e-9)
-        num_input = sum(len(request.prompt_token_ids) for request in self._requests if request.num_output_tokens)
-        num_output = sum(request.num_output_tokens for request in self._requests)
+        begun = [request for request in self._running.values() if request.num_output_tokens]
+        num_input = self._num_input + sum(len(request.prompt_token_ids) for request in begun)
+        num_output = self._num_output + sum(request.num_output_tokens for request in begun)
         speeds = f"input: {num_input / seconds:.2f} toks/s, output: {num_output / seconds:.2f} toks/s"
         self._bar.set_postfix_str(speeds, refresh=True)

@@ -1,7 +1,7 @@
 """PromptReader: whatever callers pass as prompts, checked and turned into token ids.
 
-    str, list[int], {"prompt": either}, {"prompt_token_ids": list[int]}      one prompt
-    a list of these                                                          several
+    str, list[int], {"prompt": either}, {"prompt_token_ids": list[int]}      one prompt; of both keys the ids count
+    a list of these                                                          several, or none
     list[dict] with "role" and "content", or a list of such lists            conversations, for chat
 
 Every error names the place, as in "prompts[3][17] is -1".
@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastdeploy.text.tokenizer import Tokenizer
+
+
+MOST_CHARACTERS = 256  # of a token, in vocabularies that we know of: 128 spaces
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,7 @@ class PromptReader:
         if not isinstance(prompts, (list, tuple)):
             must = "must be text, a list of token ids, a dict, or a list of these"
             raise TypeError(f"prompts {must}, not {type(prompts).__name__}: {reprlib.repr(prompts)}")
-        if not prompts:
-            raise ValueError("prompts is an empty list: pass at least one prompt")
-        if isinstance(prompts[0], numbers.Number):
+        if prompts and isinstance(prompts[0], numbers.Number):
             return [self._prompt("prompts", prompts)]
         return [self._prompt(f"prompts[{index}]", prompt) for index, prompt in enumerate(prompts)]
 
@@ -68,24 +69,33 @@ class PromptReader:
 
     def _prompt(self, name: str, prompt: object) -> Prompt:
         if isinstance(prompt, Mapping):
-            keys = [key for key in ("prompt", "prompt_token_ids") if key in prompt]
-            if len(keys) != 1:
-                found = reprlib.repr(list(prompt))
-                raise ValueError(f"{name} must have either the key 'prompt' or 'prompt_token_ids', it has {found}")
-            if len(prompt) > 1:
-                unknown = next(key for key in prompt if key not in keys)
-                raise ValueError(f"{name} has the key {unknown!r}: a dict prompt has {keys[0]!r} and nothing else")
-            name, prompt = f"{name}[{keys[0]!r}]", prompt[keys[0]]
-            if keys == ["prompt_token_ids"] and not isinstance(prompt, (list, tuple)):
-                must = "must be a list of token ids"
-                raise TypeError(f"{name} {must}, not {type(prompt).__name__}: {reprlib.repr(prompt)}")
+            return self._prompt_of_dict(name, prompt)
         if isinstance(prompt, str):
-            return Prompt(name, prompt, self._checked(name, self._tokenizer.encode(prompt)))
+            return Prompt(name, prompt, self._encoded(name, prompt))
         if isinstance(prompt, (list, tuple)):
             token_ids = self._checked(name, prompt)
             return Prompt(name, token_ids, token_ids)
         must = "must be text, a list of token ids, or a dict with one of them"
         raise TypeError(f"{name} {must}, not {type(prompt).__name__}: {reprlib.repr(prompt)}")
+
+    def _prompt_of_dict(self, name: str, prompt: Mapping[Any, Any]) -> Prompt:
+        keys = [key for key in ("prompt_token_ids", "prompt") if prompt.get(key) is not None]  # the first one counts
+        if not keys:
+            found = reprlib.repr(list(prompt))
+            raise ValueError(f"{name} must have either the key 'prompt' or 'prompt_token_ids', it has {found}")
+        unknown = [key for key in prompt if key not in ("prompt_token_ids", "prompt")]
+        if unknown:
+            raise ValueError(f"{name} has the key {unknown[0]!r}: a dict prompt has {keys[0]!r} and nothing else")
+        given, place = prompt[keys[0]], f"{name}[{keys[0]!r}]"
+        if keys[0] == "prompt":
+            if isinstance(given, Mapping):
+                raise TypeError(f"{place} must be text or a list of token ids, not {type(given).__name__}")
+            return self._prompt(place, given)
+        if not isinstance(given, (list, tuple)):
+            must = "must be a list of token ids"
+            raise TypeError(f"{place} {must}, not {type(given).__name__}: {reprlib.repr(given)}")
+        token_ids, shown = self._checked(place, given), prompt.get("prompt")
+        return Prompt(place, shown if isinstance(shown, str) and shown else token_ids, token_ids)
 
     def _conversation(
         self, name: str, messages: object, chat_template: str | None, variables: Mapping[str, Any]
@@ -100,7 +110,15 @@ class PromptReader:
                 raise
             # Its text says "messages[0]" of a message in this conversation.
             raise (TypeError if isinstance(error, TypeError) else ValueError)(f"in {name}: {error}") from error
-        return Prompt(name, text, self._checked(name, self._tokenizer.encode(text)))
+        return Prompt(name, text, self._encoded(name, text))
+
+    def _encoded(self, name: str, text: str) -> list[int]:
+        """The ids of a text, which is not tokenised if it is far too long: 100 MB take minutes and gigabytes."""
+        if len(text) > MOST_CHARACTERS * self._max_model_len:
+            raise ValueError(
+                f"{name} has {len(text)} characters, far too many for max_model_len={self._max_model_len}: shorten it"
+            )
+        return self._checked(name, self._tokenizer.encode(text))
 
     def _checked(self, name: str, ids: Sequence[Any]) -> list[int]:
         """A copy of a prompt's ids, which the model can take and answer."""

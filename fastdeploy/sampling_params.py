@@ -8,6 +8,7 @@ import hashlib
 import logging
 import math
 import numbers
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,13 +32,14 @@ NEUTRAL: dict[str, float] = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
+MAX_N = 16384  # outputs are held until a call returns them
 MAX_SEED = 2**63 - 1
 MAX_TOP_K = 2**31 - 1  # the sampler has it as an int32
 MAX_TEMPERATURE = 3.4e38  # it goes to the sampler as a float32
 LARGE = 1e30  # leaves logits that are multiplied by it, or have it added, finite in float32
 
 INTEGERS: dict[str, tuple[int, int | None]] = {
-    "n": (1, None),
+    "n": (1, MAX_N),
     "top_k": (-1, MAX_TOP_K),
     "min_tokens": (0, None),
     "max_tokens": (1, None),
@@ -71,8 +73,8 @@ class SamplingParams:
     penalties; what it does not name either is temperature 1.0, top_p 0.7, and everything else off.
 
     Which token comes:
-    n: completions per prompt, one RequestOutput each, prompt by prompt. Number i > 0 of them has a seed of its own
-        made of `seed` and i, see `for_sample`.
+    n: completions per prompt, one RequestOutput each, prompt by prompt, 1 to 16384. Number i > 0 of them has a seed of
+        its own made of the request's and i, see `for_sample`.
     temperature: logits are divided by it before the softmax; 0 takes the most probable token (ties: lowest id).
     top_p: keep the fewest most probable tokens whose probabilities reach top_p; 0 takes the most probable token.
     top_k: keep the k most probable tokens; 1 takes the most probable one, 0 and -1 keep all (-1 is read as 0).
@@ -95,6 +97,7 @@ class SamplingParams:
     max_tokens: end after this many output tokens; clipped to what the prompt leaves of max_model_len. None: all of it.
     stop: a text or several: end where one is complete in the output's text, reasoning included, wherever tokens begin
         and end. Of several the one that is complete first counts, then the longest. The text is cut off before it.
+        A special token written out in one is found where the text leaves it out, too.
     stop_token_ids: end after any of these ids, which stays in token_ids but not in the text.
     include_stop_str_in_output: leave the stop text in the text, and the text of the stop or end-of-sequence token
         too (that of a special token only if skip_special_tokens is False).
@@ -176,6 +179,8 @@ class SamplingParams:
                 raise self._type_error(f"{field}[{place}]", text, f"must be text, not {type(text).__name__}")
             if not text:
                 raise self._value_error(f"{field}[{place}]", text, "must have at least one character")
+            if not text.isascii() and re.search("[\ud800-\udfff]", text):
+                raise self._value_error(f"{field}[{place}]", text, "must be valid Unicode, not half a surrogate pair")
         return texts
 
     def _checked_ids(self, field: str, given: object) -> list[int] | None:
@@ -294,15 +299,28 @@ def sampling_defaults(generation_config: Mapping[str, object]) -> SamplingParams
 def banned_sequences(params: SamplingParams, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
     """The token sequences that bad_words and bad_words_token_ids forbid, each once.
 
-    A word is forbidden as it is and with a space before it, which is another token. Spelled with other tokens than the
-    tokenizer's own it still may occur.
+    A word is forbidden as it is, whitespace too, and with a space before it, which is another token, unless it has one.
+    Spelled with other tokens than the tokenizer's own it still may occur.
     """
 
     def sequences() -> Iterator[tuple[int, ...]]:
         for token_id in params.bad_words_token_ids or ():
             yield (token_id,)
         for word in params.bad_words or ():
-            yield tuple(tokenizer.encode(word))
-            yield tuple(tokenizer.encode(f" {word.lstrip()}"))
+            yield _within_text(word, tokenizer)
+            if word[0] != " " or word.isspace():
+                yield _within_text(f" {word}", tokenizer)
 
     return [ids for ids in dict.fromkeys(sequences()) if ids]
+
+
+ANCHORS = ("\n", ".", "0", "中", "a")  # texts that hardly ever share a token with what follows them
+
+
+def _within_text(words: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens of `words` after other text: at a text's beginning SentencePiece adds a space, or removes one."""
+    for anchor in ANCHORS:
+        before, together = (tuple(tokenizer.encode(text)) for text in (anchor, anchor + words))
+        if before and together[: len(before)] == before:
+            return together[len(before) :]
+    return tuple(tokenizer.encode(words))

@@ -8,12 +8,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from openai.types import Completion, ErrorObject
+from openai.types.chat import ChatCompletion
 
 from fastdeploy.__main__ import batch_parser, chat_parser, main
-from fastdeploy.batch import openai_request
+from fastdeploy.batch import BatchRun, Line
 from fastdeploy.engine.request import CompletionOutput, RequestOutput
 from fastdeploy.sampling_params import SamplingParams
 from fastdeploy.terminal import Conversation
@@ -225,11 +228,138 @@ def test_an_output_of_another_input_is_refused(tmp_path: Path, capsys: pytest.Ca
         assert results.read_text() == content
 
 
-def test_an_openai_body_in_our_words() -> None:
-    body = {"model": "m", "prompt": "p", "max_completion_tokens": 3, "logprobs": True, "top_logprobs": 2, "seed": None}
-    request = openai_request({"url": "/v1/chat/completions", "body": body})
-    assert request == {"prompt": "p", "max_tokens": 3, "logprobs": 2}
-    assert openai_request({"url": "/v1/completions", "body": {"logprobs": 4}}) == {"logprobs": 4}
-    for bad in ({"url": "/v1/completions", "body": []}, {"body": {}}):
-        with pytest.raises(ValueError):
-            openai_request(bad)
+DEEP = "[" * 900 + "]" * 900
+HOSTILE = [
+    '{"prompt": "x", "n": 1000000000}',
+    '{"prompt": "x", "temperature": 1e400}',
+    '{"prompt": "x", "max_tokens": 1e400}',
+    '{"prompt": "x", "seed": ' + "9" * 5000 + "}",
+    '{"prompt": "x", "top_k": ' + "9" * 400 + "}",
+    '{"prompt": "\\ud800"}',
+    '{"prompt": "x", "stop": "\\udfff"}',
+    b'{"prompt": "\xff\xfe"}',
+    b'\xff\xfe{\x00"\x00',
+    "null",
+    "NaN",
+    '{"prompt": ["x", ["y"]]}',
+    '{"prompt": []}',
+    '{"prompt": "x", "self": 1}',
+    '{"prompt": "x", "logits_processors": ["print"]}',
+    '{"messages": ' + DEEP + "}",
+    '{"messages": [{"role": "user", "content": ' + DEEP + "}]}",
+    '{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"messages": 1}}',
+    '{"messages": [], "prompt": "x"}',
+    '{"url": [], "body": {}}',
+    '{"url": "/v1/completions", "body": ' + DEEP + "}",
+    '{"prompt": "' + "x" * 1_000_000 + '"}',
+    '{"prompt": ' + str([1] * 300) + "}",
+]
+
+
+@needs_smollm2
+def test_one_bad_line_never_costs_another(tmp_path: Path) -> None:
+    source, results = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    good = b'{"prompt": "x\\u0000", "max_tokens": 1}'
+    lines = [good, *(line if isinstance(line, bytes) else line.encode() for line in HOSTILE), good]
+    lines += [b'{"prompt": "x", "custom_id": ' + DEEP.encode() + b"}"]  # may be read, but perhaps not be written
+    source.write_bytes(b"\n".join(lines))
+    assert run(source, results) == 0
+    found = answers(results)
+    assert sorted(found) == list(range(1, len(lines) + 1))
+    last = len(HOSTILE) + 2
+    assert found[1]["error"] is found[last]["error"] is None
+    for number, line in enumerate(HOSTILE, start=2):
+        error = found[number].get("error") or found[number]["response"]["body"]["error"]
+        assert error["message"], line
+
+
+@needs_smollm2
+def test_several_prompts_of_a_line_have_their_choices_one_after_the_other(tmp_path: Path) -> None:
+    source, results = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts = ["The capital of France is", "2 + 2 =", "The capital of France is"]
+    lines: list[dict[str, Any]] = [{"prompt": prompt, "temperature": 0} for prompt in prompts]
+    lines += [{"prompt": prompts, "n": 2, "temperature": 0}, {"prompt": prompts, "n": 2, "temperature": 1}]
+    lines += [{"prompt": "shown", "prompt_token_ids": [1, 2, 3], "temperature": 0}]
+    write_lines(source, lines)
+    assert run(source, results, "--max-tokens", "8") == 0
+    found = answers(results)
+    alone = [found[number]["choices"][0]["text"] for number in (1, 2, 3)]
+    assert [choice["index"] for choice in found[4]["choices"]] == list(range(6))
+    assert [choice["text"] for choice in found[4]["choices"]] == [text for text in alone for _ in range(2)]
+    assert len({choice["text"] for choice in found[5]["choices"]}) == 6, "each draws with a seed of its own"
+    assert found[4]["usage"]["prompt_tokens"] == sum(found[number]["usage"]["prompt_tokens"] for number in (1, 2, 3))
+    assert found[4]["usage"]["completion_tokens"] == 48 and found[6]["usage"]["prompt_tokens"] == 3
+
+
+@needs_smollm2
+def test_openai_answers_are_what_the_openai_package_takes(tmp_path: Path) -> None:
+    source, results = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    messages = [{"role": "user", "content": "Say 你好 and 👩"}]
+    chat = {"messages": messages, "n": 2, "max_completion_tokens": 8, "logprobs": True, "top_logprobs": 2}
+    bodies = [
+        ("/v1/chat/completions", chat),
+        ("/v1/chat/completions", {"messages": messages, "response_format": {"type": "text"}, "model": "given"}),
+        ("/v1/completions", {"prompt": ["Greetings 你好 你", "2 + 2"], "n": 2, "logprobs": 2, "max_tokens": 8}),
+        ("/v1/completions", {"prompt": "x", "logprobs": 0, "echo": False, "best_of": 1, "stream": False}),
+        ("/v1/completions", {"prompt": "x", "echo": True}),
+        ("/v1/completions", {"prompt": "x", "max_tokens": 0}),
+    ]
+    write_lines(source, [{"custom_id": str(i), "url": url, "body": body} for i, (url, body) in enumerate(bodies)])
+    assert run(source, results) == 0
+    found = answers(results)
+    for number, (url, body) in enumerate(bodies, start=1):
+        line, response = found[number], found[number]["response"]
+        assert line["custom_id"] == str(number - 1) and isinstance(line["id"], str) and line["error"] is None
+        assert isinstance(response["request_id"], str)
+        if number > 4:
+            assert response["status_code"] == 400
+            error = ErrorObject.model_validate(response["body"]["error"], strict=True)
+            assert ("echo" in error.message) == (number == 5) and error.type == "invalid_request_error"
+            continue
+        kind = ChatCompletion if "chat" in url else Completion
+        completion = kind.model_validate(response["body"], strict=True)
+        assert completion.model == body.get("model", MODEL) and abs(completion.created - time.time()) < 3600
+        assert [choice.index for choice in completion.choices] == list(range(len(completion.choices)))
+        assert all(choice.finish_reason in ("stop", "length") for choice in completion.choices)
+        assert not completion.model_extra and all(set(c.model_extra) <= {"stop_reason"} for c in completion.choices)
+    for choice in found[1]["response"]["body"]["choices"]:
+        content = ChatCompletion.model_validate(found[1]["response"]["body"]).choices[choice["index"]].logprobs.content
+        assert [len(place.top_logprobs) for place in content] == [2] * len(content)
+        said = b"".join(bytes(place.bytes) for place in content).decode(errors="replace")
+        assert said.removesuffix("<|im_end|>") == choice["message"]["content"]
+    for choice in Completion.model_validate(found[3]["response"]["body"]).choices:
+        told = choice.logprobs
+        for token, logprob, tops, offset in zip(
+            told.tokens, told.token_logprobs, told.top_logprobs, told.text_offset, strict=True
+        ):
+            assert choice.text[offset:].startswith(token) or "\ufffd" in token
+            assert logprob <= max(tops.values()) and 1 <= len(tops) <= 3
+
+
+class FakePanic(BaseException):
+    """As what a library in Rust raises is none of Exception."""
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RecursionError("deep"), KeyError("x"), FakePanic("at lib.rs")])
+def test_whatever_a_line_raises_is_its_answer(error: BaseException, tmp_path: Path) -> None:
+    with (tmp_path / "out.jsonl").open("w+b") as file:
+        assert batch_run(error, file).answer([Line(1, b'{"prompt": "x"}')], 1) == 1
+        file.seek(0)
+        assert type(error).__name__ in json.loads(file.read())["error"]["message"]
+
+
+def test_ctrl_c_while_a_line_is_read_ends_the_run(tmp_path: Path) -> None:
+    with (tmp_path / "out.jsonl").open("w+b") as file, pytest.raises(KeyboardInterrupt):
+        batch_run(KeyboardInterrupt(), file).answer([Line(1, b'{"prompt": "x"}')], 1)
+
+
+def batch_run(error: BaseException, file: Any) -> BatchRun:
+    """A run with a tokenizer that raises."""
+
+    def read(prompts: object) -> None:
+        raise error
+
+    config = SimpleNamespace(max_num_seqs=2, chat_template=None)
+    engine = SimpleNamespace(run=lambda requests, partial: iter([]))
+    llm = SimpleNamespace(config=config, engine=engine, reader=SimpleNamespace(read=read))
+    return BatchRun(llm, {}, file)  # type: ignore[arg-type]

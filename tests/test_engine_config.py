@@ -55,10 +55,27 @@ def test_ranks_do_not_overlap_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "nearest"), [("max_len", "max_model_len"), ("tensor_paralel_size", "tensor_parallel_size")]
+    ("name", "nearest"),
+    [
+        ("max_len", "max_model_len"),
+        ("tensor_paralel_size", "tensor_parallel_size"),
+        ("tensor_parallel", "tensor_parallel_size"),
+        ("max_seq_len", "max_model_len"),
+        ("max_length", "max_model_len"),
+        ("n_ctx", "max_model_len"),
+        ("gpu_memory", "gpu_memory_utilization"),
+        ("model_path", "model"),
+        ("torch_dtype", "dtype"),
+    ],
 )
 def test_an_unknown_keyword_is_a_type_error_that_suggests_a_name(name: str, nearest: str) -> None:
     with pytest.raises(TypeError, match=f"LLM has no keyword '{name}': did you mean '{nearest}'"):
+        EngineConfig("some-model", **{name: 1})
+
+
+@pytest.mark.parametrize("name", ["pipeline_parallel_size", "expert_parallel_size", "kv_cache_size", "max_tokens"])
+def test_a_name_for_something_else_is_met_with_a_list(name: str) -> None:
+    with pytest.raises(TypeError, match=f"LLM has no keyword '{name}': it takes model, tokenizer, .*max_model_len"):
         EngineConfig("some-model", **{name: 1})
 
 
@@ -75,8 +92,15 @@ def test_a_chat_template_may_be_source_or_a_file(tmp_path: Path) -> None:
         assert EngineConfig("some-model", chat_template=template).chat_template == template
 
 
-def test_paths_are_taken() -> None:
+def test_paths_are_taken_and_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "t.jinja").write_text("{{ messages }}")
     assert EngineConfig(Path("some") / "model").model == str(Path("some") / "model")
+    for kind in (str, Path):
+        config = EngineConfig(kind("~/model"), tokenizer=kind("~/tokenizer"), chat_template=kind("~/t.jinja"))
+        expected = [str(tmp_path / name) for name in ("model", "tokenizer", "t.jinja")]
+        assert [config.model, config.tokenizer, config.chat_template] == expected
+    assert EngineConfig("m", chat_template="~/{{ messages }}").chat_template == "~/{{ messages }}"
 
 
 def test_resolved_lengths_are_numbers_within_the_models_limit() -> None:

@@ -129,6 +129,11 @@ HI = [ord("h"), ord("i")]
         ({"prompt": "hi"}, ["hi"]),
         ({"prompt": HI}, [HI]),
         ([{"prompt_token_ids": HI}, {"prompt": "you"}], [HI, "you"]),
+        ({"prompt": "", "prompt_token_ids": HI}, [HI]),
+        ({"prompt": None, "prompt_token_ids": HI}, [HI]),
+        ({"prompt": "hi", "prompt_token_ids": None}, ["hi"]),
+        ([], []),
+        ((), []),
     ],
 )
 def test_generate_takes_text_ids_dicts_and_lists_of_them(llm: LLM, prompts: object, expected: list) -> None:
@@ -146,7 +151,6 @@ def test_generate_takes_text_ids_dicts_and_lists_of_them(llm: LLM, prompts: obje
 @pytest.mark.parametrize(
     ("prompts", "error", "message"),
     [
-        ([], ValueError, "prompts is an empty list"),
         ("", ValueError, "prompts is empty"),
         (["hi", ""], ValueError, r"prompts\[1\] is empty"),
         (["hi", []], ValueError, r"prompts\[1\] is empty"),
@@ -164,7 +168,10 @@ def test_generate_takes_text_ids_dicts_and_lists_of_them(llm: LLM, prompts: obje
         ([257], ValueError, r"prompts\[0\] is 257: token ids run from 0 to 256"),
         (["hi", "x" * 100], ValueError, r"prompts\[1\] has 100 tokens; max_model_len=100.*99 at most"),
         ({"text": "hi"}, ValueError, r"prompts must have either the key 'prompt' or .* it has \['text'\]"),
-        ([{"prompt": "hi", "prompt_token_ids": HI}], ValueError, r"prompts\[0\] must have either"),
+        ([{"prompt": None}], ValueError, r"prompts\[0\] must have either"),
+        ({"prompt": "hi", "prompt_token_ids": []}, ValueError, r"prompts\['prompt_token_ids'\] is empty"),
+        ({"prompt": {"prompt": "hi"}}, TypeError, r"prompts\['prompt'\] must be text or a list of token ids, not dict"),
+        ("x" * 25601, ValueError, "prompts has 25601 characters, far too many for max_model_len=100: shorten it"),
         ([{"prompt": 5}], TypeError, r"prompts\[0\]\['prompt'\] must be text"),
         ({"prompt": "hi", "n": 5}, ValueError, r"prompts has the key 'n': a dict prompt has 'prompt' and nothing else"),
         ({"prompt_token_ids": "hi"}, TypeError, r"prompts\['prompt_token_ids'\] must be a list of token ids, not str"),
@@ -179,6 +186,16 @@ def test_bad_prompts_are_refused_before_anything_is_queued(
     assert_idle(llm)
     assert llm.engine.runner.batches == []
     assert llm.generate("hi", use_tqdm=False)[0].finished, "the object still works"
+
+
+def test_of_text_and_ids_the_ids_count_and_the_text_is_what_the_output_shows(llm: LLM) -> None:
+    (output,) = llm.generate({"prompt": "say no", "prompt_token_ids": list(b"say yes")}, use_tqdm=False)
+    assert (output.prompt, output.prompt_token_ids, output.outputs.text) == ("say no", list(b"say yes"), "yes")
+
+
+def test_no_prompts_have_no_outputs(llm: LLM) -> None:
+    assert llm.generate([], [], use_tqdm=False) == list(llm.generate([], stream=True)) == []
+    assert_idle(llm)
 
 
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -358,6 +375,47 @@ def test_n_outputs_of_each_prompt_follow_each_other_with_seeds_of_their_own(llm:
     seeds = {request.index: request.sampling_params.seed for request in llm.engine.runner.requests}
     assert seeds[0] == 7 and len(set(seeds.values())) == 6
     assert params[0] == SamplingParams(n=2, seed=7)
+
+
+def test_requests_are_made_as_they_are_needed(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100,000 no more exist at a time than fit in two steps, and what is through is forgotten."""
+    alive: weakref.WeakSet = weakref.WeakSet()
+    make = llm.intake._request
+
+    def counted(*arguments: object) -> Request:
+        request = make(*arguments)
+        alive.add(request.transcript)  # a request has no weak references
+        return request
+
+    monkeypatch.setattr(llm.intake, "_request", counted)
+    stream = llm.generate(["say a"] * 10, SamplingParams(n=10_000, max_tokens=1), stream=True)
+    shown = []
+    for output in stream:
+        shown.append(output.outputs.index)
+        assert len(alive) <= 3 * 4
+        if len(shown) == 200:
+            break
+    assert shown == list(range(200))
+    del output
+    stream.close()
+    assert_idle(llm)
+
+
+def test_a_prompt_asks_for_no_more_outputs_than_can_be_held(llm: LLM) -> None:
+    params = SamplingParams()
+    params.n = 10**9  # assigned later: not checked yet
+    with pytest.raises(ValueError, match=r"SamplingParams\(n=1000000000\): must be an integer from 1 to 16384"):
+        llm.generate("hi", params)
+    assert_idle(llm)
+
+
+def test_tokens_that_the_model_does_not_have_are_neither_banned_nor_forced(make_llm: Callable[..., LLM]) -> None:
+    llm = make_llm(reasoning_parser="qwen3")
+    llm.intake._vocab_size = ord("i")  # of which "h" is a part, "i" is none
+    llm.generate("hh", SamplingParams(bad_words=["h", "i", "hi"]), use_tqdm=False)
+    assert set(llm.engine.runner.requests[0].banned) == {(ord("h"),), (ord(" "), ord("h"))}
+    with pytest.raises(ValueError, match="reasoning_max_tokens needs a model that has tokens for '<think>'"):
+        llm.generate("hh", SamplingParams(reasoning_max_tokens=1))
 
 
 def test_a_stream_of_n_outputs_tells_them_apart_by_index(llm: LLM) -> None:

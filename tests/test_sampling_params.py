@@ -6,9 +6,11 @@ import logging
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from fastdeploy import SamplingParams
+from fastdeploy.checks import FOREIGN
+from fastdeploy.engine_config import EngineConfig
 from fastdeploy.sampling_params import NEUTRAL, banned_sequences, sampling_defaults
 from fastdeploy.text.tokenizer import Tokenizer
 
@@ -28,6 +30,8 @@ NAN, INF = float("nan"), float("inf")
     ("field", "value", "error"),
     [
         ("n", 0, ValueError),
+        ("n", 16385, ValueError),
+        ("n", 10**9, ValueError),
         ("n", None, TypeError),
         ("n", 1.0, TypeError),
         ("temperature", -0.1, ValueError),
@@ -63,6 +67,7 @@ NAN, INF = float("nan"), float("inf")
         ("stop", 5, TypeError),
         ("stop", b"x", TypeError),
         ("stop", ["a", ""], ValueError),
+        ("stop", ["a", "b\ud800"], ValueError),
         ("stop", ["a", 3], TypeError),
         ("stop", {"a"}, TypeError),
         ("stop_token_ids", 5, TypeError),
@@ -75,6 +80,7 @@ NAN, INF = float("nan"), float("inf")
         ("bad_words", "word", TypeError),
         ("bad_words", ["a", None], TypeError),
         ("bad_words", ["a", ""], ValueError),
+        ("bad_words", ["a", "\udfff"], ValueError),
         ("bad_words_token_ids", [1, -5], ValueError),
         ("bad_words_token_ids", [1, [5]], TypeError),
         ("logit_bias", [1, 2], TypeError),
@@ -106,6 +112,15 @@ def test_a_bad_key_of_logit_bias_is_refused_by_name(key: object, error: type[Exc
         SamplingParams(logit_bias={key: 1.0})
 
 
+def test_the_table_of_foreign_names_has_none_of_ours_and_leads_to_ours() -> None:
+    ours = {f.name for cls in (SamplingParams, EngineConfig) for f in dataclasses.fields(cls)}
+    assert set(FOREIGN) <= ours
+    for cls in (SamplingParams, EngineConfig):
+        known = {f.name for f in dataclasses.fields(cls)}
+        foreign = [foreign for name in known & set(FOREIGN) for foreign in FOREIGN[name].split()]
+        assert not known & set(foreign) and len(set(foreign)) == len(foreign)
+
+
 @pytest.mark.parametrize(
     ("params", "message"),
     [
@@ -126,7 +141,20 @@ def test_an_integer_too_large_for_a_float_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("name", "remedy"),
-    [("temprature", "did you mean 'temperature'?"), ("max_token", "'max_tokens'"), ("zzz", "it takes")],
+    [
+        ("temprature", "did you mean 'temperature'?"),
+        ("max_token", "did you mean 'max_tokens'?"),
+        ("max_completion_tokens", "did you mean 'max_tokens'?"),
+        ("max_new_tokens", "did you mean 'max_tokens'?"),
+        ("min_new_tokens", "did you mean 'min_tokens'?"),
+        ("repeat_penalty", "did you mean 'repetition_penalty'?"),
+        ("stop_sequences", "did you mean 'stop'?"),
+        ("zzz", "it takes n, temperature,"),
+        ("top_a", "it takes n, temperature,"),
+        ("length_penalty", "it takes n, temperature,"),
+        ("spaces_between_special_tokens", "it takes n, temperature,"),
+        ("max_model_len", "it takes n, temperature,"),
+    ],
 )
 def test_an_unknown_keyword_is_a_type_error_that_suggests_a_name(name: str, remedy: str) -> None:
     with pytest.raises(TypeError) as raised:
@@ -288,6 +316,52 @@ def test_bad_words_are_banned_as_they_are_and_after_a_space(tokenizer: Tokenizer
     banned = banned_sequences(SamplingParams(bad_words=["he", "hex"]), tokenizer)
     spelled = [[tokenizer.token(token_id) for token_id in sequence] for sequence in banned]
     assert spelled == [["he"], ["Ġhe"], ["he", "x"], ["Ġhe", "x"]]
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("\n", [["Ċ"], ["Ġ", "Ċ"]]),
+        ("\n\n", [["Ċ", "Ċ"], ["Ġ", "Ċ", "Ċ"]]),
+        ("\t", [["ĉ"], ["Ġ", "ĉ"]]),
+        (" ", [["Ġ"], ["Ġ", "Ġ"]]),
+        (" he", [["Ġhe"]]),
+        ("\nhe", [["Ċ", "he"], ["Ġ", "Ċ", "he"]]),
+    ],
+)
+def test_whitespace_is_a_word_and_part_of_one(tokenizer: Tokenizer, word: str, expected: list[list[str]]) -> None:
+    banned = banned_sequences(SamplingParams(bad_words=[word]), tokenizer)
+    assert [[tokenizer.token(token_id) for token_id in sequence] for sequence in banned] == expected
+
+
+@pytest.fixture(scope="module")
+def llama() -> Tokenizer:
+    """As Llama 2's: a space is put before every text, what has no token is spelled in bytes."""
+    tokens = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "h", "e", "a", "he", "▁he", "▁a"]
+    merges = [("h", "e"), ("▁", "he"), ("▁", "a")]
+    backend = tokenizers.Tokenizer(
+        models.BPE({t: i for i, t in enumerate(tokens)}, merges, byte_fallback=True, unk_token="<unk>")
+    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.add_special_tokens(["</s>"])
+    return Tokenizer(backend)
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("he", [["he"], ["▁he"]]),
+        ("\n", [["<0x0A>"], ["▁", "<0x0A>"]]),
+        (" ", [["▁"], ["▁", "▁"]]),
+        ("he a", [["he", "▁a"], ["▁he", "▁a"]]),
+        ("</s>", [["</s>"], ["▁", "</s>"]]),
+    ],
+)
+def test_a_space_that_the_tokenizer_puts_before_a_text_is_no_part_of_the_word(
+    llama: Tokenizer, word: str, expected: list[list[str]]
+) -> None:
+    banned = banned_sequences(SamplingParams(bad_words=[word]), llama)
+    assert [[llama.token(token_id) for token_id in sequence] for sequence in banned] == expected
 
 
 def test_every_sequence_is_banned_once(tokenizer: Tokenizer) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, cast
@@ -50,10 +51,15 @@ class Flight:
 class Call:
     """What a call of `Engine.run` is to hear of.
 
-    partial: of every new token, not of finished requests alone. news: who has changed since it last heard, as the keys.
+    partial: of every new token, not of finished requests alone. source: the requests to come. arrival: when it began.
+    queued: its requests under way, until it has heard of their end; news: those of them who have changed since it last
+    heard; both as keys.
     """
 
     partial: bool
+    source: Iterator[Request]
+    arrival: float
+    queued: dict[Request, None] = field(default_factory=dict)
     news: dict[Request, None] = field(default_factory=dict)
 
 
@@ -79,46 +85,58 @@ class Engine:
         self._ended = 0.0  # when the latest step did
         self._calls: dict[Request, Call] = {}  # of the unfinished requests, in order of arrival
         self._lock = threading.RLock()  # held by whoever computes a step or changes what is below or in the scheduler
-        # Requests of calls that are over, to be freed: at once, but not in the middle of a change, where the garbage
-        # collector may close an iterator.
+        # Requests that are over, and those of calls that are, to be freed: at once, but not in the middle of a change,
+        # where the garbage collector may close an iterator.
         self._left: deque[Request] = deque()
         self._busy: Call | None = None  # the one that computes a step or leaves
         self._intact = True  # False: what is above and in the scheduler is being changed, or a change was cut short
         _engines.add(self)
 
-    def run(self, requests: Sequence[Request], partial: bool = True) -> Generator[list[RequestOutput], None, None]:
-        """Queue the requests; step by step, yield an output of each that is finished, until all are.
+    def run(self, requests: Iterable[Request], partial: bool = True) -> Generator[list[RequestOutput], None, None]:
+        """Run the requests; step by step, yield an output of each that is finished, until all are.
 
+        requests: taken as they are needed, so that of a call twice as many are queued as fit in a step. Made only then,
+        they take no more memory, however many they are.
         partial: an output of each that has new tokens, too. The list of a step may be empty; requests that have no
         transcript appear in none.
 
         Closing the iterator, or an exception from a step (Ctrl-C included), frees what is left of these requests.
         Raises RuntimeError once the engine is closed.
         """
-        call = Call(partial)
-        num_unfinished = len(requests)
-        arrival = now()  # before the wait for another thread's step
+        call = Call(partial, iter(requests), now())  # before the wait for another thread's step
         try:
             with self._lock:
                 self._usable_runner()
-                for request in requests:
-                    request.metrics.arrival_time = arrival
-                    self._calls[request] = call
-                    self.scheduler.add(request)
-            while num_unfinished:
+            while True:
                 with self._lock:
+                    self._queue(call)
+                    if not call.queued:
+                        return
                     while not call.news:
                         self._step(call)
                         if not partial:  # the caller may show how far it is
                             break
                     finished = [request for request in call.news if request.finish_reason is not None]
-                    num_unfinished -= len(finished)
                     # Under the lock: other threads' steps change transcripts.
                     outputs = outputs_of(call.news if partial else finished)
                     call.news.clear()
+                    for request in finished:
+                        self._left.append(request)
+                        del call.queued[request]
                 yield outputs
         finally:
-            self._leave(requests, call)
+            self._leave(call)
+
+    def _queue(self, call: Call) -> None:
+        """Queue what a call has room for."""
+        more = list(itertools.islice(call.source, 2 * self.scheduler.max_num_seqs - len(call.queued)))
+        if more:
+            self._usable_runner()
+        for request in more:
+            request.metrics.arrival_time = call.arrival
+            call.queued[request] = None
+            self._calls[request] = call
+            self.scheduler.add(request)
 
     def close(self) -> None:
         """Let go of the runner, and so of model and KV cache; calls under way and later ones raise RuntimeError."""
@@ -207,9 +225,9 @@ class Engine:
             if finished:
                 self._calls.pop(request, None)
 
-    def _leave(self, requests: Sequence[Request], call: Call) -> None:
+    def _leave(self, call: Call) -> None:
         """Free what is left of a call's requests."""
-        self._left.extend(requests)  # first of all: should Ctrl-C strike below, the next step forgets them
+        self._left.extend(call.queued)  # first of all: should Ctrl-C strike below, the next step forgets them
         with self._lock:
             if self._busy is call:  # a second Ctrl-C, in the recovery from the first
                 self._busy = None

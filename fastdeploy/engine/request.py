@@ -158,7 +158,8 @@ class CompletionOutput(Record):
         probable first, and of the token itself in any case.
     finish_reason: None while unfinished; "stop" (end of sequence, stop token, stop text), "length" (max_tokens),
         "error".
-    stop_reason: the id among stop_token_ids or the text among stop that ended the output; None for an end of sequence.
+    stop_reason: the id among stop_token_ids or the text among stop that ended the output; None for an end of sequence
+        that is neither.
     delta, reasoning_delta: the parts of text and reasoning_content that no earlier output of this request had. All of
         them where the call does not stream.
     """
@@ -319,14 +320,12 @@ class Request:
         """Finish if the last output token says so; to be called again if an exception struck in the middle of it."""
         if self.finish_reason is not None:
             return
-        last, params = self.token_ids[-1], self.sampling_params
-        if self.ends_by_token():
-            self.stop_reason = last if last in self.stop_token_ids else None  # before what says that it is there
+        last, searches = self.token_ids[-1], self._has_stop_texts and self.transcript is not None
+        found = self.transcript.find_stop() if searches else None  # type: ignore[union-attr]
+        if found is not None or self.ends_by_token():
+            self.stop_reason = last if last in self.stop_token_ids else found  # before what says that it is there
             self.finish_reason = "stop"
-        elif params.stop and self.transcript is not None and (found := self.transcript.find_stop()) is not None:
-            self.stop_reason = found
-            self.finish_reason = "stop"
-        elif self.num_output_tokens == params.max_tokens:
+        elif self.num_output_tokens == self.sampling_params.max_tokens:
             self.finish_reason = "length"
 
     def ends_by_token(self) -> bool:

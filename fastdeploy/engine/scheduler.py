@@ -273,6 +273,7 @@ class ScheduledBatch:
 
 
 NO_NUMBERS, ALL_BANNED, FAILED = -1, -2, -3  # instead of a token; the first two as kernels/sampling.py has them
+FORCED_OUTSIDE = -5  # as there, too
 
 
 @dataclass(slots=True)
@@ -599,6 +600,8 @@ class Scheduler:
         elif what == NO_NUMBERS:
             self.blocks.forget(request.block_table)
             request.fail(INTERNAL_ERROR, f"the model gave NaN logits after {len(request.token_ids)} tokens")
+        elif what == FORCED_OUTSIDE:
+            request.fail(INTERNAL_ERROR, "the token that had to come next is not in the model's vocabulary")
         else:
             request.fail(
                 UNSERVABLE,

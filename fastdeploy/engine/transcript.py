@@ -5,7 +5,8 @@
                       characters)     up to a stop)   the markers)
 
 Each stage holds back what later tokens may make something else of: half a character, the beginning of a stop text, the
-beginning of a marker. So nothing that was given is ever taken back.
+beginning of a marker. So nothing that was given is ever taken back. Stop texts are looked for in what the detokenizer
+holds back, too: what ends there is final.
 
 Text costs more than all other bookkeeping of a token. So tokens are read when somebody asks for an output; those of a
 request with stop texts at every token, because the text tells whether there is a next one.
@@ -13,7 +14,7 @@ request with stop texts at every token, because the text tells whether there is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -38,6 +39,12 @@ class Detokenizer(Protocol):
     def finish(self) -> str:
         """What was held back; nothing if asked again."""
 
+    def held(self) -> str:
+        """What `finish` would give, if it is whole characters; it stays held back."""
+
+    def hidden(self, texts: Sequence[str]) -> Mapping[int, str]:
+        """The tokens in `texts` that are left out of the text, each with what it would be there."""
+
     def fresh(self) -> Detokenizer:
         """Another one of the same kind, which has seen nothing."""
 
@@ -48,39 +55,54 @@ class StopSearch:
     The one that is complete first counts; of those complete at the same character, the longest. `found` is the text
     found or None. What `feed` and `finish` return is together the text up to the stop text, or through it with
     `include`; all of the text if there is none.
+
+    hidden: tokens that are no part of the text but may be of a stop text, see `Detokenizer.hidden`. `marks` has a
+    character that no text has for each, half of a surrogate pair: to be fed in its place, it never comes out.
     """
 
-    def __init__(self, stops: Sequence[str], include: bool) -> None:
+    def __init__(self, stops: Sequence[str], include: bool, hidden: Mapping[int, str]) -> None:
         self.found: str | None = None
-        self._stops = stops
-        self._first_characters = {stop[0] for stop in stops}
+        self.has_any = bool(stops)
+        self.marks = {token_id: chr(0xD800 + index) for index, token_id in enumerate(hidden)}
+        self._unmarked = str.maketrans(dict.fromkeys(self.marks.values(), ""))
+        self._stops = {stop: stop for stop in stops}  # as it is looked for -> as it was given
+        for token_id, mark in self.marks.items():
+            self._stops |= {form.replace(hidden[token_id], mark): stop for form, stop in self._stops.items()}
+        self._first_characters = {stop[0] for stop in self._stops}
         self._include = include
         self._held = ""
+        self._num_searched = 0  # characters of _held and of what follows in which a stop text may not end any more
 
-    def feed(self, piece: str, counts: bool) -> str:
-        """The text that is certain with this piece. A stop text that ends in it is one only if `counts` says so."""
+    def feed(self, piece: str, pending: str, counts: bool) -> str:
+        """The text that is certain with this piece. A stop text that ends in it is one only if `counts` says so.
+
+        pending: what follows the piece if this is the end; a stop text may end there, too. What was searched as pending
+        is not searched again as the beginning of a later piece.
+        """
         if self.found is not None:
             return ""
-        if not self._held and self._first_characters.isdisjoint(piece):
+        if not (self._held or pending or self._num_searched) and self._first_characters.isdisjoint(piece):
             return piece  # 19 tokens in 20, in a seventh of the time
-        num_held = len(self._held)
-        text = self._held + piece
+        known = self._held + piece
+        text = known + pending
         if counts:
-            # Only what ends in the piece is new; a cost that does not grow with the text.
-            matches = [(text.find(stop, max(0, num_held - len(stop) + 1)), stop) for stop in self._stops]
-            ends = [(start + len(stop), start, stop) for start, stop in matches if start >= 0]
+            # Only what ends in the new text is new; a cost that does not grow with the text.
+            places = [(text.find(stop, max(0, self._num_searched - len(stop) + 1)), stop) for stop in self._stops]
+            ends = [(start + len(stop), start, stop) for start, stop in places if start >= 0]
             if ends:
-                end, start, self.found = min(ends)
+                _, start, form = min(ends)
+                self.found = self._stops[form]
                 self._held = ""
-                return text[: end if self._include else start]
-        certain = len(text) - max(partial_match(text, stop) for stop in self._stops)
-        self._held = text[certain:]
-        return text[:certain]
+                return text[:start].translate(self._unmarked) + (self.found if self._include else "")
+        certain = len(known) - max((partial_match(known, stop) for stop in self._stops), default=0)
+        self._held = known[certain:]
+        self._num_searched = max(self._num_searched, len(known), len(text)) - certain
+        return known[:certain].translate(self._unmarked)
 
     def finish(self) -> str:
         """What was held back: nothing, if a stop text was found."""
         held, self._held = self._held, ""
-        return held
+        return held.translate(self._unmarked)
 
 
 class _Reading:
@@ -98,11 +120,15 @@ class _Reading:
     def add(self, token_id: int, counts: bool) -> None:
         """Read one token; counts: a stop text may be complete with it."""
         self.num_tokens += 1
-        self._unsplit.append(self.stops.feed(self._detokenizer.add(token_id), counts))
+        piece, mark = self._detokenizer.add(token_id), self.stops.marks.get(token_id, "")
+        pending = self._detokenizer.held() + mark if self.stops.has_any else ""
+        self._unsplit.append(self.stops.feed(piece, pending, counts))
+        if mark:
+            self._unsplit.append(self.stops.feed(mark, "", counts=False))
 
     def end(self) -> None:
         """There are no more tokens: the detokenizer holds nothing back any more."""
-        self._unsplit.append(self.stops.feed(self._detokenizer.finish(), counts=True))
+        self._unsplit.append(self.stops.feed(self._detokenizer.finish(), "", counts=True))
 
     def split(self, final: bool) -> None:
         """Bring `text` and `reasoning` up to what was read; final: nothing is held back, nothing will be read."""
@@ -146,7 +172,8 @@ class Transcript:
 
     def _new_reading(self, detokenizer: Detokenizer, parser: ReasoningParser | None) -> _Reading:
         params = self.request.sampling_params
-        return _Reading(detokenizer, StopSearch(params.stop or (), params.include_stop_str_in_output), parser)
+        hidden = detokenizer.hidden(params.stop) if params.stop else {}
+        return _Reading(detokenizer, StopSearch(params.stop or (), params.include_stop_str_in_output, hidden), parser)
 
     def rewind(self) -> None:
         """Read all tokens anew, from the next call on. What was given stays given.
@@ -156,11 +183,13 @@ class Transcript:
         self._reading = self._new_reading(self._detokenizer.fresh(), self._parser and self._parser.fresh())
 
     def find_stop(self) -> str | None:
-        """The stop text that the output, as it is now, ends with, if any."""
+        """The stop text that the output, as it is now, ends with, if any; it may be the token that ends the output."""
+        request, params = self.request, self.request.sampling_params
         self._read()
-        if self.request.num_output_tokens == self.request.sampling_params.max_tokens:
+        if request.num_output_tokens == params.max_tokens:
             self._reading.end()
-        return self._reading.stops.found
+        last = self._describe_token(request.token_ids[-1]) if request.ends_by_token() else None
+        return self._reading.stops.found or (last if last in (params.stop or ()) else None)
 
     def output(self) -> RequestOutput:
         """What there is by now; its deltas are what the output before did not have."""
@@ -189,8 +218,8 @@ class Transcript:
         """Read the new tokens. The token that ends the output has a text only if stop texts are to be included."""
         request, reading = self.request, self._reading
         params, first = request.sampling_params, len(request.prompt_token_ids)
-        end = request.num_output_tokens
-        if not params.include_stop_str_in_output and request.ends_by_token():
+        end, last = request.num_output_tokens, request.token_ids[-1]
+        if request.ends_by_token() and not params.include_stop_str_in_output and last not in reading.stops.marks:
             end -= 1
         for token_id in request.token_ids[first + reading.num_tokens : first + end]:
             reading.add(token_id, counts=reading.num_tokens + 1 >= params.min_tokens)

@@ -14,7 +14,8 @@ greedy choice (temperature 0, top_p 0 or top_k 1) is the first argmax of the edi
 and one search (selection.py): top_k looks for a mass at an infinite temperature, where every token weighs the same.
 
 A row with NaN or +inf, before or after the edits, gives -1, a row of nothing but -inf gives -2: never an id that nobody
-chose. A forced id comes out whatever the logits, NaN and +inf excepted.
+chose. A forced id comes out whatever the logits, NaN and +inf excepted; one that the row does not have gives -5. Edits
+of ids that the row does not have are left out: no list can change a neighbour's logits.
 
 The draw is a race: token i finishes after E_i / p_i, E_i exponential, and the first to finish is the sample (the
 Gumbel-max trick): argmax_i log2 p_i - log2 E_i, no normalisation, no cumulative sums. E_i comes from Philox-4x32-10
@@ -81,6 +82,7 @@ HELD_BACK = tl.constexpr(1 << 30)
 COUNT = tl.constexpr((1 << 29) - 1)
 NOT_A_NUMBER = tl.constexpr(-1)  # what ids_out says instead of a token
 NOTHING_POSSIBLE = tl.constexpr(-2)
+FORCED_OUTSIDE = tl.constexpr(-5)
 DRAW = tl.constexpr(-3)  # of SamplingWorkspace.choice: the race decides
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -94,8 +96,8 @@ class SamplingState:
         top_k: [slots] int32; 0 is off.
         seed: [slots] int64.
         hold_until: [slots] int32; held-back tokens are impossible at positions below it.
-        num_edits: [slots] int32, how many entries of the next three rows count.
-        edit_ids: [slots, E] int32, the tokens that are edited, distinct within a row.
+        num_edits: [slots] int32, how many entries of the next three rows count, E at most.
+        edit_ids: [slots, E] int32, the tokens that are edited, distinct within a row; outside [0, V): no edit.
         edit_bias: [slots, E] float32, added; -inf bans.
         edit_seen: [slots, E] int32: how often the token occurs in the output, plus SEEN_IN_PROMPT, plus HELD_BACK.
     """
@@ -154,11 +156,12 @@ def _edit_kernel(
     presence = tl.load(presence + slot)
     frequency = tl.load(frequency + slot)
     holding = tl.load(positions + row) < tl.load(hold_until + slot)
-    count = tl.load(num_edits + slot)
+    count = tl.minimum(tl.load(num_edits + slot), E)
     for start in range(0, count, BLOCK):
         edits = start + tl.arange(0, BLOCK)  # [BLOCK]
-        inside = edits < count
-        token = row * V + tl.load(ids + slot * E + edits, mask=inside, other=0)
+        edited = tl.load(ids + slot * E + edits, mask=edits < count, other=-1)
+        inside = (edited >= 0) & (edited < V)
+        token = row * V + edited
         facts = tl.load(seen + slot * E + edits, mask=inside, other=0)
         value = tl.load(logits + token, mask=inside, other=0.0)
         tl.store(saved + row * E + edits, value, mask=inside)
@@ -200,8 +203,8 @@ def _threshold_kernel(
     share = tl.load(top_p + slot)
     if key == INFINITE:
         tl.store(choice + this, NOT_A_NUMBER)
-    elif asked >= 0:
-        tl.store(choice + this, asked)
+    elif asked != -1:
+        tl.store(choice + this, tl.where((asked >= 0) & (asked < V), asked, FORCED_OUTSIDE))
     elif key == IMPOSSIBLE:
         tl.store(choice + this, NOTHING_POSSIBLE)
     elif (heat <= 0.0) | (share <= 0.0) | (most == 1):
@@ -344,11 +347,11 @@ def _finish_kernel(
                 token = tl.load(winners + row * chunks + chunk)
     tl.store(ids_out + row, token)
     slot = tl.load(slots + row).to(tl.int64)
-    count = tl.load(num_edits + slot)
+    count = tl.minimum(tl.load(num_edits + slot), E)
     for start in range(0, count, BLOCK):
         edits = start + tl.arange(0, BLOCK)
-        inside = edits < count
-        edited = tl.load(ids + slot * E + edits, mask=inside, other=0)
+        edited = tl.load(ids + slot * E + edits, mask=edits < count, other=-1)
+        inside = (edited >= 0) & (edited < V)
         value = tl.load(saved + row * E + edits, mask=inside, other=0.0)
         tl.store(logits + row * V + edited, value, mask=inside)
 
@@ -394,7 +397,8 @@ def sample(
     state: SamplingState,
     workspace: SamplingWorkspace,
 ) -> None:
-    """Choose one token id per row of logits; -1 for a row with NaN or +inf, -2 for a row of nothing but -inf.
+    """Choose one token id per row of logits; -1 for a row with NaN or +inf, -2 for a row of nothing but -inf, -5 for a
+    forced id that is none.
 
     Args:
         ids_out: [S] int32.
@@ -487,6 +491,8 @@ def edit_reference(
 ) -> np.ndarray:
     """The specification of the edits and penalties of one row, [V] float64; the arrays as in SamplingState, [edits]."""
     edited = logits.astype(np.float64)
+    inside = (ids >= 0) & (ids < logits.size)
+    ids, bias, seen = ids[inside], bias[inside], seen[inside]
     values, count = edited[ids] + bias, seen & ((1 << 29) - 1)
     values[(seen & 1 << 30 != 0) & (position < steering.hold_until)] -= np.inf
     penalised = np.where(values > 0, values / steering.repetition_penalty, values * steering.repetition_penalty)

@@ -91,7 +91,7 @@ def _bound_kernel(
     share = tl.load(top_p + slot)
     by_rank = (most > 0) & (most < V)
     n = tl.where(by_rank, most, groups - groups // 8)
-    draws = (tl.load(temperature + slot) > 0.0) & (share > 0.0) & (most != 1) & (tl.load(forced + this) < 0)
+    draws = (tl.load(temperature + slot) > 0.0) & (share > 0.0) & (most != 1) & (tl.load(forced + this) == -1)
     few = by_rank | (share < 1.0) | (tl.load(min_p + slot) > 0.0)
     bound = tl.full([], IMPOSSIBLE, tl.int32)
     if draws & few & (n <= groups):

@@ -4,6 +4,11 @@ r"""What a reasoning model thinks and what it answers: told apart by markers in 
 
 A marker counts where it is markup: the start marker at the very beginning of the output, the end marker while the
 model thinks. Anywhere else it is text. Line breaks directly beside a marker belong to it and are dropped.
+
+A qwen3 model may think without a start marker in prompt or output: an end marker then tells that all before it was a
+thinking. What a stream has given is never taken back. So text that begins without a marker is held back until a marker
+comes, or the end: without any marker, a stream gives its text at the end. Nothing is held back where the prompt ends
+with a marker, as chat templates have it with enable_thinking=False and for models that always think.
 """
 
 from __future__ import annotations
@@ -17,7 +22,8 @@ class ReasoningMarkers:
     """How a family of models marks its thinking.
 
     start, end: the markers. starts_open: whether the thinking begins without a start marker, which the chat template
-    has put at the end of the prompt, or nobody. answer_start, answer_end: markers that may be around the answer.
+    has put at the end of the prompt, or nobody. answer_start, answer_end: markers that may be around the answer; what
+    comes after them is dropped.
     """
 
     start: str
@@ -32,15 +38,16 @@ class ReasoningMarkers:
         return tuple(filter(None, (self.start, self.end, self.answer_start, self.answer_end)))
 
     def open_after(self, prompt_text: str) -> bool:
-        """Whether the output begins within the thinking: the prompt's end tells, or else the family's habit.
+        """Whether the output begins within the thinking: the prompt's end tells, or else the family's habit."""
+        return self.starts_open if not self.told_by(prompt_text) else prompt_text.rstrip().endswith(self.start)
+
+    def told_by(self, prompt_text: str) -> bool:
+        """Whether the prompt's end tells.
 
         A template that lets the model think may end with the start marker, one that does not with the end marker.
         Markers elsewhere in the prompt say nothing: they may be an earlier turn, or what a user writes about them.
         """
-        text = prompt_text.rstrip()
-        if text.endswith((self.start, self.end)):
-            return text.endswith(self.start)
-        return self.starts_open
+        return prompt_text.rstrip().endswith((self.start, self.end))
 
 
 REASONING_PARSERS: dict[str, ReasoningMarkers] = {
@@ -64,6 +71,8 @@ class _Section:
     opening: what may open it; "" if nothing does or the place where it could has been read.
     closing: what ends it; "" for the last section.
     required: it is there even without its opening.
+    told_by_closing: it is there if its closing comes before any opening.
+    dropped: its text is nobody's.
     after_marker: nothing of its text is read yet and a marker precedes it, so that line breaks here are dropped.
     """
 
@@ -71,6 +80,8 @@ class _Section:
     closing: str
     is_reasoning: bool = False
     required: bool = False
+    told_by_closing: bool = False
+    dropped: bool = False
     after_marker: bool = False
 
 
@@ -83,8 +94,10 @@ class ReasoningParser:
     def __init__(self, markers: ReasoningMarkers, prompt_text: str) -> None:
         self._origin = (markers, prompt_text)
         is_open = markers.open_after(prompt_text)
+        thinking = _Section(markers.start, markers.end, is_reasoning=True, required=is_open, after_marker=is_open)
+        thinking.told_by_closing = not is_open and not markers.told_by(prompt_text)
         self._sections = [
-            _Section(markers.start, markers.end, is_reasoning=True, required=is_open, after_marker=is_open),
+            thinking,
             _Section(markers.answer_start, markers.answer_end),
             _Section("", "", required=True),
         ]
@@ -110,7 +123,7 @@ class ReasoningParser:
             text, ended = self._read(section, final)
             if section.is_reasoning:
                 reasoning += text
-            else:
+            elif not section.dropped:
                 answer += text
             if not ended:
                 return reasoning, answer
@@ -124,6 +137,10 @@ class ReasoningParser:
                 self._held = start[len(section.opening) :]
                 section.after_marker = section.required = True
             elif section.opening and section.opening.startswith(start) and not final:
+                return "", False
+            elif section.told_by_closing and section.closing in start.partition(section.opening)[0]:
+                section.after_marker = section.required = True
+            elif section.told_by_closing and section.opening not in start and not final:
                 return "", False
             elif not section.required:
                 self._sections[1].after_marker = section.after_marker
@@ -141,6 +158,7 @@ class ReasoningParser:
         if closing:
             self._held = rest
             self._sections[1].after_marker = True
+            self._sections[1].dropped = not section.is_reasoning
             return text.rstrip("\n"), True
         if section.closing and not final:  # what may be the line breaks before the marker, and its beginning
             text = text[: len(text) - partial_match(text, section.closing)].rstrip("\n")

@@ -164,6 +164,16 @@ class StreamingDetokenizer:
         """What is still held back: U+FFFD for a character that never got its last bytes, usually ""."""
         return self._pieces.finish()
 
+    def held(self) -> str:
+        """What `finish` would give now, if it is whole characters, else ""; it stays held back."""
+        return self._pieces.held()
+
+    def hidden(self, texts: Sequence[str]) -> dict[int, str]:
+        """The special tokens written out in `texts` that are skipped, each with its text."""
+        tokenizer, _, _ = self._origin
+        ids = self._skipped.intersection(token_id for text in texts for token_id in tokenizer.encode(text))
+        return {token_id: tokenizer.token_text(token_id) for token_id in sorted(ids)}
+
     def fresh(self) -> "StreamingDetokenizer":
         """Another one of the same kind, which has seen nothing."""
         return StreamingDetokenizer(*self._origin)
@@ -181,6 +191,9 @@ class _ByteLevelPieces:
 
     def finish(self) -> str:
         return self._decoder.decode(b"", final=True)
+
+    def held(self) -> str:
+        return ""  # less than a character
 
 
 class _DecodedPieces:
@@ -210,6 +223,10 @@ class _DecodedPieces:
         text = self._text()
         self._before, self._held = self._held[-1:], []
         return text
+
+    def held(self) -> str:
+        text = self._text() if self._held else ""
+        return "" if text.endswith("\ufffd") else text
 
     def _text(self) -> str:
         known = self._tokenizer.decode(self._before, skip_special_tokens=False)

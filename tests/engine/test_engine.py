@@ -6,7 +6,7 @@ Every test runs twice: with steps one after the other, and with steps that overl
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import FrameType
@@ -78,6 +78,12 @@ class SpellingDetokenizer:
 
     def finish(self) -> str:
         return ""
+
+    def held(self) -> str:
+        return ""
+
+    def hidden(self, texts: Sequence[str]) -> dict[int, str]:
+        return {}
 
     def fresh(self) -> "SpellingDetokenizer":
         return SpellingDetokenizer()

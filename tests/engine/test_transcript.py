@@ -3,7 +3,7 @@
 import itertools
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -141,7 +141,7 @@ def check_one_reasoned_story(rng: random.Random) -> None:
     markers = REASONING_PARSERS[name]
     story = Story(cut(rng, text), ReasoningParser(markers, prompt), stop=stops)
     match = find_first(story, stops, 1)
-    reasoning, answer = reference(markers, markers.open_after(prompt), text if match is None else text[: match[0]])
+    reasoning, answer = reference(markers, prompt, text if match is None else text[: match[0]])
 
     given = ["", ""]
     while not story.request.finished:
@@ -156,18 +156,102 @@ def test_the_longest_of_two_stop_texts_that_end_together_counts() -> None:
     assert story.say().outputs.text == "x" and story.request.stop_reason == "ab"
 
 
-def test_a_stop_text_that_only_the_end_of_the_tokens_completes() -> None:
-    """A sentencepiece tokenizer holds a character spelled byte by byte back until another token follows."""
-    vocabulary = {token: index for index, token in enumerate(["a", "<0xE4>", "<0xB8>", "<0xAD>"])}
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer = Tokenizer(backend)
-    resolved = SamplingParams(max_tokens=4, stop="中").resolved(DEFAULTS, room=9, seed=0)
-    request = Request("a", PROMPT, PROMPT, resolved)
-    transcript = Transcript(request, StreamingDetokenizer(tokenizer), tokenizer.token_text)
-    for token_id in range(4):
-        request.append(token_id)
-    assert (request.finish_reason, request.stop_reason, transcript.output().outputs.text) == ("stop", "中", "a")
+def make_llama_tokenizer() -> Tokenizer:
+    """Token i below 256 spells a byte; then come "a", "b", "▁" and a special one.
+
+    Bytes are held back until another token follows: all of a run become U+FFFD if together they are not valid.
+    """
+    tokens = [*(f"<0x{byte:02X}>" for byte in range(256)), "a", "b", "▁"]
+    backend = tokenizers.Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    backend.add_special_tokens(["</s>"])
+    return Tokenizer(backend)
+
+
+LLAMA = make_llama_tokenizer()
+LLAMA_EOS = LLAMA.vocab_size - 1
+
+
+def say_as_llama(
+    token_ids: list[int], ends: Sequence[int] = (), **params: object
+) -> tuple[Request, list[RequestOutput]]:
+    resolved = SamplingParams(**{"max_tokens": len(token_ids), **params}).resolved(DEFAULTS, room=10**6, seed=0)
+    request = Request("a", PROMPT, PROMPT, resolved, frozenset(ends))
+    detokenizer = StreamingDetokenizer(LLAMA, resolved.skip_special_tokens)
+    transcript = Transcript(request, detokenizer, LLAMA.token_text)
+    outputs = []
+    for token_id in token_ids:
+        if not request.finished:
+            request.append(token_id)
+            outputs.append(transcript.output())
+    return request, outputs
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_stop_text_in_held_back_bytes_ends_the_output_at_its_last_byte(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(60):
+        text = "".join(rng.choices(["a", "b", "\n", "\n\n", "中", "é"], k=rng.randint(1, 12)))
+        token_ids = [LLAMA.backend.token_to_id(c) if c in "ab" else byte for c in text for byte in c.encode()]
+        ends = list(itertools.accumulate(len(c.encode()) for c in text))  # tokens after each character
+        stops = rng.choices(["\n", "\n\n", "a\n", "中", "\na", "é中", "bb", "\n中"], k=2)
+        min_tokens = rng.randint(0, min(4, len(token_ids)))
+        matches = [
+            (end, -len(stop), stop)
+            for end in range(1, len(text) + 1)
+            for stop in stops
+            if text[:end].endswith(stop) and ends[end - 1] >= min_tokens
+        ]
+        request, outputs = say_as_llama(token_ids, stop=stops, min_tokens=min_tokens)
+        given = ["".join(output.outputs.delta for output in outputs), outputs[-1].outputs.text]
+        if matches:
+            end, _, stop = min(matches)
+            assert (request.finish_reason, request.stop_reason) == ("stop", stop), (text, stops)
+            assert given == [text[: end - len(stop)]] * 2 and request.num_output_tokens == ends[end - 1]
+        else:
+            assert request.finish_reason == "length" and given == [text] * 2
+
+
+def test_half_a_character_in_held_back_bytes_is_no_stop_text() -> None:
+    token_ids = [256, 0xE4, 0xB8, 0xAD, 257]
+    request, _ = say_as_llama(token_ids, stop="\ufffd")
+    assert request.finish_reason == "length"
+
+
+@pytest.mark.parametrize(("include", "text"), [(False, "a"), (True, "a</s>")])
+@pytest.mark.parametrize("ends", [[], [LLAMA_EOS]])
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_special_token_is_a_stop_text_whether_or_not_the_text_has_it(
+    skip: bool, ends: list[int], include: bool, text: str
+) -> None:
+    params = {"skip_special_tokens": skip, "include_stop_str_in_output": include}
+    for tail in ([LLAMA_EOS], [LLAMA_EOS, 257]):
+        request, outputs = say_as_llama([256, *tail], ends, stop=["</s>"], max_tokens=9, **params)
+        assert (request.finish_reason, request.stop_reason) == ("stop", "</s>")
+        assert (outputs[-1].outputs.text, outputs[-1].outputs.token_ids) == (text, [256, LLAMA_EOS])
+
+
+@pytest.mark.parametrize("ends", [[], [LLAMA_EOS]])
+@pytest.mark.parametrize(
+    ("token_ids", "stop"),
+    [
+        ([257, 257, LLAMA_EOS], "b</s>"),
+        ([257, 10, LLAMA_EOS], "\n</s>"),
+        ([257, *b"</s>b"], "</s>b"),
+    ],
+)
+def test_a_skipped_special_token_may_be_a_part_of_a_stop_text(token_ids: list[int], stop: str, ends: list[int]) -> None:
+    request, outputs = say_as_llama(token_ids, ends, stop=stop, max_tokens=9)
+    assert (request.stop_reason, outputs[-1].outputs.text) == (stop, "b")
+
+
+def test_a_skipped_special_token_that_completes_no_stop_text_stays_out_of_the_text() -> None:
+    token_ids = [256, LLAMA_EOS, 257, 10, LLAMA_EOS, 256]
+    _, outputs = say_as_llama(token_ids, stop=["b</s>", "</s>\n"])
+    assert [output.outputs.text for output in outputs] == ["a", "a", "a", "a", "ab", "ab\na"]
+    _, outputs = say_as_llama(token_ids, stop=["a</s>"], min_tokens=3)
+    assert outputs[-1].outputs.text == "ab\na" and outputs[-1].outputs.stop_reason is None
 
 
 def test_half_a_character_at_the_end_becomes_a_replacement_character() -> None:

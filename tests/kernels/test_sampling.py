@@ -133,6 +133,14 @@ def test_a_forced_token_comes_whatever_the_logits(rng):
     np.testing.assert_array_equal(tokens, [5, 999, 0, 8])
 
 
+@pytest.mark.parametrize("steering", [{"temperature": 0.0}, {"top_k": 5}, {}])
+def test_a_forced_id_that_the_row_does_not_have_gives_minus_five(steering, rng):
+    logits = rng.standard_normal((5, 1000)).astype(np.float32)
+    tokens = draw(logits, forced=[-1, 1000, 2**31 - 1, -2, -(2**31)], **steering)
+    assert 0 <= tokens[0] < 1000
+    np.testing.assert_array_equal(tokens[1:], [-5] * 4)
+
+
 # Which tokens are kept
 
 
@@ -260,6 +268,32 @@ def test_penalties_of_any_size_are_right_to_rounding(rng):
     for row in range(200):
         greatest = edit_reference(logits[row], one(rows, row), 0, *edits[row]).max()
         assert abs(found.work["greatest"][row] - greatest) < 1e-5 * max(1, abs(greatest))
+
+
+@pytest.mark.parametrize("steering", [{"temperature": 0.0}, {"top_k": 3}, {}])
+def test_edits_of_ids_that_the_row_does_not_have_change_nothing(steering, rng):
+    """Neither in the row nor in its neighbours, of which the first and the last have no edits."""
+    count, vocabulary = 40, 100
+    logits = (rng.integers(-32, 32, (count, vocabulary)) / 4).astype(np.float32)
+    rows = steerings(count, seed=rng.integers(0, 2**62, count), presence_penalty=0.25, **steering)
+    hostile = np.array([-1, -vocabulary, vocabulary, vocabulary + 5, 2**31 - 1, -(2**31), 2 * vocabulary])
+    edits = [(np.array([], int), np.array([]), np.array([], int))]
+    for _ in range(count - 2):
+        ids = rng.permutation(np.concatenate([hostile, rng.choice(vocabulary, 25, replace=False)]))
+        bias = np.where(np.isin(ids, hostile), rng.choice([1e9, -np.inf]), rng.choice([-4, 0, 4], len(ids)))
+        edits.append((ids, bias, rng.choice([0, 3, SEEN_IN_PROMPT], len(ids))))
+    edits.append(edits[0])
+    found = run(logits, rows, edits)
+    edited = [edit_reference(logits[row], one(rows, row), 0, *edits[row]) for row in range(count)]
+    np.testing.assert_array_equal(found.ids, [sample_reference(edited[row], one(rows, row), 0) for row in range(count)])
+    np.testing.assert_array_equal(found.after, logits)
+
+
+def test_a_count_of_edits_beyond_the_list_is_the_list():
+    state = {"num_edits": np.array([2**31 - 1], np.int32), "edit_ids": np.array([[4, 3, 2, 1]], np.int32)}
+    arguments = sample_arguments(edit_bias=np.arange(1, 5, dtype=np.float32)[None], **state)
+    sample(**arguments)
+    assert arguments["ids_out"][0] == 1 and not arguments["logits"].any()
 
 
 def test_banned_and_held_back_tokens_are_never_drawn():

@@ -96,7 +96,9 @@ def test_rows_that_the_list_is_not_for_go_the_long_way(rng):
     rows = Rows(rng.standard_normal((len(never), 5000)), never)
     assert (rows.decided() == UNDECIDED.value).all()
     np.testing.assert_array_equal(rows.sampled(), rows.expected())
-    assert (Rows(rng.standard_normal((1, 5000)), [Steering(top_k=5)], forced=7).decided() == UNDECIDED.value).all()
+    for forced, token in {7: 7, 5000: -5, -2: -5}.items():
+        rows = Rows(rng.standard_normal((1, 5000)), [Steering(top_k=5)], forced=forced)
+        assert rows.decided() == [UNDECIDED.value] and rows.sampled() == [token]
 
 
 def test_a_list_without_room_goes_the_long_way(rng):

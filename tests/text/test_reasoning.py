@@ -38,8 +38,11 @@ def parse(name: str, text: str, prompt: str = PROMPTS[None]) -> tuple[str, str]:
     return "".join(reasoning for reasoning, _ in parts), "".join(answer for _, answer in parts)
 
 
-def reference(markers: ReasoningMarkers, is_open: bool, text: str) -> tuple[str, str]:
+def reference(markers: ReasoningMarkers, prompt: str, text: str) -> tuple[str, str]:
     reasoning = ""
+    is_open = markers.open_after(prompt)
+    if re.match("(?s)((?!<think>).)*</think>", text) and not re.search("</?think>\\s*$", prompt):
+        is_open = True
     opening = re.match(r"\s*<think>", text)
     if opening or is_open:
         text = text[opening.end() :] if opening else text
@@ -50,9 +53,9 @@ def reference(markers: ReasoningMarkers, is_open: bool, text: str) -> tuple[str,
         reasoning = reasoning.rstrip("\n")
     wrapper = re.match(r"\s*<response>", text) if markers.answer_start else None
     if wrapper:
-        inside, closing, after = text[wrapper.end() :].partition("</response>")
+        inside, closing, _ = text[wrapper.end() :].partition("</response>")
         inside = inside.lstrip("\n")
-        return reasoning, inside.rstrip("\n") + after.lstrip("\n") if closing else inside
+        return reasoning, inside.rstrip("\n") if closing else inside
     return reasoning, text.lstrip("\n") if opening or is_open else text
 
 
@@ -71,7 +74,7 @@ def test_any_text_cut_anywhere_is_split_as_in_one_piece(name: str) -> None:
     markers = REASONING_PARSERS[name]
     for _ in range(4000):
         text, prompt = random_text(rng), rng.choice(list(PROMPTS.values()))
-        expected = reference(markers, markers.open_after(prompt), text)
+        expected = reference(markers, prompt, text)
         parser = ReasoningParser(markers, prompt)
         reasoning = answer = ""
         fed = ""
@@ -102,15 +105,34 @@ def test_a_text_without_markers_is_held_back_by_a_marker_at_most() -> None:
         ("qwen3", "yes <think>no</think>", ("", "yes <think>no</think>")),
         ("qwen3", "\n\nyes\n", ("", "\n\nyes\n")),
         ("qwen3", "<think>\nwhy\n", ("why\n", "")),
+        ("qwen3", "\nwhy\n</think>\n\nyes", ("why", "yes")),
+        ("qwen3", "why</think>yes</think>", ("why", "yes</think>")),
+        ("qwen3", "why</think>yes <think>", ("why", "yes <think>")),
+        ("qwen3", "</think>yes", ("", "yes")),
+        ("qwen3", "why</thin", ("", "why</thin")),
         ("deepseek_r1", "why</think>yes", ("why", "yes")),
         ("deepseek_r1", "<think>why</think>\nyes</think>", ("why", "yes</think>")),
         ("deepseek_r1", "why a <think> b", ("why a <think> b", "")),
         ("ernie-x1", "\nwhy\n</think>\n<response>\nyes\n</response>\n", ("why", "yes")),
         ("ernie-x1", "why</think>\n\nyes</response>", ("why", "yes</response>")),
+        ("ernie-x1", "why</think><response>yes</response>\nand <response>more</response>", ("why", "yes")),
     ],
 )
 def test_examples(name: str, text: str, expected: tuple[str, str]) -> None:
     assert parse(name, text) == expected
+
+
+def test_a_text_that_may_be_a_thinking_is_held_back_until_that_is_certain() -> None:
+    parser = ReasoningParser(REASONING_PARSERS["qwen3"], PROMPTS[None])
+    assert [parser.feed(piece) for piece in ("why", " not", "</think>y", "es")] == [
+        ("", ""), ("", ""), ("why not", "y"), ("", "es"),
+    ]  # fmt: skip
+    parser = ReasoningParser(REASONING_PARSERS["qwen3"], PROMPTS[None])
+    assert [parser.feed(piece) for piece in ("say ", "<think>", "</think>")] == [
+        ("", ""), ("", "say <think>"), ("", "</think>"),
+    ]  # fmt: skip
+    told = ReasoningParser(REASONING_PARSERS["qwen3"], PROMPTS[False])
+    assert [told.feed(piece) for piece in ("yes", "</think>")] == [("", "yes"), ("", "</think>")]
 
 
 @pytest.mark.parametrize("name", REASONING_PARSERS)
