@@ -178,3 +178,46 @@ def test_damaged_files_are_refused_by_name(tmp_path):
             read_pdparams(path)
         except ValueError as error:
             assert str(path) in str(error)
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (b"}" + b")" + b"\x85" * 300_000 + b"K\x01s", "expected a flat tuple of at most 32 values at byte 5"),
+        (
+            b"}" + b")\x94" + b"".join(b"h%bh%b\x86\x94" % (bytes([n]), bytes([n])) for n in range(80)) + b"K\x01s",
+            "flat",
+        ),
+        (b"}" + b"K\x01" * 2 + b"s", "expected names with values at byte 7, found a dict of something else"),
+        (b"}" + b"}" * 2 + b"s", "expected names with values at byte 5"),
+        (b"}" * 20_000, "expected at most 10000 values that nothing was made of at byte 10002"),
+        (b"}0" * 1_100_000, "refused the instruction POP"),
+        (b"}" + b"\x8c\x01aNs" * 700_000, "expected the end within 2000000 instructions"),
+        (b"\x8a\xff" + b"\x7f" * 255, "expected a number of 64 bits at byte 2"),
+        (b"\x8b\xff\xff\xff\x7f" + bytes(5000), "byte 2"),
+        (b"(" + b"K\x01" * 33 + b"t", "expected a flat tuple of at most 32 values at byte 69"),
+        (b"t", "expected a mark before it at byte 2, found none"),
+        (b"s", "expected a value before it at byte 2, found nothing"),
+        (b"h\x07", "expected a value that was noted before at byte 2, found number 7"),
+        (b"K\x01K\x02R", "expected a function and its arguments at byte 6, found an int and an int"),
+        (b"K\x01Nb", "expected a call before it at byte 5, found an int"),
+        (b"K\x01K\x02\x93", "expected the name of a function at byte 6"),
+        (b"", "expected a value before it at byte 2, found nothing"),
+        (b"\xff", "expected an instruction of a pickle at byte 2"),
+        (b"}\x8c\x01a)s", r"expected an array with shape, dtype and bytes, found a tuple as the entry 'a'"),
+    ],
+)
+def test_what_a_hostile_program_makes_is_refused_where_it_is(tmp_path, program, message):
+    """In no time, however deep, long or often doubled it is."""
+    path = tmp_path / "model_state.pdparams"
+    path.write_bytes(b"\x80\x04" + program + b".")
+    with pytest.raises(ValueError, match=message) as raised:
+        read_pdparams(path)
+    assert str(path) in str(raised.value) and len(str(raised.value)) < 1000
+
+
+def test_a_value_that_holds_itself_is_refused(tmp_path):
+    path = tmp_path / "model_state.pdparams"
+    path.write_bytes(b"\x80\x04}\x94\x8c\x01ah\x00s.")
+    with pytest.raises(ValueError, match="found a dict as the entry 'a'"):
+        read_pdparams(path)
