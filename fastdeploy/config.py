@@ -41,12 +41,22 @@ GGUF_ARCHITECTURES = {
     "ernie4_5-moe": "Ernie4_5_MoeForCausalLM",
 }
 INTERLEAVED = ("Ernie4_5ForCausalLM", "Ernie4_5_MoeForCausalLM")  # whose rotary pairs are neighbours
+# Where "quantization_config" names its method: Hugging Face's key, then Paddle's and ModelOpt's.
+QUANTISATION_NAMES = ("quant_method", "quant_type", "dense_quant_type", "quantization", "quant_algo")
 DTYPES = ("float32", "bfloat16", "float16")
 ROPE_SCALINGS = {  # rope_type in config.json -> the numbers it can't do without
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
+
+
+MOST = dict.fromkeys(  # of what something is made for each; no model comes near
+    "num_hidden_layers block_count num_attention_heads attention.head_count num_experts num_local_experts"
+    " moe_num_experts moe_num_shared_experts expert_count expert_shared_count".split(),
+    10_000,
+)
+MOST |= {"vocab_size": 1 << 22, "max_position_embeddings": 1 << 24, "context_length": 1 << 24}  # other fields: 2^31 - 1
 
 
 @dataclass(frozen=True)
@@ -138,6 +148,8 @@ class Fields:
         value = self.required(key) if default is None else self._get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise self.error(key, f"must be an integer of at least {least}")
+        if value > (most := MOST.get(key, 2**31 - 1)):
+            raise self.error(key, f"must be {most} at most")
         return value
 
     def number(self, key: str, default: float) -> float:
@@ -236,7 +248,7 @@ def config_from_json(
 
 def _qwen3_mixture(fields: Fields) -> MixtureConfig:
     count, step = fields.integer("num_hidden_layers"), fields.integer("decoder_sparse_step", default=1)
-    dense = fields.list_of(int, "mlp_only_layers") or []
+    dense = set(fields.list_of(int, "mlp_only_layers") or [])
     num_experts = fields.integer("num_experts", default=fields.integer("num_local_experts", default=128))
     return MixtureConfig(
         layers=frozenset(index for index in range(count) if (index + 1) % step == 0 and index not in dense),
@@ -257,7 +269,9 @@ def _ernie_mixture(fields: Fields) -> MixtureConfig:
         raise fields.error("use_bias", "mixtures of experts are available without biases")
     num_experts, size = fields.integer("moe_num_experts", default=64), fields.integer("moe_intermediate_size")
     return MixtureConfig(
-        layers=frozenset(index for index in range(first, count if last < 0 else last + 1) if (index + 1) % step == 0),
+        layers=frozenset(
+            index for index in range(first, count if last < 0 else min(last + 1, count)) if (index + 1) % step == 0
+        ),
         num_experts=num_experts,
         experts_per_token=_experts_per_token(fields, "moe_k", num_experts, default=6),
         intermediate_size=size,
@@ -319,11 +333,27 @@ def _huggingface_architecture(fields: Fields) -> str:
 def _refuse_huggingface_features(fields: Fields) -> None:
     if fields.text("hidden_act") not in (None, "silu"):
         raise fields.error("hidden_act", "only 'silu' is available")
-    if fields.values.get("quantization_config"):
-        raise fields.error("quantization_config", "use an unquantised checkpoint or a GGUF")
+    refuse_quantised(fields.values, fields.source)
     max_positions = fields.integer("max_position_embeddings", default=2048)
     if fields.integer("sliding_window", default=max_positions) < max_positions and _has_sliding_layers(fields):
         raise fields.error("sliding_window", f"only full attention, over all {max_positions} positions, is available")
+
+
+def refuse_quantised(config: Mapping[str, Any], source: str) -> None:
+    """Raises ValueError, with the method's name and the remedy, if a Hugging Face config.json says that the weights are
+    quantised. They have formats of their own, and tensors that an unquantised checkpoint doesn't."""
+    for key in ("quantization_config", "compression_config", "quantization"):
+        said = config.get(key)
+        if not said:
+            continue
+        named = [said[name] for name in QUANTISATION_NAMES if name in said] if isinstance(said, dict) else []
+        method = (
+            named[0][:40] if named and isinstance(named[0], str) else f"a method without a name ({reprlib.repr(said)})"
+        )
+        raise ValueError(
+            f"{source}: {key!r} says that the weights are quantised, by {method}, which is not available; use the"
+            ' unquantised checkpoint of this model, with quantization="wint4" if it shall take less memory, or a GGUF'
+        )
 
 
 def _has_sliding_layers(fields: Fields) -> bool:

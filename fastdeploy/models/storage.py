@@ -8,6 +8,7 @@ stay valid; touching them reads the file again.
 import json
 import math
 import mmap
+import re
 import reprlib
 import stat
 from collections import Counter
@@ -22,6 +23,7 @@ JSON_BYTES = 100_000_000  # of one file, or of a header: the safetensors package
 JSON_DEPTH = 64
 NUMBER_DIGITS = 308  # of an integer in JSON, which so fits a float; "model_max_length" has 31 in many files
 DIMENSIONS = 8
+PART = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 TENSOR_VALUES = 1 << 48  # that a shape may mean; also counts the values that a size of 0 leaves out
 
 
@@ -60,6 +62,15 @@ def file_beside(path: Path, name: str) -> Path:
     if name in ("", "..") or not name.isprintable() or len(name.encode()) > 255 or PureWindowsPath(name).name != name:
         raise ValueError(f"{path}: names the file {reprlib.repr(name)}; expected the name of one in the same folder")
     return path.parent / name
+
+
+def gguf_parts(path: Path) -> list[Path]:
+    """The files of the GGUF model that `path` belongs to: name-00001-of-00003.gguf and on, or `path` alone."""
+    match = PART.fullmatch(path.name)
+    if match is None or not 1 <= int(match["number"]) <= int(match["count"]):
+        return [path]
+    numbers = range(1, int(match["count"]) + 1)
+    return [path.with_name(f"{match['name']}-{number:05}-of-{match['count']}.gguf") for number in numbers]
 
 
 class MappedFile:
@@ -111,6 +122,11 @@ class StoredTensor:
     nbytes: int  # in the file
     rows: Callable[[int, int], np.ndarray]  # rows(start, stop) -> [stop - start, ...]; NumPy dtype as in RawTensor
     blocks: Callable[[int, int], np.ndarray] | None = None  # of a quantised tensor: the same rows as in the file, uint8
+
+    @property
+    def num_rows(self) -> int:
+        """0 for a single number, which has no dimension: no weight of a model is one."""
+        return self.shape[0] if self.shape else 0
 
     def part(self, first: int, count: int) -> "StoredTensor":
         """Rows [first, first + count) as a tensor."""
