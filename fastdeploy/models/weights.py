@@ -18,7 +18,7 @@ import numpy as np
 
 from fastdeploy.config import DTYPES, ModelConfig, config_from_gguf
 from fastdeploy.models.configs import read_configs
-from fastdeploy.models.hub import from_hub, is_hub_name
+from fastdeploy.models.hub import from_hub, is_hub_name, published_name
 from fastdeploy.models.paddle_layout import huggingface_layout, is_paddle_layout
 from fastdeploy.models.pdparams import read_pdparams
 from fastdeploy.models.safetensors import read_safetensors
@@ -158,9 +158,11 @@ def locate(name_or_path: str | os.PathLike, with_weights: bool = True) -> Path:
         raise TypeError(f"a model is a path or a name, found {name_or_path!r} of type {type(name_or_path).__name__}")
     path = Path(name_or_path)
     if not os.fspath(name_or_path) or not any(map(os.path.exists, gguf_parts(path))):
-        if not is_hub_name(str(name_or_path)):
-            return _installed_gguf(str(name_or_path))
-        path = from_hub(str(name_or_path), with_weights)
+        name = str(name_or_path)
+        installed = _installed_ggufs(name)
+        if installed is not None:
+            return _only_gguf(installed, f"Python package {name!r}")
+        path = from_hub(name, with_weights)
         if not with_weights:
             return path
     if path.is_dir():
@@ -182,20 +184,23 @@ def _directory_or_gguf(path: Path) -> Path:
     return _only_gguf(ggufs, path)
 
 
-def _installed_gguf(name: str) -> Path:
+def _installed_ggufs(name: str) -> list[Path] | None:
+    """The .gguf files of the installed Python package of this name, None if there is no such package and the name may
+    be one on the Hub. Raises FileNotFoundError if it can't be that either."""
     # Found by its file list: importing a package only to find a file in it may fail or run anything.
     try:
         if not name:  # for which Python 3.10 gives any package
             raise ValueError
         files = importlib.metadata.files(name) or []
     except (importlib.metadata.PackageNotFoundError, ValueError):
+        if is_hub_name(name) or published_name(name):
+            return None
         raise FileNotFoundError(
             f"model {name!r} was not found: it is no file or directory here ({os.getcwd()}), nor an installed Python"
             " package; give a .gguf file, a checkpoint directory, the name of a model on the Hugging Face Hub"
             ' ("owner/name"), or of a package that carries a .gguf'
         ) from None
-    candidates = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
-    return _only_gguf(candidates, f"Python package {name!r}")
+    return [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
 
 
 def _only_gguf(candidates: list[Path], where: Path | str) -> Path:
