@@ -92,6 +92,7 @@ def test_a_model_of_random_pieces_and_settings_encodes_or_is_refused(directory, 
     assert_read_or_refused(lambda: encode(path), path)
 
 
+@settings(max_examples=settings().max_examples // 2)
 @given(st.data())
 def test_mutated_rules_of_normalisation_apply_or_are_refused(charsmap, data):
     size = int.from_bytes(charsmap[:4], "little")
