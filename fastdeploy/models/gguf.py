@@ -84,21 +84,16 @@ class GGUFFile:
         parts = [_Part(part) for part in paths]
         self.path = paths[0]
         self.metadata: dict[str, Any] = parts[0].metadata
-        self.tensors: dict[str, GGUFTensor] = {}
+        tensors: dict[str, GGUFTensor] = {}
         for index, part in enumerate(parts):
             part.check_place(index, len(parts))
-            twice = next((name for name in part.tensors if name in self.tensors), None)
+            twice = next((name for name in part.tensors if name in tensors), None)
             if twice is not None:
                 raise ValueError(f"{part.path}: tensor {twice!r} is in a part before it, too; {OTHER_SPLIT}")
-            self.tensors |= part.tensors
-        for part in parts:
-            if part.metadata.get("split.tensors.count", len(self.tensors)) != len(self.tensors):
-                expected = reprlib.repr(part.metadata["split.tensors.count"])
-                raise ValueError(
-                    f"{part.path}: one of several parts with {expected} tensors together, but those beside it have"
-                    f" {len(self.tensors)}; {OTHER_SPLIT}"
-                )
-        self.tensors = dict(_one_matrix_each(self.path, self.tensors))
+            tensors |= part.tensors
+        for part in parts if len(parts) > 1 else ():
+            part.check_count(len(tensors))
+        self.tensors = dict(_one_matrix_each(self.path, tensors))
 
     def stored_tensors(self, row_order: dict[str, tuple[int, int]]) -> dict[str, StoredTensor]:
         """The tensors, the rows of some put in half-split order: `row_order` maps "q_proj" and the like to (heads,
@@ -108,9 +103,8 @@ class GGUFFile:
             storage = PLAIN_TYPES[tensor.type][1] if tensor.type in PLAIN_TYPES else tensor.type.name
             dtype = storage if tensor.type in PLAIN_TYPES else "float32"
             of_heads = row_order.get(name.split(".")[-2:][0])
-            # Rows that are not those of the heads stay as they are, for `Checkpoint.check` to report.
-            has_heads = of_heads is not None and math.prod(of_heads) == tensor.shape[0]
-            order = half_split_rows(*of_heads) if of_heads is not None and has_heads else None
+            # Other rows than those of the heads stay as they are, for `Checkpoint.check` to report.
+            order = half_split_rows(*of_heads) if of_heads and math.prod(of_heads) == tensor.shape[0] else None
             rows = partial(_rows, tensor, order)
             blocks = None if tensor.type in PLAIN_TYPES else partial(_stored_rows, tensor, order)
             stored[name] = StoredTensor(tensor.shape, dtype, storage, tensor.nbytes, rows, blocks)
@@ -132,12 +126,21 @@ class _Part:
     def check_place(self, index: int, count: int) -> None:
         """Raises ValueError unless the metadata say, too, that this is part `index`, from 0, of `count`."""
         said_count, said_index = self.metadata.get("split.count", 1), self.metadata.get("split.no", 0)
-        if (said_count or 1, said_index) == (count, index):
+        if said_count in (0, 1) if count == 1 else (said_count, said_index) == (count, index):
             return
         said = f"it is one of {reprlib.repr(said_count)} parts, number {reprlib.repr(said_index)} from 0"
         if count == 1:
             raise ValueError(f"{self.path}: {said}; give all parts their names back, like model-00001-of-00003.gguf")
         raise ValueError(f"{self.path}: {said}, but by its name number {index} of {count}; {OTHER_SPLIT}")
+
+    def check_count(self, count: int) -> None:
+        """Raises ValueError unless all parts together have, as the metadata say, `count` tensors."""
+        said = self.metadata.get("split.tensors.count", count)
+        if said != count:
+            raise ValueError(
+                f"{self.path}: one of several parts with {reprlib.repr(said)} tensors together, but those beside it"
+                f" have {count}; {OTHER_SPLIT}"
+            )
 
     def _place_tensors(self, header_end: int) -> None:
         alignment = self.metadata.get("general.alignment", 32)

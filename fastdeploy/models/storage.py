@@ -135,7 +135,7 @@ class StoredTensor:
             return lambda start, stop: read(first + start, first + stop)
 
         blocks = None if self.blocks is None else shifted(self.blocks)
-        nbytes = self.nbytes * count // max(self.shape[0], 1)
+        nbytes = self.nbytes * count // self.shape[0]
         return replace(self, shape=(count, *self.shape[1:]), nbytes=nbytes, rows=shifted(self.rows), blocks=blocks)
 
     def transposed(self) -> "StoredTensor":

@@ -15,11 +15,11 @@ from tests.test_weights import (
 )
 
 
-def write_parts(directory, weights, count, stem="m", metadata=LLAMA_METADATA):
+def write_parts(directory, weights, count, stem="m", **settings):
     """Files of at most `count` tensors each, as llama.cpp's tools write them; their paths."""
     directory.mkdir(exist_ok=True)
-    writer = gguf.GGUFWriter(directory / f"{stem}.gguf", "llama", split_max_tensors=count)
-    for key, value in metadata.items():
+    writer = gguf.GGUFWriter(directory / f"{stem}.gguf", "llama", split_max_tensors=count, **settings)
+    for key, value in LLAMA_METADATA.items():
         (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
     for name, array in weights.items():
         writer.add_tensor(to_gguf_name(name), llama_cpp_permuted(name, array))
@@ -30,16 +30,27 @@ def write_parts(directory, weights, count, stem="m", metadata=LLAMA_METADATA):
     return sorted(directory.glob(f"{stem}-*.gguf"))
 
 
-def test_any_part_or_the_folder_opens_all(tmp_path):
+@pytest.mark.parametrize("small_first_shard", [False, True])  # with nothing but metadata in the first part
+def test_any_part_or_the_folder_opens_all(tmp_path, small_first_shard):
     weights = random_weights()
-    parts = write_parts(tmp_path / "parts", weights, 7)
-    assert len(parts) == 3
+    parts = write_parts(tmp_path / "parts", weights, 7, small_first_shard=small_first_shard)
+    assert len(parts) == 3 + small_first_shard
     for given in (*parts, tmp_path / "parts"):
         checkpoint = open_checkpoint(given)
         assert checkpoint.path == parts[0] and checkpoint.config.num_layers == LAYERS
         checkpoint.check(expected_shapes())
         for name, array in weights.items():
             np.testing.assert_array_equal(checkpoint.read(name).array, array, err_msg=name)
+
+
+def test_an_installed_package_may_have_parts(tmp_path, monkeypatch):
+    parts = write_parts(tmp_path, random_weights(), 7)
+    package = tmp_path / "parted_model-1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: parted-model\nVersion: 1\n")
+    (package / "RECORD").write_text("".join(f"{part.name},,\n" for part in parts))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert open_checkpoint("parted-model").path == parts[0]
 
 
 def test_parts_that_are_not_there_are_named(tmp_path):
