@@ -1,6 +1,7 @@
 """What a checkpoint says of itself: ModelConfig, read from config.json or from GGUF metadata."""
 
 import math
+import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,8 @@ GGUF_ARCHITECTURES = {
     "ernie4_5-moe": "Ernie4_5_MoeForCausalLM",
 }
 INTERLEAVED = ("Ernie4_5ForCausalLM", "Ernie4_5_MoeForCausalLM")  # whose rotary pairs are neighbours
+# Where "quantization_config" names its method: Hugging Face's key, then Paddle's and ModelOpt's.
+QUANTISATION_NAMES = ("quant_method", "quant_type", "dense_quant_type", "quantization", "quant_algo")
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_POSITIONS = 2**31 - 1  # an int32 in the kernels
 ROPE_SCALINGS = {  # rope_type in config.json -> the numbers it can't do without
@@ -165,8 +168,7 @@ def config_from_json(
     name = _huggingface_architecture(Fields(config, source))
     architecture = SAME_ARCHITECTURES.get(name, name)
     fields = Fields({**HUGGINGFACE_ARCHITECTURES[name], **config}, source)
-    if fields.values.get("quantization_config"):
-        raise fields.error("quantization_config", "use an unquantised checkpoint or a GGUF")
+    refuse_quantised(fields.values, fields.source)
     hidden_size, vocab_size = fields.integer("hidden_size"), fields.integer("vocab_size")
     num_heads, num_kv_heads = _heads(fields, "num_attention_heads", "num_key_value_heads")
     head_dim = _head_dim(fields, "head_dim", hidden_size, num_heads)
@@ -203,7 +205,7 @@ def config_from_json(
 
 def _qwen3_mixture(fields: Fields) -> MixtureConfig:
     count, step = fields.integer("num_hidden_layers"), fields.integer("decoder_sparse_step", default=1)
-    dense = fields.list_of(int, "mlp_only_layers") or []
+    dense = set(fields.list_of(int, "mlp_only_layers") or [])
     num_experts = fields.integer("num_experts", default=fields.integer("num_local_experts", default=128))
     return MixtureConfig(
         layers=frozenset(index for index in range(count) if (index + 1) % step == 0 and index not in dense),
@@ -224,7 +226,9 @@ def _ernie_mixture(fields: Fields) -> MixtureConfig:
         raise fields.error("use_bias", "mixtures of experts are available without biases")
     num_experts, size = fields.integer("moe_num_experts", default=64), fields.integer("moe_intermediate_size")
     return MixtureConfig(
-        layers=frozenset(index for index in range(first, count if last < 0 else last + 1) if (index + 1) % step == 0),
+        layers=frozenset(
+            index for index in range(first, count if last < 0 else min(last + 1, count)) if (index + 1) % step == 0
+        ),
         num_experts=num_experts,
         experts_per_token=_experts_per_token(fields, "moe_k", num_experts, default=6),
         intermediate_size=size,
@@ -281,6 +285,23 @@ def _huggingface_architecture(fields: Fields) -> str:
     if not isinstance(name, str) or name not in HUGGINGFACE_ARCHITECTURES:
         raise fields.error("architectures", f"the architectures we have are {', '.join(HUGGINGFACE_ARCHITECTURES)}")
     return name
+
+
+def refuse_quantised(config: Mapping[str, Any], source: str) -> None:
+    """Raises ValueError, with the method's name and the remedy, if a Hugging Face config.json says that the weights are
+    quantised. They have formats of their own, and tensors that an unquantised checkpoint doesn't."""
+    for key in ("quantization_config", "compression_config", "quantization"):
+        said = config.get(key)
+        if not said:
+            continue
+        named = [said[name] for name in QUANTISATION_NAMES if name in said] if isinstance(said, dict) else []
+        method = (
+            named[0][:40] if named and isinstance(named[0], str) else f"a method without a name ({reprlib.repr(said)})"
+        )
+        raise ValueError(
+            f"{source}: {key!r} says that the weights are quantised, by {method}, which is not available; use the"
+            ' unquantised checkpoint of this model, with quantization="wint4" if it shall take less memory, or a GGUF'
+        )
 
 
 def _sliding_window(fields: Fields) -> int | None:

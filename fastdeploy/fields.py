@@ -9,6 +9,13 @@ from typing import Any
 
 logger = logging.getLogger("fastdeploy")
 
+MOST = dict.fromkeys(  # of what something is made for each; no model comes near
+    "num_hidden_layers block_count num_attention_heads attention.head_count num_experts num_local_experts"
+    " moe_num_experts moe_num_shared_experts expert_count expert_shared_count".split(),
+    10_000,
+)
+MOST |= {"vocab_size": 1 << 22, "max_position_embeddings": 1 << 24, "context_length": 1 << 24}  # other fields: 2^31 - 1
+
 
 class Fields:
     """A JSON object or GGUF metadata whose values are checked as they are read; `source` names it in errors."""
@@ -27,6 +34,8 @@ class Fields:
         value = self.required(key) if default is None else self._get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise self.error(key, f"must be an integer of at least {least}")
+        if value > (most := MOST.get(key, 2**31 - 1)):
+            raise self.error(key, f"must be {most} at most")
         return value
 
     def number(self, key: str, default: float) -> float:

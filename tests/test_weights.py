@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import math
+import os
 import struct
 
 import gguf
@@ -350,6 +351,10 @@ def test_what_is_no_gguf_is_refused(tmp_path, content, message):
         ({"llama.expert_count": 8}, "experts"),
         ({"split.count": 3}, "one of 3 parts"),
         ({"general.alignment": 12}, "alignment"),
+        ({"general.alignment": "x" * 10_000}, "alignment"),
+        ({"llama.block_count": 10**9}, "block_count.*1000000000; must be 10000 at most"),
+        ({"llama.attention.head_count": 10**9}, "head_count.*must be 10000 at most"),
+        ({"llama.vocab_size": 2**32 - 1}, "vocab_size.*must be 4194304 at most"),
     ],
 )
 def test_gguf_metadata_we_cannot_use_is_refused(tmp_path, change, message):
@@ -357,7 +362,60 @@ def test_gguf_metadata_we_cannot_use_is_refused(tmp_path, change, message):
     path = write_gguf(tmp_path / "m.gguf", random_weights(), metadata)
     with pytest.raises(ValueError, match=message) as raised:
         open_checkpoint(path)
-    assert str(path) in str(raised.value)
+    assert str(path) in str(raised.value) and len(str(raised.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("x" * 513, (4,), "a name of at most 512 characters"),
+        ("blk.0.ffn_up_exps.weight", (4,), r"shape \[4\]; it needs one for every expert"),
+        ("rope_freqs.weight", (2, 4), "rope_freqs.weight must be a float32 for every pair"),
+        ("rope_freqs.weight", (5,), "rope_freqs.weight has 5 numbers; expected 4"),
+    ],
+)
+def test_gguf_tensors_that_make_no_sense_are_refused(tmp_path, name, shape, message):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for key, value in LLAMA_METADATA.items():
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
+    writer.add_tensor(name, np.ones(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=message) as raised:
+        open_checkpoint(tmp_path / "m.gguf")
+    assert str(tmp_path / "m.gguf") in str(raised.value)
+
+
+def test_gguf_of_more_experts_than_there_can_be_is_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "ernie4_5-moe")
+    writer.add_tensor("blk.0.ffn_up_exps.weight", np.zeros((2**20 + 1, 1), np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match="has 1048578 tensors, those of all experts counted"):
+        GGUFFile(tmp_path / "m.gguf")
+
+
+def test_gguf_tensors_that_overlap_are_refused(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", random_weights())
+    whole = path.read_bytes()
+    name = b"blk.1.ffn_norm.weight"
+    offset = whole.index(name) + len(name) + 4 + 8 + 4
+    path.write_bytes(whole[:offset] + struct.pack("<Q", 64) + whole[offset + 8 :])
+    with pytest.raises(ValueError, match=r"m.gguf: tensors 'model.embed_tokens.weight' and .*overlap at byte"):
+        open_checkpoint(path)
+
+
+def test_gguf_metadata_is_not_read_without_end(tmp_path):
+    """Of a sparse file, which costs nobody anything."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 0, 2**37))
+    os.truncate(path, 2**38)
+    with pytest.raises(ValueError, match="expected 137438953472 bytes of 'k' at byte 49, found"):
+        open_checkpoint(path)
 
 
 def test_unknown_gguf_architecture_names_those_we_have(tmp_path):
@@ -449,14 +507,78 @@ def test_safetensors_with_broken_header_gives_a_value_error_or_still_opens(tmp_p
         ({"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}, "needs dtype, shape"),
         ({"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}, "ends at byte"),
         (["F32"], "needs dtype, shape"),
+        ({"dtype": ["F32"], "shape": [4], "data_offsets": [0, 16]}, "needs dtype, shape"),
+        ({"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}, "needs dtype, shape"),
+        ({"dtype": "F32", "shape": 4, "data_offsets": [0, 16]}, "needs dtype, shape"),
+        ({"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 2**66]}, "shape.*fewer than"),
+        ({"dtype": "F32", "shape": [2**50, 0], "data_offsets": [0, 0]}, "shape.*fewer than"),
+        ({"dtype": "F32", "shape": [1] * 9, "data_offsets": [0, 4]}, "expected up to 8 sizes"),
+        ({"dtype": "x" * 10_000, "shape": [4], "data_offsets": [0, 16]}, "weights can be"),
+        (json.loads("[" * 200 + "]" * 200), "nested deeper than 64"),
     ],
 )
 def test_safetensors_entry_that_makes_no_sense_is_refused(tmp_path, entry, message):
     header = json.dumps({"w": entry}).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
     (tmp_path / "config.json").write_text(json.dumps(CONFIG_JSON))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as raised:
         open_checkpoint(tmp_path)
+    assert "model.safetensors: " in str(raised.value) and len(str(raised.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ('{"a": %s, "b": %s}', "tensors 'a' and 'b' overlap"),
+        ('{"a": %s, "a": %s}', "'a' appears twice"),
+        ('{"a": %s, "b": NaN}', "NaN is no number"),
+        ("[" * 100_000, "expected JSON"),
+    ],
+)
+def test_safetensors_headers_that_make_no_sense_are_refused(tmp_path, header, message):
+    entry = json.dumps({"dtype": "F32", "shape": [4], "data_offsets": [0, 16]})
+    text = header.replace("%s", entry).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG_JSON))
+    with pytest.raises(ValueError, match=f"model.safetensors: .*{message}"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_single_number_has_no_rows(tmp_path):
+    checkpoint = open_checkpoint(write_directory(tmp_path, random_weights() | {"scale": np.array(3, np.float32)}))
+    assert checkpoint.shape("scale") == ()
+    with pytest.raises(ValueError, match="scale has 0 rows"):
+        checkpoint.read_rows("scale", 0, 1)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/hostname", "", ".", "..", "a/b", "a\\b", "c:b", "a\0b", "a\nb", "\ud800", "x" * 256]
+)
+def test_a_checkpoint_reads_no_file_outside_its_folder(tmp_path, name):
+    save_file(random_weights(), tmp_path / "secret")
+    directory = write_directory(tmp_path / "checkpoint", random_weights(), shards=2)
+    index = directory / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = name
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="index.json: names the file .*; expected the name of one in the same folder"):
+        open_checkpoint(directory)
+
+
+def test_shards_may_be_links_as_in_the_hugging_face_cache(tmp_path):
+    directory = write_directory(tmp_path / "snapshot", random_weights(), shards=2)
+    for shard in directory.glob("*.safetensors"):
+        shard.rename(tmp_path / shard.name)
+        shard.symlink_to(f"../{shard.name}")
+    open_checkpoint(directory).check(expected_shapes())
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {"a": 1}, {"a": ["x"]}, {"a": {}}, "text", 3])
+def test_an_index_of_another_form_is_refused(tmp_path, weight_map):
+    directory = write_directory(tmp_path, random_weights(), shards=2)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match="index.json: expected 'weight_map'"):
+        open_checkpoint(directory)
 
 
 def test_missing_shards_are_counted_and_named(tmp_path):
@@ -568,6 +690,9 @@ def test_what_an_ernie_does_not_say(name):
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor.*0.5"),
         ({"torch_dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
         ({"eos_token_id": [2, "x"]}, "eos_token_id"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers.*1000000000; must be 10000 at most"),
+        ({"vocab_size": 10**12}, "vocab_size.*must be 4194304 at most"),
+        ({"hidden_size": 2**31}, "hidden_size.*must be 2147483647 at most"),
     ],
 )
 def test_config_we_cannot_use_is_refused(change, message):
@@ -575,11 +700,67 @@ def test_config_we_cannot_use_is_refused(change, message):
         config_from_json(CONFIG_JSON | change, {}, "float32", "config.json")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '"text"', "\xff\xfe", "[" * 100_000])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[1]",
+        '"text"',
+        "\xff\xfe",
+        "[" * 100_000,
+        '{"a":' * 70 + "1" + "}" * 70,
+        '{"a": NaN}',
+        '{"a": -Infinity}',
+    ]
+    + ['{"a": 1e999}', f'{{"a": {"9" * 309}}}', f'{{"a": {"9" * 9999}}}'],
+)
 def test_config_json_that_is_no_object_is_refused(tmp_path, content):
     write_directory(tmp_path, random_weights())
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match="config.json: expected"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_directory_or_a_device_is_no_json(tmp_path, name):
+    write_directory(tmp_path, random_weights())
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=f"{name}: expected a file, found a directory"):
+        open_checkpoint(tmp_path)
+    (tmp_path / name).rmdir()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}: expected a file, found a device"):
+        open_checkpoint(tmp_path)
+
+
+def test_layers_that_a_config_does_not_have_are_in_no_mixture():
+    moe = {"num_hidden_layers": 6, "moe_intermediate_size": 8, "moe_num_experts": 4, "moe_k": 2}
+    ernie = CONFIG_JSON | moe | {"architectures": ["Ernie4_5_MoeForCausalLM"], "moe_layer_end_index": 10**9}
+    assert config_from_json(ernie, {}, "float32", "c").mixture.layers == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "method"),
+    [
+        ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ("config.json", {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "fp8"),
+        ("config.json", {"quantization_config": {"load_in_4bit": True}}, "a method without a name .*load_in_4bit"),
+        ("config.json", {"quantization_config": {"dense_quant_type": "wint8", "moe_quant_type": "w4w2"}}, "wint8"),
+        ("config.json", {"quantization": {"group_size": 64, "bits": 4}}, "a method without a name .*group_size"),
+        ("config.json", {"quantization_config": ["x"] * 10_000}, "a method without a name"),
+        ("quantize_config.json", {"bits": 4, "group_size": 128}, "gptq"),
+        ("quant_config.json", {"w_bit": 4, "version": "GEMM"}, "awq"),
+        ("hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}}, "modelopt"),
+    ],
+)
+def test_quantised_checkpoints_are_refused_before_their_shards_are_opened(tmp_path, file, content, method):
+    save_file({"model.norm.weight": np.zeros(HIDDEN, np.int32)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG_JSON | content if file == "config.json" else CONFIG_JSON))
+    if file != "config.json":
+        (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"/{file}: .*quantised, by {method}.*unquantised checkpoint.*wint4.*GGUF"):
         open_checkpoint(tmp_path)
 
 

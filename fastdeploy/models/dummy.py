@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from fastdeploy.config import ModelConfig
-from fastdeploy.models.hub import from_hub, is_hub_name
+from fastdeploy.models.configs import read_configs
+from fastdeploy.models.hub import from_hub, is_hub_name, published_name
 from fastdeploy.models.storage import StoredTensor
-from fastdeploy.models.weights import Checkpoint, read_configs
+from fastdeploy.models.weights import Checkpoint
 
 PERIOD = 1_048_573  # numbers; a prime, so that no two rows of a matrix are alike
 DEVIATION = 0.02  # as models are initialised before they are trained
@@ -52,7 +53,7 @@ def open_dummy(name_or_path: str | os.PathLike, seed: int) -> DummyCheckpoint:
     """
     name = str(name_or_path)
     path = Path(name)
-    if not path.exists() and is_hub_name(name):
+    if not path.exists() and (is_hub_name(name) or published_name(name)):
         path = from_hub(name, with_weights=False)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(

@@ -12,6 +12,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import math
 import re
+import reprlib
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from fastdeploy.models.storage import MappedFile, StoredTensor
+from fastdeploy.models.storage import MappedFile, StoredTensor, gguf_parts, refuse_overlaps, tensor_shape
 
 SCALAR_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -56,14 +57,62 @@ HUGGINGFACE_NAMES = {
     "ffn_up_shexp": "mlp.shared_experts.up_proj",
     "ffn_down_shexp": "mlp.shared_experts.down_proj",
 }
+HEADER_BYTES = 64 << 20  # that are read of a file; 262,144 tokens and their merges take 20 MB
+NAME_LENGTH = 512  # llama.cpp's names of tensors end at 64
+TENSORS = 1 << 20  # of a model, those of each expert counted
+OTHER_SPLIT = "the parts beside each other are of different splits, download them again"
 EXPERTS = "mlp.experts."  # in the names of tensors that hold a matrix for every expert, [experts, out, in]
 
 
 class GGUFFile:
-    """An open GGUF file: its `metadata` (key -> int, float, bool, str or list) and `tensors` by Hugging Face name.
+    """An open GGUF model: its `metadata` (key -> int, float, bool, str or list) and `tensors` by Hugging Face name.
 
-    Raises FileNotFoundError or ValueError, naming the file, for a missing, empty, truncated or corrupt one.
+    `path` is that of the file or, if the model comes in parts, of any part; the metadata are the first one's.
+
+    Raises FileNotFoundError or ValueError, naming the file, if it is missing, empty, truncated, corrupt or a part of
+    another model than those beside it.
     """
+
+    def __init__(self, path: Path):
+        paths = gguf_parts(path)
+        missing = [part.name for part in paths if not part.is_file()]
+        if missing and len(paths) > 1:
+            names = ", ".join(missing[:10]) + ", ..." * (len(missing) > 10)
+            raise FileNotFoundError(
+                f"{path}: {len(missing)} of its {len(paths)} parts are missing: {names}; put them beside it"
+            )
+        parts = [_Part(part) for part in paths]
+        self.path = paths[0]
+        self.metadata: dict[str, Any] = parts[0].metadata
+        tensors: dict[str, GGUFTensor] = {}
+        for index, part in enumerate(parts):
+            part.check_place(index, len(parts))
+            twice = next((name for name in part.tensors if name in tensors), None)
+            if twice is not None:
+                raise ValueError(f"{part.path}: tensor {twice!r} is in a part before it, too; {OTHER_SPLIT}")
+            tensors |= part.tensors
+        for part in parts if len(parts) > 1 else ():
+            part.check_count(len(tensors))
+        self.tensors = dict(_one_matrix_each(self.path, tensors))
+
+    def stored_tensors(self, row_order: dict[str, tuple[int, int]]) -> dict[str, StoredTensor]:
+        """The tensors, the rows of some put in half-split order: `row_order` maps "q_proj" and the like to (heads,
+        head_dim)."""
+        stored = {}
+        for name, tensor in self.tensors.items():
+            storage = PLAIN_TYPES[tensor.type][1] if tensor.type in PLAIN_TYPES else tensor.type.name
+            dtype = storage if tensor.type in PLAIN_TYPES else "float32"
+            of_heads = row_order.get(name.split(".")[-2:][0])
+            # Other rows than those of the heads stay as they are, for `Checkpoint.check` to report.
+            order = half_split_rows(*of_heads) if of_heads and math.prod(of_heads) == tensor.shape[0] else None
+            rows = partial(_rows, tensor, order)
+            blocks = None if tensor.type in PLAIN_TYPES else partial(_stored_rows, tensor, order)
+            stored[name] = StoredTensor(tensor.shape, dtype, storage, tensor.nbytes, rows, blocks)
+        return stored
+
+
+class _Part:
+    """One file: its metadata, and its tensors with their places in it."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -73,16 +122,32 @@ class GGUFFile:
         self.metadata: dict[str, Any] = header.metadata(metadata_count)
         self.tensors: dict[str, GGUFTensor] = header.tensors(tensor_count)
         self._place_tensors(header.position)
-        self.tensors = dict(_one_matrix_each(self.tensors))
-        parts = self.metadata.get("split.count", 0)
-        if parts not in (0, 1):
-            raise ValueError(f"{path}: one of {parts} parts; join them with llama-gguf-split --merge")
+
+    def check_place(self, index: int, count: int) -> None:
+        """Raises ValueError unless the metadata say, too, that this is part `index`, from 0, of `count`."""
+        said_count, said_index = self.metadata.get("split.count", 1), self.metadata.get("split.no", 0)
+        if said_count in (0, 1) if count == 1 else (said_count, said_index) == (count, index):
+            return
+        said = f"it is one of {reprlib.repr(said_count)} parts, number {reprlib.repr(said_index)} from 0"
+        if count == 1:
+            raise ValueError(f"{self.path}: {said}; give all parts their names back, like model-00001-of-00003.gguf")
+        raise ValueError(f"{self.path}: {said}, but by its name number {index} of {count}; {OTHER_SPLIT}")
+
+    def check_count(self, count: int) -> None:
+        """Raises ValueError unless all parts together have, as the metadata say, `count` tensors."""
+        said = self.metadata.get("split.tensors.count", count)
+        if said != count:
+            raise ValueError(
+                f"{self.path}: one of several parts with {reprlib.repr(said)} tensors together, but those beside it"
+                f" have {count}; {OTHER_SPLIT}"
+            )
 
     def _place_tensors(self, header_end: int) -> None:
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
-            raise ValueError(f"{self.path}: general.alignment must be a power of two from 8 on, found {alignment!r}")
-        data_start = math.ceil(header_end / alignment) * alignment
+            found = reprlib.repr(alignment)
+            raise ValueError(f"{self.path}: general.alignment must be a power of two from 8 on, found {found}")
+        data_start = (header_end + alignment - 1) // alignment * alignment
         for name, tensor in self.tensors.items():
             tensor.offset += data_start
             end = tensor.offset + tensor.nbytes
@@ -91,58 +156,60 @@ class GGUFFile:
                     f"{self.path}: tensor {name!r} needs bytes {tensor.offset} to {end}, aligned to {alignment}, but"
                     f" the file has {self.file.size} bytes; it is truncated or corrupt, download it again"
                 )
-
-    def stored_tensors(self, row_order: dict[str, np.ndarray]) -> dict[str, StoredTensor]:
-        """The tensors, the rows of some put in another order: `row_order` maps "q_proj" and the like to file rows."""
-        stored = {}
-        for name, tensor in self.tensors.items():
-            storage = PLAIN_TYPES[tensor.type][1] if tensor.type in PLAIN_TYPES else tensor.type.name
-            dtype = storage if tensor.type in PLAIN_TYPES else "float32"
-            order = row_order.get(name.split(".")[-2:][0])
-            rows = partial(self._rows, tensor, order)
-            blocks = None if tensor.type in PLAIN_TYPES else partial(self._stored_rows, tensor, order)
-            stored[name] = StoredTensor(tensor.shape, dtype, storage, tensor.nbytes, rows, blocks)
-        return stored
-
-    def _stored_rows(self, tensor: "GGUFTensor", order: np.ndarray | None, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) as the file has them, [rows, bytes of a row] uint8."""
-        wanted = None if order is None else order[start:stop]
-        if wanted is not None and stop > start:  # whole heads are moved about, so the wanted rows lie close together
-            start, stop = int(wanted.min()), int(wanted.max()) + 1
-        row_bytes = tensor.nbytes // tensor.shape[0]
-        stored = self.file.window(tensor.offset + start * row_bytes, (stop - start) * row_bytes)
-        stored = stored.reshape(stop - start, row_bytes)
-        return stored if wanted is None else stored[wanted - start]
-
-    def _rows(self, tensor: "GGUFTensor", order: np.ndarray | None, start: int, stop: int) -> np.ndarray:
-        stored = self._stored_rows(tensor, order, start, stop)
-        shape = (stored.shape[0], *tensor.shape[1:])
-        if tensor.type in PLAIN_TYPES:
-            return stored.view(PLAIN_TYPES[tensor.type][0]).reshape(shape)
-        if stored.shape[0] == 0:
-            return np.empty(shape, np.float32)
-        return dequantize(stored, tensor.type).reshape(shape)
+        places = ((tensor.offset, tensor.offset + tensor.nbytes, name) for name, tensor in self.tensors.items())
+        refuse_overlaps(self.path, places)
 
 
 @dataclass
 class GGUFTensor:
     """Where a tensor lies: shape outermost first, GGML type, byte offset (first within the data, then in the file)."""
 
+    file: MappedFile
     shape: tuple[int, ...]
     type: GGMLQuantizationType
     offset: int
     nbytes: int
 
 
-def _one_matrix_each(tensors: dict[str, "GGUFTensor"]) -> Iterator[tuple[str, "GGUFTensor"]]:
+def _stored_rows(tensor: "GGUFTensor", order: np.ndarray | None, start: int, stop: int) -> np.ndarray:
+    """Rows [start, stop) as the file has them, [rows, bytes of a row] uint8."""
+    wanted = None if order is None else order[start:stop]
+    if wanted is not None and stop > start:  # whole heads are moved about, so the wanted rows lie close together
+        start, stop = int(wanted.min()), int(wanted.max()) + 1
+    row_bytes = tensor.nbytes // tensor.shape[0]
+    stored = tensor.file.window(tensor.offset + start * row_bytes, (stop - start) * row_bytes)
+    stored = stored.reshape(stop - start, row_bytes)
+    return stored if wanted is None else stored[wanted - start]
+
+
+def _rows(tensor: "GGUFTensor", order: np.ndarray | None, start: int, stop: int) -> np.ndarray:
+    stored = _stored_rows(tensor, order, start, stop)
+    shape = (stored.shape[0], *tensor.shape[1:])
+    if tensor.type in PLAIN_TYPES:
+        return stored.view(PLAIN_TYPES[tensor.type][0]).reshape(shape)
+    if stored.shape[0] == 0:
+        return np.empty(shape, np.float32)
+    return dequantize(stored, tensor.type).reshape(shape)
+
+
+def _one_matrix_each(path: Path, tensors: dict[str, "GGUFTensor"]) -> Iterator[tuple[str, "GGUFTensor"]]:
     """The tensors, those that stack all experts' matrices taken apart: Hugging Face has each expert's by itself."""
+    stacks = {name: tensor for name, tensor in tensors.items() if EXPERTS in name}
+    for name, tensor in stacks.items():
+        if len(tensor.shape) < (2 if tensor.type in PLAIN_TYPES else 3):
+            raise ValueError(
+                f"{path}: tensor {name!r} has the shape {list(tensor.shape)}; it needs one for every expert"
+            )
+    count = len(tensors) + sum(tensor.shape[0] for tensor in stacks.values())
+    if count > TENSORS:
+        raise ValueError(f"{path}: has {count} tensors, those of all experts counted; at most {TENSORS} can be read")
     for name, tensor in tensors.items():
-        if EXPERTS not in name:
+        if name not in stacks:
             yield name, tensor
             continue
-        count, nbytes = tensor.shape[0], tensor.nbytes // tensor.shape[0]
-        for expert in range(count):
-            part = GGUFTensor(tensor.shape[1:], tensor.type, tensor.offset + expert * nbytes, nbytes)
+        nbytes = tensor.nbytes // tensor.shape[0]
+        for expert in range(tensor.shape[0]):
+            part = GGUFTensor(tensor.file, tensor.shape[1:], tensor.type, tensor.offset + expert * nbytes, nbytes)
             yield name.replace(EXPERTS, f"{EXPERTS}{expert}."), part
 
 
@@ -161,6 +228,7 @@ def huggingface_name(name: str) -> str:
     return f"{in_layer}{HUGGINGFACE_NAMES[match[2]]}.{match[3]}"
 
 
+@cache
 def half_split_rows(num_heads: int, head_dim: int) -> np.ndarray:
     """For each row of a q or k projection in half-split rope order, its row in a llama-architecture GGUF.
 
@@ -188,6 +256,7 @@ class _Header:
 
     def __init__(self, file: MappedFile):
         self.file = file
+        self.size = min(file.size, HEADER_BYTES)
         self.position = 0
 
     def error(self, message: str) -> ValueError:
@@ -208,10 +277,10 @@ class _Header:
         return self.number("Q", "tensor count"), self.number("Q", "metadata count")
 
     def require(self, length: int, what: str) -> None:
-        if length > self.file.size - self.position:
+        if length > self.size - self.position:
             raise self.error(
-                f"expected {length} bytes of {what} at byte {self.position}, found"
-                f" {self.file.size - self.position}; the file is truncated or corrupt, download it again"
+                f"expected {length} bytes of {what} at byte {self.position}, found {self.size - self.position};"
+                " the file is truncated or corrupt, download it again"
             )
 
     def number(self, form: str, what: str) -> Any:
@@ -224,7 +293,7 @@ class _Header:
     def strings(self, count: int, what: str) -> list[str]:
         """The next `count` strings. The loop runs once per token and merge: locals and one check keep it at 0.5 us."""
         self.require(8 * count, what)  # a string has at least its length
-        buffer, size, position = self.file.buffer, self.file.size, self.position
+        buffer, size, position = self.file.buffer, self.size, self.position
         unpack = struct.Struct("<Q").unpack_from
         texts = []
         try:
@@ -237,19 +306,26 @@ class _Header:
         except struct.error:
             raise self.error(
                 f"string {len(texts)} of {count} in {what} runs past the end of the file"
-                f" ({size} bytes); it is truncated or corrupt, download it again"
+                f" or of what a header may have ({size} bytes); it is truncated or corrupt, download it again"
             ) from None
         except UnicodeDecodeError as error:
             raise self.error(f"string {len(texts)} of {count} in {what}: {error}") from None
         self.position = position
         return texts
 
+    def name(self, what: str) -> str:
+        """The next string, a name."""
+        (name,) = self.strings(1, what)
+        if len(name) > NAME_LENGTH:
+            raise self.error(f"expected a name of at most {NAME_LENGTH} characters in {what}, found {name[:40]!r}...")
+        return name
+
     def metadata(self, count: int) -> dict[str, Any]:
         """The next `count` keys with their values."""
         self.require(12 * count, "metadata")
         values: dict[str, Any] = {}
         for _ in range(count):
-            (key,) = self.strings(1, "metadata keys")
+            key = self.name("metadata keys")
             if key in values:
                 raise self.error(f"metadata key {key!r} appears twice")
             values[key] = self.value(self.number("I", f"type of {key!r}"), key)
@@ -282,13 +358,14 @@ class _Header:
         self.require(24 * count, "tensor descriptions")
         tensors: dict[str, GGUFTensor] = {}
         for _ in range(count):
-            name = huggingface_name(self.strings(1, "tensor names")[0])
+            name = huggingface_name(self.name("tensor names"))
             if name in tensors:
                 raise self.error(f"tensor {name!r} appears twice")
             dimensions = self.number("I", f"dimensions of {name!r}")
             if not 1 <= dimensions <= 4:
                 raise self.error(f"tensor {name!r} has {dimensions} dimensions; expected 1 to 4")
-            shape = tuple(self.number("Q", f"shape of {name!r}") for _ in range(dimensions))[::-1]
+            sizes = [self.number("Q", f"shape of {name!r}") for _ in range(dimensions)]
+            shape = tensor_shape(reversed(sizes), f"{self.file.path}: tensor {name!r}")
             if name.endswith("e_score_correction_bias"):
                 shape = (1, *shape)  # as Hugging Face has it
             type_id, offset = self.number("I", f"type of {name!r}"), self.number("Q", f"offset of {name!r}")
@@ -310,4 +387,4 @@ class _Header:
             )
         if not _readable(ggml_type):
             raise self.error(f"tensor {name!r} is stored as {ggml_type.name}, which gguf can't dequantise")
-        return GGUFTensor(shape, ggml_type, offset, math.prod(shape) // block_size * block_bytes)
+        return GGUFTensor(self.file, shape, ggml_type, offset, math.prod(shape) // block_size * block_bytes)

@@ -4,9 +4,10 @@ The cache is shared with every other program that uses huggingface_hub; HF_HOME 
 
     <cache>/models--owner--name/refs/main            the commit
     <cache>/models--owner--name/snapshots/<commit>/  its files
+
+What describes a model is downloaded first: one that can't be run costs no download of its weights.
 """
 
-import json
 import logging
 import os
 import re
@@ -14,31 +15,70 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastdeploy.models.configs import read_configs
+from fastdeploy.models.storage import gguf_parts, read_json
+
 logger = logging.getLogger("fastdeploy")
 
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 WEIGHTS = (".safetensors", ".pdparams", ".gguf")  # the first of which a model has any is what is downloaded
+# Names without an owner, of the families we have -> the owner, and what the owner's name for it ends in. ERNIE comes
+# in Hugging Face's layout and in Paddle's.
+PUBLISHERS = (
+    (re.compile(r"ERNIE-4\.5-.+-(PT|Paddle)"), "baidu", ""),
+    (re.compile(r"ERNIE-4\.5-.+"), "baidu", "-PT"),
+    (re.compile(r"(Qwen2|Qwen2\.5|Qwen3)-.+|QwQ-.+"), "Qwen", ""),
+    (re.compile(r"SmolLM2?-.+"), "HuggingFaceTB", ""),
+    (re.compile(r"(Meta-)?Llama-[23].+"), "meta-llama", ""),
+    (re.compile(r"Mistral-.+"), "mistralai", ""),
+    (re.compile(r"TinyLlama-.+"), "TinyLlama", ""),
+    (re.compile(r"DeepSeek-R1-Distill-.+"), "deepseek-ai", ""),
+)
+PATIENCE = 10.0  # seconds that the Hub may take to answer at all
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether this may be the name of a model on the Hub."""
+    """Whether this may be the name of a model on the Hub, "owner/name"."""
     return NAME.fullmatch(name) is not None and len(name) <= 200
+
+
+def published_name(name: str) -> str | None:
+    """The name on the Hub, "owner/name", of a model that goes by the second half alone; None if no family we have is.
+
+    >>> published_name("ERNIE-4.5-0.3B")
+    'baidu/ERNIE-4.5-0.3B-PT'
+    """
+    for pattern, owner, ending in PUBLISHERS:
+        if pattern.fullmatch(name) and is_hub_name(f"{owner}/{name}{ending}"):
+            return f"{owner}/{name}{ending}"
+    return None
 
 
 def from_hub(name: str, with_weights: bool = True) -> Path:
     """The directory of a model's files; without weights, of the others at least.
 
+    name: "owner/name", or the name alone of a model in one of PUBLISHERS' families.
+
     Raises FileNotFoundError, saying where it looked and what to do, if the model is neither in the cache nor to be had
-    from the Hub, and ValueError if it isn't clear which of its files are meant.
+    from the Hub, and ValueError if it isn't clear which of its files are meant, or it is a model that we don't have.
     """
+    if not is_hub_name(name):
+        given, name = name, published_name(name) or name
+        logger.info("%s is no path and no package here; taken for %s on the Hugging Face Hub", given, name)
     cached = _cached(name)
     if cached is not None and _is_complete(cached, with_weights):
         return cached
     from huggingface_hub import HfApi, snapshot_download  # 0.2 s that local files need not wait for
 
-    files = _ask(name, HfApi().list_repo_files)
+    _ask(name, _reach)
+    described, weights = _wanted(name, _ask(name, HfApi().list_repo_files), with_weights)
     logger.info("downloading %s to the Hugging Face cache, %s", name, _cache())
-    return Path(_ask(name, snapshot_download, allow_patterns=_wanted(name, files, with_weights)))
+    directory = Path(_ask(name, snapshot_download, allow_patterns=described))
+    if not weights:
+        return directory
+    if not weights[0].endswith(".gguf"):  # which describes itself
+        read_configs(directory)
+    return Path(_ask(name, snapshot_download, allow_patterns=described + weights))
 
 
 def _cache() -> Path:
@@ -60,28 +100,44 @@ def _is_complete(snapshot: Path, with_weights: bool) -> bool:
     if not with_weights:
         return any(name.startswith("tokenizer.") for name in names)
     for index in (path for ending in WEIGHTS for path in snapshot.glob(f"*{ending}.index.json")):
-        return {"config.json", *json.loads(index.read_bytes()).get("weight_map", {}).values()} <= names
+        weight_map = read_json(index).get("weight_map")
+        shards = weight_map.values() if isinstance(weight_map, dict) else ()
+        return all(isinstance(file, str) and file in names for file in ("config.json", *shards))
     endings = {ending for ending in WEIGHTS if any(name.endswith(ending) for name in names)}
-    return ".gguf" in endings or (bool(endings) and "config.json" in names)
+    if ".gguf" in endings:
+        parts = [part for name in names if name.endswith(".gguf") for part in gguf_parts(snapshot / name)]
+        return all(part.name in names for part in parts)
+    return bool(endings) and "config.json" in names
 
 
-def _wanted(name: str, files: Sequence[str], with_weights: bool) -> list[str]:
-    """Which of a model's files are needed; many carry the same weights in several formats."""
+def _wanted(name: str, files: Sequence[str], with_weights: bool) -> tuple[list[str], list[str]]:
+    """Which of a model's files are needed, those that describe it and its weights; many carry the same weights in
+    several formats."""
     files = [file for file in files if "/" not in file and not file.startswith("consolidated")]  # Mistral's own format
     described = [file for file in files if file.endswith((".json", ".jinja")) or file == "tokenizer.model"]
-    wanted = [file for file in described if not file.endswith(".bin.index.json")]  # of weights that nobody asks for
+    described = [file for file in described if not file.endswith(".bin.index.json")]  # of weights that nobody asks for
     if not with_weights:
-        return wanted
+        return described, []
     for ending in WEIGHTS:
         weights = [file for file in files if file.endswith(ending)]
-        if ending == ".gguf" and len(weights) > 1:
+        models = list(dict.fromkeys(gguf_parts(Path(file))[0].name for file in weights))
+        if ending == ".gguf" and len(models) > 1:
             raise ValueError(
-                f"model {name!r} has {len(weights)} .gguf files, {', '.join(weights[:10])}: download the one you want,"
-                f" `hf download {name} {weights[0]}`, and give its path"
+                f"model {name!r} has {len(models)} .gguf files, {', '.join(models[:10])}: download the one you want,"
+                f" `hf download {name} {models[0]}`, and give its path"
             )
         if weights:
-            return wanted + weights
+            return described, weights
     raise FileNotFoundError(f"model {name!r} has no {', '.join(WEIGHTS)} files on the Hugging Face Hub")
+
+
+def _reach(name: str) -> None:
+    """One request, of which any answer will do: huggingface_hub itself tries five times more, and logs each failure."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if not constants.HF_HUB_OFFLINE:  # in which case it asks nobody
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
 
 
 def _ask(name: str, request: Callable[..., Any], **keywords: Any) -> Any:

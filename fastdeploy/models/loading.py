@@ -23,6 +23,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,7 @@ class WeightLoader:
         self._panel = default_panel(target())
         self._shapes: dict[str, tuple[int, ...]] = {}  # of the tensors asked for
         self._shares: dict[str, float] = {}  # what part of each tensor this rank takes
+        self._room, self._allocated = device.free_memory(), 0  # bytes
         self._reads: list[Callable[[tqdm], None]] = []  # what `load` has to do, in the order asked for
         matrices = [name for name in checkpoint.names() if len(checkpoint.shape(name)) == 2]
         # What each weight becomes, first as if it were alone in its matrix: "q4", "q8", or None for floats.
@@ -96,7 +98,7 @@ class WeightLoader:
         rows: the elements to take of each; all, if not given.
         """
         taken = [range(size) for size in sizes] if rows is None else rows
-        out = self.device.empty((sum(map(len, taken)),), "float32")
+        out = self._empty((sum(map(len, taken)),), "float32")
         for name, size, part in zip(names, sizes, taken, strict=True):
             self._ask(name, (size,), len(part) / size)
         self._reads.append(partial(self._read_vector, out, names, taken))
@@ -163,7 +165,7 @@ class WeightLoader:
 
     def correction(self, module: str, num_experts: int) -> TensorView:
         """What is added to the probabilities of experts for their choice, [num_experts] float32."""
-        out, name = self.device.empty((num_experts,), "float32"), f"{module}.e_score_correction_bias"
+        out, name = self._empty((num_experts,), "float32"), f"{module}.e_score_correction_bias"
         self._ask(name, (1, num_experts), 1.0)
         self._reads.append(partial(self._read_vector, out, [name], [range(1)]))
         return view(out)
@@ -213,7 +215,7 @@ class WeightLoader:
     def _allocate_floats(
         self, out_features: int, in_features: int, bias: TensorView | None, dtype: str
     ) -> LinearWeight:
-        data = view(self.device.empty(packed_shape(out_features, in_features, self._panel), dtype))
+        data = view(self._empty(packed_shape(out_features, in_features, self._panel), dtype))
         return LinearWeight(data, out_features, in_features, self._panel, bias)
 
     def _allocate(
@@ -222,9 +224,15 @@ class WeightLoader:
         if kind is None:
             return self._allocate_floats(out_features, in_features, bias, self.dtype)
         fields = packed_fields(kind, out_features, in_features).items()
-        memory = {name: view(self.device.empty(shape, dtype)) for name, (shape, dtype) in fields}
+        memory = {name: view(self._empty(shape, dtype)) for name, (shape, dtype) in fields}
         packed = (memory["data"], memory["scales"], memory.get("minimums"))
         return QuantisedWeight(*packed, out_features, in_features, bias, wide_inputs)
+
+    def _empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """Memory on the device. A checkpoint that makes its tensors up has none that could be counted before."""
+        self._allocated += prod(shape) * DTYPE_BYTES.get(dtype, 1)
+        self._refuse_without(self._allocated, self._room)
+        return self.device.empty(shape, dtype)
 
     def _ask(self, name: str, shape: tuple[int, ...], share: float) -> None:
         if name in self._shapes:
@@ -277,7 +285,7 @@ class WeightLoader:
         kind = self._kinds.get(name)
         bits = 8 * DTYPE_BYTES[self.dtype] if kind is None else BITS[kind]
         share = self._shares.get(name, 1 / self.shard.ranks)
-        return int(np.prod(self._checkpoint.shape(name)) * bits / 8 * share)
+        return int(prod(self._checkpoint.shape(name)) * bits / 8 * share)
 
     def _log_quantised(self) -> None:
         """One line for each way that tensors were quantised: from what to what, how many, which."""
@@ -293,7 +301,9 @@ class WeightLoader:
             logger.info("%s: %s, %d tensors (%s)", self._checkpoint.path, way, len(names), modules)
 
     def _check_memory(self, names: Iterable[str]) -> None:
-        needed, free = sum(map(self._nbytes, names)), self.device.free_memory()
+        self._refuse_without(sum(map(self._nbytes, names)), self.device.free_memory())
+
+    def _refuse_without(self, needed: int, free: int) -> None:
         if needed > free:
             raise MemoryError(
                 f"{self._checkpoint.path}: the weights take {needed / GIB:.1f} GiB as {self.dtype}, "

@@ -44,8 +44,8 @@ def _split(name: str, tensor: StoredTensor, config: ModelConfig, is_ernie: bool)
     if is_ernie and ".qkv_proj." in name:
         parts = {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows}
     if is_ernie and ".up_gate_proj." in name:
-        parts = dict.fromkeys(("gate_proj", "up_proj"), tensor.shape[0] // 2)
-    if sum(parts.values()) != tensor.shape[0]:
+        parts = dict.fromkeys(("gate_proj", "up_proj"), tensor.num_rows // 2)
+    if tensor.num_rows == 0 or sum(parts.values()) != tensor.num_rows:
         return {name: tensor}
     found, first = {}, 0
     for part, rows in parts.items():

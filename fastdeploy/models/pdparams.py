@@ -9,6 +9,8 @@ Format: the opcodes of the standard library's `pickletools`.
 
 import math
 import pickletools
+import reprlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdeploy.models.storage import MappedFile, StoredTensor, mapped_rows
+from fastdeploy.models.storage import MappedFile, StoredTensor, mapped_rows, tensor_shape
 
 ARRAY, DTYPE = "numpy.core.multiarray._reconstruct", "numpy.dtype"
 ALLOWED = {  # what a pickled array names -> how we call it; NumPy 2 renamed its insides
@@ -34,16 +36,18 @@ LENGTH_BYTES = {"SHORT_BINBYTES": 1, "BINBYTES": 4, "BINBYTES8": 8}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 SHORT = 1024  # longer strings of bytes are not read
 NO_WEIGHTS = ("StructuredToParameterName@@",)  # paddle.save's list of internal names
+# What no dict of arrays exceeds. An array takes some fifty instructions; picklers store 1,000 items of a dict at once.
+INSTRUCTIONS, STACK, TUPLE, INTEGER = 2_000_000, 10_000, 32, 1 << 63
 
 
-@dataclass
+@dataclass(eq=False, repr=False)  # neither may go into what a file nests
 class Name:
     """A function or class that the pickle names."""
 
     text: str
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Call:
     """What would have been made by calling `name`, and by giving the result `state`."""
 
@@ -52,12 +56,22 @@ class Call:
     state: Any = None
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Stretch:
     """Bytes of the file."""
 
     offset: int
     length: int
+
+
+KINDS = {
+    type(None): "nothing",
+    Stretch: "bytes",
+    Call: "a call",
+    Name: "a function's name",
+    int: "an int",
+    object: "a value",
+}
 
 
 def read_pdparams(path: Path) -> dict[str, StoredTensor]:
@@ -67,26 +81,44 @@ def read_pdparams(path: Path) -> dict[str, StoredTensor]:
     try:
         content = _interpret(file)
         if not isinstance(content, dict):
-            raise ValueError(f"expected a dict of arrays, found {type(content).__name__}")
+            raise ValueError(f"expected a dict of arrays, found {_kind(content)}")
         return {name: _tensor(file, name, value) for name, value in content.items() if name not in NO_WEIGHTS}
-    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{path}: {error}; only arrays as paddle.save writes them, with protocol 4, are read: download it again,"
             " or save it anew"
         ) from None
 
 
-def _tensor(file: MappedFile, name: Any, value: Any) -> StoredTensor:
-    if not isinstance(name, str) or not isinstance(value, Call) or value.name != ARRAY:
-        raise ValueError(f"expected arrays by name, found a {type(value).__name__} named {name!r:.80}")
-    _, shape, dtype, is_fortran, data = value.state
-    kind, byte_order = dtype.arguments[0], dtype.state[1]
+def _kind(value: Any) -> str:
+    """For errors, which say of a value no more: it may hold itself, or be nested without end."""
+    return KINDS.get(type(value), f"a {type(value).__name__}")
+
+
+def _tensor(file: MappedFile, name: str, value: Any) -> StoredTensor:
+    what = f"the entry {reprlib.repr(name)}"
+    match value:
+        case Call(
+            name=function,
+            state=(
+                int(),
+                tuple(sizes),
+                Call(name=dtype_function, arguments=(str(kind), *_), state=(int(), str(byte_order), *_)),
+                bool(is_fortran),
+                Stretch() as data,
+            ),
+        ) if (function, dtype_function) == (ARRAY, DTYPE):
+            pass
+        case _:
+            raise ValueError(f"expected an array with shape, dtype and bytes, found {_kind(value)} as {what}")
     if kind not in DTYPES or byte_order != "<" or is_fortran:
-        raise ValueError(f"{name!r} is an array of {byte_order}{kind}; weights can be < {', '.join(DTYPES)}, C order")
+        found = reprlib.repr(byte_order + kind)
+        raise ValueError(f"{what} is an array of {found}; weights can be < {', '.join(DTYPES)}, C order")
+    shape = tensor_shape(sizes, what)
     numpy_dtype, dtype_name = DTYPES[kind]
     nbytes = math.prod(shape) * numpy_dtype.itemsize
-    if nbytes != data.length or not all(isinstance(size, int) and size >= 0 for size in shape):
-        raise ValueError(f"{name!r} of shape {list(shape)} takes {nbytes} bytes, but has {data.length}")
+    if nbytes != data.length:
+        raise ValueError(f"{what} of shape {list(shape)} takes {nbytes} bytes, but has {data.length}")
     rows = partial(mapped_rows, file, data.offset, shape, numpy_dtype)
     return StoredTensor(shape, dtype_name, dtype_name, nbytes, rows)
 
@@ -111,71 +143,137 @@ class _Program:
         return self.read((end or self.file.size) - self.position)
 
 
+def _instructions(file: MappedFile) -> Iterator[tuple[str, Any, int]]:
+    """The pickle's instructions: name, argument, byte. Raises ValueError where the bytes make none."""
+    program = _Program(file)
+    instructions = pickletools.genops(program)  # type: ignore[arg-type]
+    while True:
+        start = program.position
+        try:
+            opcode, argument, _ = next(instructions)
+        except StopIteration:
+            return
+        except Exception:  # what it raises depends on the instruction: ValueError, TypeError, struct.error, ...
+            raise ValueError(f"expected an instruction of a pickle at byte {start}, found something else") from None
+        yield opcode.name, argument, start
+
+
 def _interpret(file: MappedFile) -> Any:
     """What the pickle describes, made of dicts, tuples, numbers, str, `Name`, `Call` and `Stretch`."""
     machine = _Machine()
-    for opcode, argument, position in pickletools.genops(_Program(file)):  # type: ignore[arg-type]
-        machine.step(opcode.name, argument, position or 0)
-    return machine.stack.pop()
+    for count, (opcode, argument, start) in enumerate(_instructions(file)):
+        if count >= INSTRUCTIONS:
+            raise ValueError(f"expected the end within {INSTRUCTIONS} instructions, found more at byte {start}")
+        machine.start = start
+        machine.step(opcode, argument)
+    return machine.pop()
 
 
 class _Machine:
+    """What the pickle may make is flat, and so nothing that goes through it needs a bound: the keys of dicts are str,
+    tuples hold no dicts, and hold tuples only of what is neither."""
+
     def __init__(self) -> None:
+        self.start = 0  # byte of the instruction
         self.stack: list[Any] = []
         self.marks: list[int] = []  # heights of the stack
         self.memo: dict[int, Any] = {}
 
-    def step(self, opcode: str, argument: Any, position: int) -> None:
-        """Do one instruction, the one at byte `position`. Raises ValueError for those that no dict of arrays needs."""
-        stack = self.stack
+    def step(self, opcode: str, argument: Any) -> None:
+        """Do one instruction. Raises ValueError for those that no dict of arrays needs."""
         match opcode:
             case "PROTO" | "FRAME" | "STOP":
                 pass
             case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE":
-                stack.append(CONSTANTS[opcode])
+                self.push(CONSTANTS[opcode])
             case "EMPTY_DICT":
-                stack.append({})
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINUNICODE" | "SHORT_BINUNICODE":
-                stack.append(argument)
+                self.push({})
+            case "BINUNICODE" | "SHORT_BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1":
+                if isinstance(argument, int) and abs(argument) >= INTEGER:
+                    raise self.error("a number of 64 bits", "a longer one")
+                self.push(argument)
             case "SHORT_BINBYTES" | "BINBYTES" | "BINBYTES8":
-                stack.append(Stretch(position + 1 + LENGTH_BYTES[opcode], len(argument)))
+                self.push(Stretch(self.start + 1 + LENGTH_BYTES[opcode], len(argument)))
             case "MARK":
-                self.marks.append(len(stack))
+                self.marks.append(len(self.stack))
             case "TUPLE":
-                stack.append(tuple(self._pop_to_mark()))
+                self.push_tuple(self.pop_to_mark())
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(opcode[-1])
-                stack[-count:] = [tuple(stack[-count:])]
+                self.push_tuple([self.pop() for _ in range(int(opcode[-1]))][::-1])
             case "SETITEM" | "SETITEMS":
-                items = self._pop_to_mark() if opcode == "SETITEMS" else [stack.pop(-2), stack.pop()]
-                stack[-1].update(zip(items[::2], items[1::2]))
+                items = self.pop_to_mark() if opcode == "SETITEMS" else [self.pop(), self.pop()][::-1]
+                self.set_items(items)
             case "MEMOIZE" | "BINPUT" | "LONG_BINPUT":
-                self.memo[len(self.memo) if argument is None else argument] = stack[-1]
+                self.memo[len(self.memo) if argument is None else argument] = self.top(object)
             case "BINGET" | "LONG_BINGET":
-                stack.append(self.memo[argument])
+                if argument not in self.memo:
+                    raise self.error("a value that was noted before", f"number {argument}, which was not")
+                self.push(self.memo[argument])
             case _:
-                self._call(opcode, argument, position)
+                self.call(opcode, argument)
 
-    def _call(self, opcode: str, argument: Any, position: int) -> None:
+    def call(self, opcode: str, argument: Any) -> None:
         """Note down a call, or refuse it: here other readers run code."""
-        stack = self.stack
         match opcode:
             case "GLOBAL" | "STACK_GLOBAL":
-                name = f"{stack.pop(-2)}.{stack.pop()}" if opcode == "STACK_GLOBAL" else argument.replace(" ", ".")
+                parts = [self.pop(), self.pop()][::-1] if opcode == "STACK_GLOBAL" else argument.split(" ")
+                if not all(isinstance(part, str) for part in parts):
+                    raise self.error("the name of a function", "something else")
+                name = ".".join(parts)
                 if name not in ALLOWED:
-                    raise ValueError(f"refused to run {name}, which the pickle asks for at byte {position}")
-                stack.append(Name(ALLOWED[name]))
+                    refused = reprlib.repr(name)
+                    raise ValueError(f"refused to run {refused}, which the pickle asks for at byte {self.start}")
+                self.push(Name(ALLOWED[name]))
             case "REDUCE":
-                arguments, function = stack.pop(), stack.pop()
-                stack.append(Call(function.text, arguments))
+                arguments, function = self.pop(), self.pop()
+                if not isinstance(function, Name) or not isinstance(arguments, tuple):
+                    raise self.error("a function and its arguments", f"{_kind(function)} and {_kind(arguments)}")
+                self.push(Call(function.text, arguments))
             case "BUILD":
-                state = stack.pop()
-                stack[-1].state = state
+                state = self.pop()
+                self.top(Call).state = state
             case _:
-                raise ValueError(f"refused the instruction {opcode} at byte {position}, which no array needs")
+                raise ValueError(f"refused the instruction {opcode} at byte {self.start}, which no array needs")
 
-    def _pop_to_mark(self) -> list[Any]:
+    def error(self, expected: str, found: str) -> ValueError:
+        return ValueError(f"expected {expected} at byte {self.start}, found {found}")
+
+    def push(self, value: Any) -> None:
+        if len(self.stack) >= STACK:
+            raise self.error(f"at most {STACK} values that nothing was made of", "more")
+        self.stack.append(value)
+
+    def push_tuple(self, items: list[Any]) -> None:
+        inner = [item for tuple_ in items if isinstance(tuple_, tuple) for item in tuple_]
+        if len(items) > TUPLE or any(isinstance(item, dict) for item in items) or any(map(_is_tuple, inner)):
+            raise self.error(f"a flat tuple of at most {TUPLE} values", "a longer or deeper one")
+        self.push(tuple(items))
+
+    def set_items(self, items: list[Any]) -> None:
+        target = self.top(dict)
+        if len(items) % 2 or not all(isinstance(key, str) for key in items[::2]):
+            raise self.error("names with values", "a dict of something else")
+        target.update(zip(items[::2], items[1::2]))
+
+    def top(self, kind: type) -> Any:
+        if not self.stack or not isinstance(self.stack[-1], kind):
+            raise self.error(
+                f"{KINDS.get(kind, f'a {kind.__name__}')} before it", _kind(self.stack[-1]) if self.stack else "nothing"
+            )
+        return self.stack[-1]
+
+    def pop(self) -> Any:
+        self.top(object)
+        return self.stack.pop()
+
+    def pop_to_mark(self) -> list[Any]:
+        if not self.marks or self.marks[-1] > len(self.stack):
+            raise self.error("a mark before it", "none")
         height = self.marks.pop()
         items = self.stack[height:]
         del self.stack[height:]
         return items
+
+
+def _is_tuple(value: Any) -> bool:
+    return isinstance(value, tuple)

@@ -6,15 +6,23 @@ The `safetensors` package has no bfloat16 for NumPy and hands out copies; the fo
 Format: https://github.com/huggingface/safetensors#format
 """
 
-import json
 import math
+import reprlib
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastdeploy.models.storage import MappedFile, StoredTensor, mapped_rows
+from fastdeploy.models.storage import (
+    JSON_BYTES,
+    MappedFile,
+    StoredTensor,
+    mapped_rows,
+    parse_json,
+    refuse_overlaps,
+    tensor_shape,
+)
 
 DTYPES: dict[str, tuple[np.dtype, str]] = {  # safetensors' name -> (NumPy dtype, dtype name)
     "F32": (np.dtype(np.float32), "float32"),
@@ -29,41 +37,52 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     file = MappedFile(path)
     if file.size < 8:
         raise ValueError(f"{path}: expected a header length of 8 bytes, found a file of {file.size}; download it again")
-    data_start = 8 + int.from_bytes(file.buffer[:8], "little")
-    if data_start > file.size:
+    length = int.from_bytes(file.buffer[:8], "little")
+    if length > min(file.size - 8, JSON_BYTES):
         raise ValueError(
-            f"{path}: expected a header of {data_start - 8} bytes, found {file.size - 8}; the file is truncated or not"
-            " safetensors, download it again"
+            f"{path}: expected a header of {length} bytes, found {file.size - 8}, of which it may have {JSON_BYTES};"
+            " the file is truncated or not safetensors, download it again"
         )
-    try:
-        header = json.loads(file.buffer[8:data_start])
-        header.pop("__metadata__", None)
-        return {name: _tensor(file, data_start, name, entry) for name, entry in header.items()}
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"{path}: expected a JSON object as header, found something else: {error}") from None
+    header = parse_json(file.buffer[8 : 8 + length], f"{path}: its header", unique=True)
+    header.pop("__metadata__", None)
+    places = {name: _Place(file, 8 + length, name, entry) for name, entry in header.items()}
+    refuse_overlaps(path, ((place.begin, place.end, name) for name, place in places.items()))
+    return {name: place.tensor(file) for name, place in places.items()}
 
 
-def _tensor(file: MappedFile, data_start: int, name: str, entry: Any) -> StoredTensor:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        well_formed = all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end))
-    except (TypeError, KeyError, ValueError):
-        well_formed = False
-    if not well_formed:
-        raise ValueError(f"{file.path}: tensor {name!r} needs dtype, shape and data_offsets, found {entry!r}")
-    if dtype not in DTYPES:
-        raise ValueError(f"{file.path}: tensor {name!r} has dtype {dtype!r}; weights can be {', '.join(DTYPES)}")
-    numpy_dtype, dtype_name = DTYPES[dtype]
-    nbytes = math.prod(shape) * numpy_dtype.itemsize
-    if end - begin != nbytes:
-        raise ValueError(
-            f"{file.path}: tensor {name!r} of shape {list(shape)} and dtype {dtype} takes {nbytes} bytes, but its"
-            f" data_offsets span {end - begin}; the file is corrupt, download it again"
-        )
-    if data_start + end > file.size:
-        raise ValueError(
-            f"{file.path}: tensor {name!r} ends at byte {data_start + end}, but the file has {file.size} bytes; it is"
-            " truncated, download it again"
-        )
-    rows = partial(mapped_rows, file, data_start + begin, shape, numpy_dtype)
-    return StoredTensor(shape, dtype_name, dtype_name, nbytes, rows)
+def _are_counts(*numbers: Any) -> bool:
+    return all(type(number) is int and number >= 0 for number in numbers)
+
+
+class _Place:
+    """What the header says of a tensor: shape, dtype, and its bytes [begin, end) of the file."""
+
+    def __init__(self, file: MappedFile, data_start: int, name: str, entry: Any):
+        what = f"{file.path}: tensor {reprlib.repr(name)}"
+        match entry:
+            case {"dtype": str(dtype), "shape": [*sizes], "data_offsets": [begin, end]} if _are_counts(
+                *sizes, begin, end
+            ):
+                pass
+            case _:
+                raise ValueError(f"{what} needs dtype, shape and data_offsets, found {reprlib.repr(entry)}")
+        if dtype not in DTYPES:
+            raise ValueError(f"{what} has dtype {reprlib.repr(dtype)}; weights can be {', '.join(DTYPES)}")
+        self.dtype = dtype
+        self.shape = tensor_shape(sizes, what)
+        self.begin, self.end = data_start + begin, data_start + end
+        nbytes = math.prod(self.shape) * DTYPES[dtype][0].itemsize
+        if end - begin != nbytes:
+            raise ValueError(
+                f"{what} of shape {list(self.shape)} and dtype {dtype} takes {nbytes} bytes, but its data_offsets span"
+                f" {end - begin}; the file is corrupt, download it again"
+            )
+        if self.end > file.size:
+            raise ValueError(
+                f"{what} ends at byte {self.end}, but the file has {file.size} bytes; it is cut off, download it again"
+            )
+
+    def tensor(self, file: MappedFile) -> StoredTensor:
+        numpy_dtype, dtype = DTYPES[self.dtype]
+        rows = partial(mapped_rows, file, self.begin, self.shape, numpy_dtype)
+        return StoredTensor(self.shape, dtype, dtype, self.end - self.begin, rows)

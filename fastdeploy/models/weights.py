@@ -7,19 +7,22 @@ written once.
 import importlib.metadata
 import os
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastdeploy.config import DTYPES, ModelConfig, config_from_gguf, config_from_json
-from fastdeploy.models.hub import from_hub, is_hub_name
+from fastdeploy.config import DTYPES, ModelConfig, config_from_gguf
+from fastdeploy.models.configs import read_configs
+from fastdeploy.models.hub import from_hub, is_hub_name, published_name
 from fastdeploy.models.paddle_layout import huggingface_layout, is_paddle_layout
 from fastdeploy.models.pdparams import read_pdparams
 from fastdeploy.models.safetensors import read_safetensors
-from fastdeploy.models.storage import RawTensor, StoredTensor, read_json
+from fastdeploy.models.storage import RawTensor, StoredTensor, file_beside, gguf_parts, read_json
 
 FIRST = 10  # how many names of a kind an error lists
 FORMATS = (("model", ".safetensors", read_safetensors), ("model_state", ".pdparams", read_pdparams))
@@ -29,8 +32,9 @@ MULTI_TOKEN = re.compile(r"model\.mtp_(block|emb_norm|hidden_norm|linear_proj)\.
 class Checkpoint:
     """Tensors by name, and what the checkpoint says of itself.
 
-    path: the .gguf file or the directory; config: ModelConfig; generation_config: generation_config.json or {};
-    metadata: all GGUF metadata, None for a directory of safetensors; nbytes: size of all tensors as stored.
+    path: the .gguf file, the first if there are several parts, or the directory; config: ModelConfig;
+    generation_config: generation_config.json or {}; metadata: all GGUF metadata, None for a directory of safetensors;
+    nbytes: size of all tensors as stored.
     Nothing is read before `read` or `read_rows` asks for it.
     """
 
@@ -78,13 +82,13 @@ class Checkpoint:
 
     def read(self, name: str) -> RawTensor:
         """The whole tensor, dequantised if need be; a zero-copy view of the file where it isn't."""
-        return self.read_rows(name, 0, self._tensor(name).shape[0])
+        return self.read_rows(name, 0, self._tensor(name).num_rows)
 
     def read_rows(self, name: str, start: int, stop: int) -> RawTensor:
         """Rows [start, stop) of the first dimension; slices keep the memory for dequantised values small."""
         tensor = self._tensor(name)
-        if not 0 <= start <= stop <= tensor.shape[0]:
-            raise ValueError(f"{name} has {tensor.shape[0]} rows; rows {start} to {stop} can't be read")
+        if not 0 <= start <= stop <= tensor.num_rows:
+            raise ValueError(f"{name} has {tensor.num_rows} rows; rows {start} to {stop} can't be read")
         self._read.add(name)
         array = tensor.rows(start, stop)
         # Formats don't promise alignment, compiled kernels expect it.
@@ -127,19 +131,22 @@ class Checkpoint:
 
 
 def _listed(names: list[str]) -> str:
+    """The first of the names, as they are if they are what names should be."""
     more = [f"... ({len(names) - FIRST} more)"] if len(names) > FIRST else []
-    return ", ".join(names[:FIRST] + more)
+    shown = [name if name.isprintable() and len(name) <= 200 else reprlib.repr(name) for name in names[:FIRST]]
+    return ", ".join(shown + more)
 
 
 def open_checkpoint(name_or_path: str | os.PathLike) -> Checkpoint:
-    """Opens a .gguf file, a directory (config.json + weights, or one .gguf), an installed package with a .gguf, or a
-    model of the Hugging Face Hub by its name, "owner/name".
+    """Opens a .gguf file or, by any of them, its parts (name-00001-of-00003.gguf); a directory (config.json + weights,
+    or the .gguf of one model); an installed package with a .gguf; or a model of the Hugging Face Hub by its name,
+    "owner/name".
 
     Only headers are read. Raises TypeError for another type, FileNotFoundError if something isn't there, ValueError if
     it can't be read or is a model that we don't have; each names the file, what was found and the remedy.
     """
     path = locate(name_or_path)
-    return _open_gguf(path) if path.is_file() else _open_directory(path)
+    return _open_directory(path) if path.is_dir() else _open_gguf(path)
 
 
 def locate(name_or_path: str | os.PathLike, with_weights: bool = True) -> Path:
@@ -150,10 +157,12 @@ def locate(name_or_path: str | os.PathLike, with_weights: bool = True) -> Path:
     if not isinstance(name_or_path, (str, os.PathLike)):
         raise TypeError(f"a model is a path or a name, found {name_or_path!r} of type {type(name_or_path).__name__}")
     path = Path(name_or_path)
-    if not os.fspath(name_or_path) or not os.path.exists(path):
-        if not is_hub_name(str(name_or_path)):
-            return _installed_gguf(str(name_or_path))
-        path = from_hub(str(name_or_path), with_weights)
+    if not os.fspath(name_or_path) or not any(map(os.path.exists, gguf_parts(path))):
+        name = str(name_or_path)
+        installed = _installed_ggufs(name)
+        if installed is not None:
+            return _only_gguf(installed, f"Python package {name!r}")
+        path = from_hub(name, with_weights)
         if not with_weights:
             return path
     if path.is_dir():
@@ -175,58 +184,74 @@ def _directory_or_gguf(path: Path) -> Path:
     return _only_gguf(ggufs, path)
 
 
-def _installed_gguf(name: str) -> Path:
+def _installed_ggufs(name: str) -> list[Path] | None:
+    """The .gguf files of the installed Python package of this name, None if there is no such package and the name may
+    be one on the Hub. Raises FileNotFoundError if it can't be that either."""
     # Found by its file list: importing a package only to find a file in it may fail or run anything.
     try:
         if not name:  # for which Python 3.10 gives any package
             raise ValueError
         files = importlib.metadata.files(name) or []
     except (importlib.metadata.PackageNotFoundError, ValueError):
+        if is_hub_name(name) or published_name(name):
+            return None
         raise FileNotFoundError(
             f"model {name!r} was not found: it is no file or directory here ({os.getcwd()}), nor an installed Python"
             " package; give a .gguf file, a checkpoint directory, the name of a model on the Hugging Face Hub"
             ' ("owner/name"), or of a package that carries a .gguf'
         ) from None
-    candidates = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
-    return _only_gguf(candidates, f"Python package {name!r}")
+    return [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
 
 
 def _only_gguf(candidates: list[Path], where: Path | str) -> Path:
-    if not candidates:
+    """The one model that these files are, or are the parts of."""
+    models = list(dict.fromkeys(gguf_parts(path)[0] for path in candidates))
+    if not models:
         raise FileNotFoundError(f"{where}: expected a .gguf file, or config.json and .safetensors; found neither")
-    if len(candidates) > 1:
-        names = _listed([path.name for path in candidates])
-        raise ValueError(f"{where}: expected one .gguf file, found {len(candidates)}: {names}; give one file's path")
-    return candidates[0]
+    if len(models) > 1:
+        names = _listed([path.name for path in models])
+        raise ValueError(f"{where}: expected one .gguf file, found {len(models)}: {names}; give one file's path")
+    return models[0]
 
 
 def _open_gguf(path: Path) -> Checkpoint:
-    from fastdeploy.models.gguf import GGUFFile, half_split_rows  # the gguf package costs 70 ms: only where it is used
+    from fastdeploy.models.gguf import GGUFFile  # the gguf package costs 70 ms: only where it is used
 
     file = GGUFFile(path)
     tensors = file.stored_tensors(row_order={})
-    divisors = tensors.get("rope_freqs.weight")  # a part of the configuration, though stored as a tensor
+    divisors = _rope_divisors(file.path, tensors.get("rope_freqs.weight"))
     config = config_from_gguf(
         metadata=file.metadata,
         tensor_names=tensors.keys(),
-        rope_divisors=None if divisors is None else tuple(divisors.rows(0, divisors.shape[0]).tolist()),
+        rope_divisors=divisors,
         dtype=_weights_dtype(tensors),
-        source=str(path),
+        source=str(file.path),
     )
+    if divisors is not None and len(divisors) != config.head_dim // 2:
+        raise ValueError(f"{file.path}: rope_freqs.weight has {len(divisors)} numbers; expected {config.head_dim // 2}")
     if file.metadata["general.architecture"] == "llama":  # the others' rows are as Hugging Face has them
-        tensors = file.stored_tensors(
-            row_order={
-                "q_proj": half_split_rows(config.num_heads, config.head_dim),
-                "k_proj": half_split_rows(config.num_kv_heads, config.head_dim),
-            }
-        )
+        heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+        tensors = file.stored_tensors(row_order={name: (count, config.head_dim) for name, count in heads.items()})
     tensors.pop("rope_freqs.weight", None)
-    return Checkpoint(path, config, tensors, metadata=file.metadata)
+    return Checkpoint(file.path, config, tensors, metadata=file.metadata)
+
+
+def _rope_divisors(path: Path, tensor: StoredTensor | None) -> tuple[float, ...] | None:
+    """The values of rope_freqs.weight, a part of the configuration, though stored as a tensor."""
+    if tensor is None:
+        return None
+    if tensor.dtype != "float32" or len(tensor.shape) != 1 or tensor.nbytes > 1 << 16:
+        raise ValueError(f"{path}: rope_freqs.weight must be a float32 for every pair of a head's elements")
+    values = tensor.rows(0, tensor.num_rows)
+    if not ((values > 0) & np.isfinite(values)).all():
+        raise ValueError(f"{path}: rope_freqs.weight must hold positive numbers")
+    return tuple(values.tolist())
 
 
 def _open_directory(path: Path) -> Checkpoint:
+    config, generation_config = read_configs(path)  # before any tensor: what can't be run is known by then
     tensors = _read_shards(path)
-    config, generation_config = read_configs(path, _weights_dtype(tensors))
+    config = replace(config, dtype=config.dtype or _weights_dtype(tensors))
     if is_paddle_layout(tensors):
         tensors = huggingface_layout(tensors, config)
     # Buffers that old checkpoints carry along, and a second copy of a tied embedding, are no weights of the model,
@@ -236,14 +261,6 @@ def _open_directory(path: Path) -> Checkpoint:
         redundant.add("lm_head.weight")
     tensors = {name: tensor for name, tensor in tensors.items() if name not in redundant}
     return Checkpoint(path, config, tensors, generation_config)
-
-
-def read_configs(directory: Path, dtype: str) -> tuple[ModelConfig, dict[str, Any]]:
-    """What a directory's config.json says, `dtype` where it doesn't, and its generation_config.json or {}."""
-    generation_path = directory / "generation_config.json"
-    generation_config = read_json(generation_path) if generation_path.exists() else {}
-    path = directory / "config.json"
-    return config_from_json(read_json(path), generation_config, dtype, str(path)), generation_config
 
 
 def _weights_dtype(tensors: dict[str, StoredTensor]) -> str:
@@ -280,10 +297,11 @@ def _read_indexed(index_path: Path, read: Callable[[Path], dict[str, StoredTenso
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{index_path}: expected 'weight_map', an object of tensor name -> file name")
     shards = sorted(set(weight_map.values()))
-    missing = [shard for shard in shards if not (index_path.parent / shard).is_file()]
+    files = {shard: file_beside(index_path, shard) for shard in shards}
+    missing = [shard for shard in shards if not files[shard].is_file()]
     if missing:
         raise FileNotFoundError(f"{index_path}: {len(missing)} of {len(shards)} shards are missing: {_listed(missing)}")
-    stored = {shard: read(index_path.parent / shard) for shard in shards}
+    stored = {shard: read(file) for shard, file in files.items()}
     absent = [name for name, shard in weight_map.items() if name not in stored[shard]]
     if absent:
         raise ValueError(f"{index_path}: {len(absent)} tensors are not in the shards it names: {_listed(absent)}")

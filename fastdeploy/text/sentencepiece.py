@@ -14,20 +14,28 @@ largest sum of scores. What has no piece becomes its UTF-8 bytes, "<0xE4>", if t
 Format: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
 """
 
+import math
 import re
+import reprlib
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, NormalizedString, decoders, models, normalizers, pre_tokenizers
+
+from fastdeploy.models.storage import read_file
 
 SPACE = "▁"  # U+2581, how pieces spell a space
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # the types of a piece
 UNIGRAM, BPE = 1, 2
 NAMED_IDS = {"unk_token": (40, 0), "bos_token": (41, 1), "eos_token": (42, 2), "pad_token": (43, -1)}  # field, default
+FILE_BYTES = 32 << 20  # of a tokenizer.model; those of 256,000 pieces have 5 MB
+PIECE_LENGTH = 512  # characters; the trainer's own limit is 16 unless told otherwise
+RULE_LENGTH = 64  # characters that a rule of normalisation takes or makes; those of NFKC make 18
 EVERYTHING = tokenizers.Regex(r"[\s\S]+")
 
 
@@ -71,27 +79,31 @@ class SentencePieceModel:
 
 
 def read_model(path: Path) -> SentencePieceModel:
-    """A tokenizer.model. Raises ValueError, naming the file, if it is none or asks for what we don't have."""
+    """A tokenizer.model. Raises FileNotFoundError or ValueError, naming the file, if it is none or asks for what we
+    don't have."""
+    content = read_file(path, FILE_BYTES)
     try:
-        top = list(_fields(path.read_bytes()))
-        trainer, normalizer = (dict(_fields(b"".join(_messages(top, number)))) for number in (2, 3))
-        pieces = [_piece(message) for message in _messages(top, 1)]
-        algorithm = trainer.get(3, UNIGRAM)
-        ids = {name: trainer.get(number, default) for name, (number, default) in NAMED_IDS.items()}
+        top = _message(content, MODEL, "the model")
+        trainer = _message(b"".join(top[2]), TRAINER, "the trainer's settings")
+        normalizer = _message(b"".join(top[3]), NORMALIZER, "the normalizer's settings")
+        pieces = [_piece(message, f"piece {place}") for place, message in enumerate(top[1])]
+        ids = {name: _last(trainer, number, default) for name, (number, default) in NAMED_IDS.items()}
         model = SentencePieceModel(
             pieces=pieces,
-            algorithm=algorithm,
-            byte_fallback=bool(trainer.get(35, 0)),
-            charsmap=normalizer.get(2, b""),
-            add_dummy_prefix=bool(normalizer.get(3, 1)),
-            remove_extra_whitespaces=bool(normalizer.get(4, 1)),
+            algorithm=_last(trainer, 3, UNIGRAM),
+            byte_fallback=bool(_last(trainer, 35, 0)),
+            charsmap=_last(normalizer, 2, b""),
+            add_dummy_prefix=bool(_last(normalizer, 3, 1)),
+            remove_extra_whitespaces=bool(_last(normalizer, 4, 1)),
             named_tokens={name: pieces[token_id].text for name, token_id in ids.items() if 0 <= token_id < len(pieces)},
         )
-    except (IndexError, KeyError, ValueError, TypeError, AttributeError, struct.error) as error:
+        if model.charsmap:
+            CharacterMap(model.charsmap)
+    except ValueError as error:
         raise ValueError(
             f"{path}: not a SentencePiece model, or a damaged one: {error}; download it again, or pass tokenizer="
         ) from None
-    if trainer.get(24, 0) or not normalizer.get(5, 1):
+    if _last(trainer, 24, 0) or not _last(normalizer, 5, 1):
         raise ValueError(f"{path}: spaces as suffixes, or unescaped, are not available; pass tokenizer=")
     check(model, str(path))
     return model
@@ -102,6 +114,10 @@ def check(model: SentencePieceModel, source: str) -> None:
     texts = [piece.text for piece in model.pieces]
     if not texts or len(set(texts)) != len(texts):
         raise ValueError(f"{source}: expected different pieces, found {len(texts)}, {len(set(texts))} different ones")
+    longest = max(texts, key=len)
+    if len(longest) > PIECE_LENGTH:
+        found = f"{reprlib.repr(longest)} of {len(longest)}"
+        raise ValueError(f"{source}: expected pieces of at most {PIECE_LENGTH} characters, found {found}")
     if model.algorithm not in (UNIGRAM, BPE):
         raise ValueError(f"{source}: model type {model.algorithm}; known are 1, unigram, and 2, BPE; pass tokenizer=")
     if model.algorithm == BPE:
@@ -151,13 +167,14 @@ def build(model: SentencePieceModel, added: list[AddedToken], prefix_first_only:
 
 def _byte_pairs(model: SentencePieceModel) -> models.BPE:
     score = {piece.text: piece.score for piece in model.pieces if piece.type == NORMAL}
+    same = {text: text for text in score}  # a merge of the vocabulary's own strings, not of copies, is small
     pairs = (
-        (text[:cut], text[cut:])
-        for text in score
+        (same[text[:cut]], same[text[cut:]])
+        for text in sorted(score, key=lambda text: -score[text])
         for cut in range(1, len(text))
-        if text[:cut] in score and text[cut:] in score
+        if text[:cut] in same and text[cut:] in same
     )
-    merges = sorted(pairs, key=lambda pair: -score[pair[0] + pair[1]])
+    merges = list(pairs)
     vocabulary = {piece.text: token_id for token_id, piece in enumerate(model.pieces)}
     unknown = model.pieces[model.unknown_id].text
     return models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=model.byte_fallback)
@@ -217,10 +234,29 @@ class CharacterMap:
     """
 
     def __init__(self, charsmap: bytes):
-        size = int.from_bytes(charsmap[:4], "little") // 4
-        self._units = struct.unpack_from(f"<{size}I", charsmap, 4)
-        self._texts = charsmap[4 + 4 * size :]
+        size = int.from_bytes(charsmap[:4], "little")
+        if not 4 <= size <= len(charsmap) - 4 or size % 4:
+            raise ValueError(f"its rules of normalisation: expected {size} bytes, found {len(charsmap) - 4}")
+        self._units = struct.unpack_from(f"<{size // 4}I", charsmap, 4)
+        self._texts = charsmap[4 + size :]
+        self._check()
         self._unchanged: set[str] = set()  # characters with which no rule begins: most of a text
+
+    def _check(self) -> None:
+        """Raises ValueError unless every rule leads to a text, so that `apply` can't fail."""
+        units = np.array(self._units, dtype=np.int64)
+        has_value = np.flatnonzero((units & HAS_VALUE != 0) & (units <= VALUE))
+        places = has_value ^ (units[has_value] >> 10 << ((units[has_value] & 1 << 9) >> 6))
+        texts = np.frombuffer(self._texts + b"\0", dtype=np.uint8)
+        outside = places[places >= len(units)]
+        values = units[places[places < len(units)]] & VALUE
+        inside = values[values < len(self._texts)]
+        # A byte 0b10...... goes on with a character.
+        if len(outside) or len(inside) < len(values) or (texts[inside] >> 6 == 2).any() or texts[-2:-1].any():
+            raise ValueError("its rules of normalisation lead to no text")
+        longest = max(map(len, self._texts.decode().split("\0")))
+        if longest > RULE_LENGTH:
+            raise ValueError(f"its rules of normalisation make {longest} characters of one; expected {RULE_LENGTH}")
 
     def apply(self, text: str) -> str:
         """`text` with the rules applied from left to right."""
@@ -235,7 +271,7 @@ class CharacterMap:
         """What the longest rule makes of text[start:], and of how many characters; the first one without a rule."""
         found = text[start], 1
         place = _offset(self._units[0])
-        for end in range(start, len(text)):
+        for end in range(start, min(start + RULE_LENGTH, len(text))):
             for byte in text[end].encode():
                 place ^= byte
                 unit = self._units[place] if place < len(self._units) else 0
@@ -260,43 +296,66 @@ def _offset(unit: int) -> int:
 # --- The protocol buffer ------------------------------------------------------------------------------------------
 
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5  # wire types
-Field = tuple[int, Any]  # its number; an int if it is a varint, else bytes
+SIZES = {FIXED64: 8, FIXED32: 4}
+# The fields that matter of each message, by number, and their wire types.
+MODEL = {1: LENGTH, 2: LENGTH, 3: LENGTH}
+PIECE = {1: LENGTH, 2: FIXED32, 3: VARINT}
+TRAINER = {3: VARINT, 24: VARINT, 35: VARINT} | {number: VARINT for number, _ in NAMED_IDS.values()}
+NORMALIZER = {2: LENGTH, 3: VARINT, 4: VARINT, 5: VARINT}
 
 
-def _fields(message: bytes) -> Iterator[Field]:
+def _message(message: bytes, fields: Mapping[int, int], what: str) -> dict[int, list[Any]]:
+    """The values of each field in `fields`, number -> wire type: int for a varint, else bytes.
+
+    Raises ValueError, saying at which byte of `what`, for what is no protocol buffer of this kind.
+    """
+    found: dict[int, list[Any]] = {number: [] for number in fields}
     place = 0
     while place < len(message):
-        key, place = _varint(message, place)
-        if key & 7 == VARINT:
+        start = place
+        key, place = _varint(message, place, what)
+        number, wire = key >> 3, key & 7
+        if wire == VARINT:
             value: int | bytes
-            value, place = _varint(message, place)
+            value, place = _varint(message, place, what)
         else:
-            length = {FIXED64: 8, FIXED32: 4}.get(key & 7)
-            if key & 7 == LENGTH:
-                length, place = _varint(message, place)
-            if length is None or place + length > len(message):
-                raise ValueError(f"a field of wire type {key & 7} at byte {place} of {len(message)}")
+            length = SIZES.get(wire)
+            if wire == LENGTH:
+                length, place = _varint(message, place, what)
+            if length is None or length > len(message) - place:
+                raise ValueError(f"expected a whole field at byte {start} of {what}, found one of wire type {wire}")
             value = message[place : place + length]
             place += length
-        yield key >> 3, value
+        if number in fields:
+            if wire != fields[number]:
+                expected = f"wire type {fields[number]} for field {number} at byte {start} of {what}"
+                raise ValueError(f"expected {expected}, found {wire}")
+            found[number].append(value)
+    return found
 
 
-def _varint(message: bytes, place: int) -> tuple[int, int]:
+def _varint(message: bytes, place: int, what: str) -> tuple[int, int]:
     """The number that begins at `place`, seven bits a byte from the lowest on, and where it ends."""
-    value = shift = 0
-    while True:
-        byte = message[place]
-        value |= (byte & 0x7F) << shift
-        place, shift = place + 1, shift + 7
+    value = 0
+    for index, byte in enumerate(message[place : place + 10]):  # 64 bits
+        value |= (byte & 0x7F) << 7 * index
         if byte < 0x80:
-            return value, place
+            return value, place + index + 1
+    raise ValueError(f"expected a number of at most ten bytes at byte {place} of {what}")
 
 
-def _messages(fields: list[Field], number: int) -> Iterator[bytes]:
-    return (value for field_number, value in fields if field_number == number)
+def _last(message: Mapping[int, list[Any]], number: int, default: Any) -> Any:
+    """A field's value; of several, the last counts."""
+    return message[number][-1] if message[number] else default
 
 
-def _piece(message: bytes) -> Piece:
-    values = dict(_fields(message))
-    (score,) = struct.unpack("<f", values.get(2, bytes(4)))
-    return Piece(values[1].decode(), score, values.get(3, NORMAL))
+def _piece(message: bytes, what: str) -> Piece:
+    values = _message(message, PIECE, what)
+    (score,) = struct.unpack("<f", _last(values, 2, bytes(4)))
+    try:
+        text = _last(values, 1, b"").decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the text of {what}: {error}") from None
+    if not text or not math.isfinite(score):
+        raise ValueError(f"expected a text and a finite score of {what}, found {reprlib.repr(text)} and {score}")
+    return Piece(text, score, _last(values, 3, NORMAL))

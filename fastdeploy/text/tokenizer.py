@@ -8,7 +8,6 @@ still come in.
 import codecs
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from fastdeploy.config import gguf_eos_token_ids
-from fastdeploy.fields import Fields
+from fastdeploy.fields import MOST, Fields
 from fastdeploy.models.dummy import DummyCheckpoint
 from fastdeploy.models.storage import read_json
 from fastdeploy.models.weights import Checkpoint, locate
@@ -284,7 +283,9 @@ def _from_directory(directory: Path) -> Tokenizer:
         backend = _from_vocabulary(named, files, directory)
     else:
         raise FileNotFoundError(f"{directory}: expected {' or '.join(TOKENIZER_FILES)}, found none; pass tokenizer=")
-    vocab_size = Fields(files["config"], str(directory / "config.json")).integer("vocab_size", default=sys.maxsize)
+    vocab_size = Fields(files["config"], str(directory / "config.json")).integer(
+        "vocab_size", default=MOST["vocab_size"]
+    )
     eos_token_ids: tuple[int, ...] = ()
     for name in ("generation_config", "config"):  # in this order, as generate() in transformers has it
         fields = Fields(files[name], f"{directory / name}.json")

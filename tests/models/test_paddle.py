@@ -11,6 +11,7 @@ import paddle
 import pytest
 from safetensors.numpy import save_file
 
+from fastdeploy.models import pdparams
 from fastdeploy.models.pdparams import read_pdparams
 from fastdeploy.models.weights import open_checkpoint
 from tests.models.tiny import TIED, UNTIED, random_tensors
@@ -91,6 +92,14 @@ def test_layers_for_further_tokens_are_no_weights(tmp_path):
     extra = {"ernie.mtp_block.0.mlp.down_proj.weight": np.ones((2, 3), np.float32)}
     path = write(tmp_path / "mtp", TIED, paddle_tensors(tensors) | extra)
     open_checkpoint(path).check({name: tensor.shape for name, tensor in tensors.items()})
+
+
+def test_tensors_without_rows_are_neither_split_nor_a_crash(tmp_path):
+    names = ["ernie.layers.0.self_attn.qkv_proj.weight", "ernie.layers.0.mlp.up_gate_proj.weight"]
+    for shape in [(), (0,), (4, 0), (0, 4)]:
+        path = write(tmp_path / str(shape), TIED, {name: np.ones(shape, np.float32) for name in names})
+        with pytest.raises(ValueError, match="the tensors don't fit"):
+            open_checkpoint(path).check({"model.norm.weight": (4,)})
 
 
 # --- .pdparams ----------------------------------------------------------------------------------------------------
@@ -178,3 +187,52 @@ def test_damaged_files_are_refused_by_name(tmp_path):
             read_pdparams(path)
         except ValueError as error:
             assert str(path) in str(error)
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (b"}" + b")" + b"\x85" * 300_000 + b"K\x01s", "expected a flat tuple of at most 32 values at byte 5"),
+        (
+            b"}" + b")\x94" + b"".join(b"h%bh%b\x86\x94" % (bytes([n]), bytes([n])) for n in range(80)) + b"K\x01s",
+            "flat",
+        ),
+        (b"}" + b"K\x01" * 2 + b"s", "expected names with values at byte 7, found a dict of something else"),
+        (b"}" + b"}" * 2 + b"s", "expected names with values at byte 5"),
+        (b"}" * 20_000, "expected at most 10000 values that nothing was made of at byte 10002"),
+        (b"}0" * 1_100_000, "refused the instruction POP"),
+        (b"\x8a\xff" + b"\x7f" * 255, "expected a number of 64 bits at byte 2"),
+        (b"\x8b\xff\xff\xff\x7f" + bytes(5000), "byte 2"),
+        (b"(" + b"K\x01" * 33 + b"t", "expected a flat tuple of at most 32 values at byte 69"),
+        (b"t", "expected a mark before it at byte 2, found none"),
+        (b"s", "expected a value before it at byte 2, found nothing"),
+        (b"h\x07", "expected a value that was noted before at byte 2, found number 7"),
+        (b"K\x01K\x02R", "expected a function and its arguments at byte 6, found an int and an int"),
+        (b"K\x01Nb", "expected a call before it at byte 5, found an int"),
+        (b"K\x01K\x02\x93", "expected the name of a function at byte 6"),
+        (b"", "expected a value before it at byte 2, found nothing"),
+        (b"\xff", "expected an instruction of a pickle at byte 2"),
+        (b"}\x8c\x01a)s", r"expected an array with shape, dtype and bytes, found a tuple as the entry 'a'"),
+    ],
+)
+def test_what_a_hostile_program_makes_is_refused_where_it_is(tmp_path, program, message):
+    """In no time, however deep, long or often doubled it is."""
+    path = tmp_path / "model_state.pdparams"
+    path.write_bytes(b"\x80\x04" + program + b".")
+    with pytest.raises(ValueError, match=message) as raised:
+        read_pdparams(path)
+    assert str(path) in str(raised.value) and len(str(raised.value)) < 1000
+
+
+def test_a_value_that_holds_itself_is_refused(tmp_path):
+    path = tmp_path / "model_state.pdparams"
+    path.write_bytes(b"\x80\x04}\x94\x8c\x01ah\x00s.")
+    with pytest.raises(ValueError, match="found a dict as the entry 'a'"):
+        read_pdparams(path)
+
+
+def test_a_program_that_goes_on_and_on_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(pdparams, "INSTRUCTIONS", 1000)
+    (tmp_path / "model_state.pdparams").write_bytes(b"\x80\x04}" + b"\x8c\x01aNs" * 400 + b".")
+    with pytest.raises(ValueError, match="expected the end within 1000 instructions, found more at byte 1667"):
+        read_pdparams(tmp_path / "model_state.pdparams")

@@ -9,8 +9,19 @@ import gguf
 import pytest
 import sentencepiece as reference
 
-from fastdeploy.text.sentencepiece import BYTE, CONTROL, UNKNOWN, UNUSED, Normalizer, Piece, build, read_model
+from fastdeploy.text.sentencepiece import (
+    BYTE,
+    CONTROL,
+    UNKNOWN,
+    UNUSED,
+    CharacterMap,
+    Normalizer,
+    Piece,
+    build,
+    read_model,
+)
 from fastdeploy.text.tokenizer import StreamingDetokenizer, load_tokenizer
+from tests.fuzz.mutations import bounded
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog while 42 engineers measure how many tokens a second it writes.",
@@ -224,6 +235,41 @@ def test_damaged_models_are_refused_by_name(llama_path, tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"tokenizer\.model"):
             load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        (b"\x0a\xc4\x84\x3d\x0a\xc0\x84\x3d" + b"a" * 1_000_000, "at most 512 characters, found 'aaa.*of 1000000"),
+        (b"\x0a" + b"\xff" * 1000, "expected a number of at most ten bytes at byte \\d+ of the model"),
+        (b"\x0a\x00", "expected a text and a finite score of piece 700, found ''"),
+        (b"\x0a\x08\x0a\x01a\x15\x00\x00\xc0\x7f", "a finite score of piece 700, found 'a' and nan"),
+        (b"\x0a\x03\x0a\x01\xff", "the text of piece 700: 'utf-8' codec can't decode"),
+        (b"\x0a\x02\x0a\xff", "expected a whole field at byte 0 of piece 700|a number of at most ten bytes"),
+        (b"\x0a\x02\x08\x01", "expected wire type 2 for field 1 at byte 0 of piece 700, found 0"),
+        (b"\x08\x01", "expected wire type 2 for field 1 at byte \\d+ of the model, found 0"),
+        (b"\x0b", "expected a whole field at byte \\d+ of the model, found one of wire type 3"),
+        (b"\x1a\x08\x12\x06\x08\0\0\0ab", "rules of normalisation: expected 8 bytes, found 2"),
+        (b"\x1a\x0c\x12\x0a\x04\0\0\0\x00\x01\x00\x80ab", "rules of normalisation lead to no text"),
+        (b"\x1a\x0c\x12\x0a\x04\0\0\0\x00\x05\x00\x00a\0", "rules of normalisation lead to no text"),
+    ],
+)
+def test_what_a_hostile_model_says_is_refused_where_it_is(llama_path, tmp_path, added, message):
+    """At once, however long it is."""
+    (tmp_path / "tokenizer.model").write_bytes(llama_path.read_bytes() + added)
+    with pytest.raises(ValueError, match=message) as raised:
+        read_model(tmp_path / "tokenizer.model")
+    assert str(tmp_path / "tokenizer.model") in str(raised.value) and len(str(raised.value)) < 1000
+
+
+def test_rules_of_normalisation_that_go_round_end():
+    """Where every character leads back to the same place, and so any text were the beginning of a rule."""
+    units = [0] * 512
+    units[0] = 97 << 10  # the root's children lie around 97; that of "a" at 0, whose children lie around 97 in turn
+    units[0] |= 97
+    rules = CharacterMap(len(units * 4).to_bytes(4, "little") + struct.pack("<512I", *units) + b"\0")
+    with bounded():
+        assert rules.apply("a" * 20_000) == "a" * 20_000
 
 
 @pytest.mark.parametrize(
