@@ -1,0 +1,164 @@
+"""The messages of a conversation: checked where they come in, and given the form that a chat template expects.
+
+OpenAI's form is what people have: fields that are None, the arguments of a tool call as JSON text, a text in parts.
+Templates are written for transformers, where a field that says nothing is absent and arguments are an object.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+MARK = "\u2402end of the last message\u2403 "  # the space shows whether the template trims what it is given
+
+
+def checked_messages(messages: object) -> list[Mapping[str, Any]]:
+    """The messages as mappings: dicts, or what pydantic makes of its own objects, such as the `openai` package's.
+
+    Raises TypeError or ValueError, naming the place, for anything else, and unless each has a "role" and a "content",
+    text or a list of {"type": "text", "text": ...}. A message with "tool_calls" needs no content.
+    """
+    if not isinstance(messages, (list, tuple)):
+        raise TypeError(f"messages must be a list of dicts with 'role' and 'content', found {type(messages).__name__}")
+    if not messages:
+        raise ValueError("messages is empty; a conversation needs at least one message")
+    return [_checked_message(f"messages[{index}]", message) for index, message in enumerate(messages)]
+
+
+def _checked_message(name: str, given: Any) -> Mapping[str, Any]:
+    message = given.model_dump() if hasattr(given, "model_dump") else given
+    if not isinstance(message, Mapping):
+        kind = type(message).__name__
+        raise TypeError(f"{name} must be a dict with 'role' and 'content', found {kind}: {reprlib.repr(message)}")
+    calls = message.get("tool_calls")
+    if calls is not None and not (isinstance(calls, (list, tuple)) and all(isinstance(call, Mapping) for call in calls)):
+        raise TypeError(f"{name}['tool_calls'] must be a list of dicts, found {reprlib.repr(calls)}")
+    required = ("role",) if calls else ("role", "content")
+    for key in required:
+        if key not in message:
+            raise ValueError(f"{name} has no {key!r}; found the keys {list(message)}")
+    if not isinstance(message["role"], str):
+        kind = type(message["role"]).__name__
+        raise TypeError(f"{name}['role'] must be a str, found {kind}: {reprlib.repr(message['role'])}")
+    content = message.get("content")
+    if isinstance(content, (list, tuple)):
+        for index, part in enumerate(content):
+            _check_part(f"{name}['content'][{index}]", part)
+    elif not isinstance(content, str) and (content is not None or "content" in required):
+        must = "must be a str or a list of {'type': 'text', 'text': ...}"
+        raise TypeError(f"{name}['content'] {must}, found {type(content).__name__}: {reprlib.repr(content)}")
+    return message
+
+
+def _check_part(name: str, part: object) -> None:
+    if not isinstance(part, Mapping):
+        must = "must be a dict {'type': 'text', 'text': ...}"
+        raise TypeError(f"{name} {must}, found {type(part).__name__}: {reprlib.repr(part)}")
+    if part.get("type") != "text":
+        raise ValueError(f"{name} is of type {reprlib.repr(part.get('type'))}: this engine takes 'text' only")
+    if not isinstance(part.get("text"), str):
+        raise TypeError(f"{name}['text'] must be a str, found {reprlib.repr(part.get('text'))}")
+
+
+def as_json(name: str, value: object) -> str:
+    """What a template may see of `value`. Raises TypeError or ValueError with `name` if JSON can't say it."""
+    try:
+        return json.dumps(value, default=_plain)
+    except (TypeError, ValueError, RecursionError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name} must be made of what JSON has: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if hasattr(value, "model_dump"):
+        return value.model_dump()
+    raise TypeError(f"found {type(value).__name__}: {reprlib.repr(value)}")
+
+
+def adapt(messages: list[dict[str, Any]], takes_parts: bool, asks_for_none: bool) -> None:
+    """Change checked messages, in place, to what a template expects.
+
+    takes_parts: it looks into a content that is a list; for others a text in parts is joined by line breaks.
+    asks_for_none: it tests whether a content is none, which is what it finds then; other fields that are None go.
+    """
+    for message in messages:
+        for key in [key for key, value in message.items() if value is None]:
+            if not (asks_for_none and key == "content"):
+                del message[key]
+        content = message.get("content")
+        if isinstance(content, list):
+            message["content"] = Parts(content) if takes_parts else str(Parts(content))
+        for call in message.get("tool_calls", ()):
+            function = call.get("function")
+            if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+                function["arguments"] = read_arguments(function["arguments"])
+
+
+class _AlsoText:
+    """Is text, too, where a template writes it out or adds text to it."""
+
+    def __add__(self, other: Any) -> str:
+        return str(self) + other if isinstance(other, str) else NotImplemented
+
+    def __radd__(self, other: Any) -> str:
+        return other + str(self) if isinstance(other, str) else NotImplemented
+
+
+class Parts(_AlsoText, list):
+    """The content of a message in parts. Templates that look into a user's parts expect text of the system, say."""
+
+    def __str__(self) -> str:
+        return "\n".join(part["text"] for part in self)
+
+
+class Arguments(_AlsoText, dict):
+    """The arguments of a tool call. Some templates look into them, others write them out as the JSON text they were."""
+
+    def __init__(self, values: dict[str, Any], text: str) -> None:
+        super().__init__(values)
+        self._text = text
+
+    def __str__(self) -> str:
+        return self._text
+
+
+def read_arguments(text: str) -> dict[str, Any] | str:
+    """The object that `text` is, no arguments if it is empty, and `text` itself if it is no JSON object."""
+    try:
+        values = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return text
+    return Arguments(values, text or "{}") if isinstance(values, dict) else text
+
+
+class Unrenderable(ValueError):
+    """A template and a conversation don't fit; the text says all."""
+
+
+def mark_end(message: dict[str, Any]) -> str:
+    """Append MARK to the text of an adapted message; returns the text that it had. Raises Unrenderable for none."""
+    content = message.get("content")
+    if not isinstance(content, str) and not content:
+        raise Unrenderable("continue_final_message: the last message has no content to continue")
+    if isinstance(content, str):
+        message["content"] = content + MARK
+        return content
+    last = content[-1]
+    text, last["text"] = last["text"], last["text"] + MARK
+    return text
+
+
+def cut_at_mark(prompt: str, text: str) -> str:
+    """`prompt` up to the end of the last message's text. Raises Unrenderable if it doesn't have this text."""
+    end = prompt.rfind(MARK.rstrip())
+    if end < 0 or text.strip() not in prompt:
+        raise Unrenderable(
+            "continue_final_message: the chat template doesn't write the last message as it is, "
+            "so there is no end to continue from"
+        )
+    keeps_spaces = prompt.startswith(MARK, end)
+    return prompt[:end] if keeps_spaces else prompt[:end].rstrip()

@@ -1,0 +1,105 @@
+"""Chat templates are rendered in a process of their own, which ends if they take too much.
+
+Templates come with checkpoints, from anybody. Jinja's sandbox keeps them from Python's internals, but not from taking
+all time and memory: `'a' * 10**10`, a list of itself twice, sixty levels deep, and compared, a thousand macros. There
+are too many ways to stop each. A process can be given a limit of memory, and be killed. It costs 0.1 ms a prompt, and
+0.1 s when the first one is rendered.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+import threading
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+MAX_SECONDS = 10.0  # for a prompt
+MAX_CHARS = 2**24  # of a prompt
+MAX_MEMORY = 2**30  # bytes that the process takes above what it starts with
+START_SECONDS = 60.0  # for Python to start and to import Jinja: 0.1 s, unless the machine is busy
+START = "import sys; sys.path[:] = {path!r}; from fastdeploy.text.jinja_process import main; main()"
+
+
+class Renderer:
+    """The process that `jinja_process.py` runs in, started for the first request. Calls may come from several threads."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def ask(self, request: bytes) -> dict[str, Any]:
+        """The answer to a request; `jinja_process.py` describes both.
+
+        Raises ValueError if the template goes over a limit or fails, RuntimeError if the process doesn't start.
+        """
+        with self._lock:
+            try:
+                # Twice, because the process may have been killed while it had nothing to do.
+                reply = self._exchange(request) or self._exchange(request)
+            except BaseException:  # Ctrl-C too: the next request may not get this one's answer
+                self.end()
+                raise
+            crashed = {"error": "the chat template crashes the process that renders it"}
+            answer = json.loads(reply) if reply else crashed
+            if answer.get("exhausted"):
+                self.end()
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer
+
+    def _exchange(self, request: bytes) -> bytes | None:
+        """None if the process has ended instead of answering."""
+        if self._pipe is None:
+            self._start()
+        assert self._pipe is not None
+        try:
+            self._pipe.send_bytes(request)
+            if not self._pipe.poll(MAX_SECONDS):
+                raise ValueError(f"the chat template takes longer than {MAX_SECONDS:g} s")
+            return self._pipe.recv_bytes()
+        except (EOFError, OSError):
+            self.end()
+            return None
+
+    def _start(self) -> None:
+        self._pipe, theirs = Pipe()
+        with theirs:
+            arguments = map(str, (theirs.fileno(), MAX_MEMORY, MAX_CHARS))
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", START.format(path=sys.path), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is for this process
+            )
+        try:
+            is_ready = self._pipe.poll(START_SECONDS) and self._pipe.recv_bytes()
+        except (EOFError, OSError):
+            is_ready = False
+        if not is_ready:
+            raise RuntimeError(f"the process that renders chat templates did not start: {sys.executable} -c ...")
+
+    def end(self) -> None:
+        """End the process; the next request starts another one."""
+        if self._pipe is not None:
+            self._pipe.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._pipe = self._process = None
+
+    def forget(self) -> None:
+        """Begin without a process; what a forked child does, which leaves it to its parent."""
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen | None = None
+        self._pipe: Connection | None = None
+
+
+RENDERER = Renderer()
+atexit.register(RENDERER.end)
+os.register_at_fork(after_in_child=RENDERER.forget)
