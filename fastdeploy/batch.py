@@ -3,7 +3,7 @@
 A line of the input is a JSON object:
 
     {"prompt": "Once upon a time", "max_tokens": 32}                  text, or a list of token ids
-    {"messages": [{"role": "user", "content": "Hi"}], "seed": 7}      with "tools", "chat_template_kwargs" if wanted
+    {"messages": [{"role": "user", "content": "Hi"}], "seed": 7}      with chat()'s keywords (CHAT_KEYS)
     {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {...}}      a line of OpenAI's batches
 
 All other keys are fields of SamplingParams, but for "custom_id", which comes back. An answer is a line of the output,
@@ -40,6 +40,13 @@ from fastdeploy.sampling_params import SamplingParams
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 INPUTS = ("prompt", "prompt_token_ids", "messages")
+# Keys of a line with messages, which are arguments of `template_variables`, and their defaults.
+CHAT_KEYS = {
+    "chat_template_kwargs": None,
+    "tools": None,
+    "add_generation_prompt": None,
+    "continue_final_message": False,
+}
 # Keys of an OpenAI request that change no token here; "model" is the one that runs.
 OPENAI_IGNORED = ("model", "user", "metadata", "store", "service_tier", "stream", "stream_options")
 BEGINNING = b'{"line": '  # of every answer
@@ -227,7 +234,7 @@ class BatchRun:
             raise ValueError(f"a line has one of {', '.join(map(repr, INPUTS))}, this one has {list(found) or 'none'}")
         if "messages" in found:
             messages = found["messages"]
-            variables = template_variables(request.pop("chat_template_kwargs", None), request.pop("tools", None), True)
+            variables = template_variables(*(request.pop(key, default) for key, default in CHAT_KEYS.items()))
             if isinstance(messages, list) and messages and isinstance(messages[0], list):
                 raise TypeError("'messages' is several conversations: a line is one, a list of messages")
             prompts = llm.reader.read_chat(messages, llm.config.chat_template, variables)

@@ -77,7 +77,7 @@ class EngineConfig:
     enforce_eager: bool = False
     overlap_steps: bool | None = None
     reasoning_parser: str | None = None
-    chat_template: str | None = None
+    chat_template: str | os.PathLike | None = None
     tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
@@ -135,13 +135,13 @@ class EngineConfig:
             raise ValueError(complaint("LLM", field, value, f"must be one of {listed}"))
 
     def _check_chat_template(self) -> None:
-        from fastdeploy.text.chat_template import compiled  # jinja2 costs 35 ms, and few give a template here
+        from fastdeploy.text.chat_template import check, given_source  # starts a process, and few give a template here
 
-        if not isinstance(self.chat_template, str):
+        if not isinstance(self.chat_template, (str, os.PathLike)):
             must = f"must be Jinja source or the path of a file, not {type(self.chat_template).__name__}"
             raise TypeError(complaint("LLM", "chat_template", self.chat_template, must))
         try:
-            compiled(self.chat_template)
+            check(given_source(self.chat_template))
         except (OSError, ValueError) as error:
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
             raise kind(complaint("LLM", "chat_template", self.chat_template, f"must be a template: {error}")) from error

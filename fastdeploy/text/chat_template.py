@@ -128,7 +128,7 @@ def _from_json(config: Mapping[str, Any], path: Path) -> Templates:
     if given is None or isinstance(given, str):
         return given
     entries = given if isinstance(given, list) else []
-    pairs = [(entry.get("name"), entry.get("template")) for entry in entries if isinstance(entry, dict)]
+    pairs: list[Any] = [(entry.get("name"), entry.get("template")) for entry in entries if isinstance(entry, dict)]
     if not pairs or len(pairs) < len(entries) or not all(isinstance(text, str) for pair in pairs for text in pair):
         must = "must be a str or a list of {'name': str, 'template': str}"
         raise ValueError(f"{path}: chat_template {must}, found {reprlib.repr(given)}")

@@ -34,6 +34,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fastdeploy.text.messages import Unrenderable, adapt, cut_at_mark, mark_end
 
+MAX_CHARS = 2**24  # of a prompt
+MAX_MEMORY = 2**30  # bytes, above what the process has when it starts
 MAX_ERROR_CHARS = 2000
 
 
@@ -52,12 +54,11 @@ class Compiled:
 
 
 def main() -> None:
-    """python -c ... file_descriptor memory_bytes max_chars, as `Renderer` has it."""
+    """Answers the requests that come through the pipe whose file descriptor is the first argument, until it closes."""
     connection = Connection(int(sys.argv[1]))
-    memory, max_chars = int(sys.argv[2]), int(sys.argv[3])
     with open("/proc/self/statm") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
+        size = int(file.read().split()[0]) * resource.getpagesize() + MAX_MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     connection.send_bytes(b"ready")
     while True:
@@ -65,24 +66,24 @@ def main() -> None:
             request = connection.recv_bytes()
         except EOFError:  # the other process has ended
             return
-        connection.send_bytes(json.dumps(answer(request, max_chars)).encode())
+        connection.send_bytes(json.dumps(answer(request)).encode())
 
 
-def answer(request: bytes, max_chars: int) -> dict[str, Any]:
+def answer(request: bytes) -> dict[str, Any]:
     """The answer to a request, whatever the template does."""
     try:
-        return _rendered(json.loads(request), max_chars)
+        return _rendered(json.loads(request))
     except TooLongError:
-        return {"error": f"the chat template writes more than {max_chars} characters", "exhausted": True}
+        return {"error": f"the chat template writes more than {MAX_CHARS} characters", "exhausted": True}
     except MemoryError:
-        return {"error": "the chat template takes too much memory", "exhausted": True}
+        return {"error": f"the chat template takes more than {MAX_MEMORY >> 20} MiB of memory", "exhausted": True}
     except Unrenderable as error:
         return {"error": str(error)[:MAX_ERROR_CHARS]}
     except Exception as error:  # in making the text of an error
         return {"error": f"the chat template fails: {type(error).__name__}"}
 
 
-def _rendered(given: dict[str, Any], max_chars: int) -> dict[str, Any]:
+def _rendered(given: dict[str, Any]) -> dict[str, Any]:
     compiled = _compiled(given["source"])
     if given["messages"] is None:
         return {}
@@ -90,7 +91,7 @@ def _rendered(given: dict[str, Any], max_chars: int) -> dict[str, Any]:
     if given["variables"].get("tools") and "tools" in unread:
         raise Unrenderable("the chat template has no place for tools: pass a chat_template that has, or no tools")
     try:
-        return {"prompt": _prompt(compiled, given, max_chars), "unread": unread}
+        return {"prompt": _prompt(compiled, given), "unread": unread}
     except (TooLongError, MemoryError, Unrenderable):
         raise
     except jinja2.TemplateError as error:
@@ -99,14 +100,13 @@ def _rendered(given: dict[str, Any], max_chars: int) -> dict[str, Any]:
         raise Unrenderable(f"the chat template fails: {type(error).__name__}: {error}") from error
 
 
-def _prompt(compiled: Compiled, given: dict[str, Any], max_chars: int) -> str:
-    messages = given["messages"]
-    adapt(messages, compiled.takes_parts, compiled.asks_for_none)
+def _prompt(compiled: Compiled, given: dict[str, Any]) -> str:
+    messages = adapt(given["messages"], compiled.takes_parts, compiled.asks_for_none)
     last_text = mark_end(messages[-1]) if given["continue_final_message"] else None
     pieces, length = [], 0
     for piece in compiled.template.generate({**given["variables"], "messages": messages}):
         length += len(piece)
-        if length > max_chars:
+        if length > MAX_CHARS:
             raise TooLongError
         pieces.append(piece)
     prompt = "".join(pieces)
@@ -123,7 +123,7 @@ def _compiled(source: str) -> Compiled:
             ENVIRONMENT.from_string(tree),
             frozenset(jinja2.meta.find_undeclared_variables(tree)),
             _takes_parts(tree, content),
-            any(_is_one_of(content, test.node) for test in tree.find_all(nodes.Test) if test.name == "none"),
+            _asks_for_none(tree, content),
         )
     except MemoryError:
         raise
@@ -146,7 +146,7 @@ def _names_of_content(tree: nodes.Template) -> frozenset[str]:
     return frozenset(names)
 
 
-def _named_values(tree: nodes.Template) -> Iterator[tuple[str, nodes.Expr]]:
+def _named_values(tree: nodes.Template) -> Iterator[tuple[str, nodes.Node]]:
     """What `set` gives to variables, and calls to the parameters of macros."""
     for assign in tree.find_all(nodes.Assign):
         if isinstance(assign.target, nodes.Name):
@@ -166,15 +166,22 @@ def _is_one_of(names: Collection[str], node: nodes.Node | None) -> bool:
         return node.name in names
     if isinstance(node, nodes.Getattr):
         return node.attr in names
+    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
+        return _is_one_of(names, node.node)
     if isinstance(node, nodes.Getitem):
-        if isinstance(node.arg, nodes.Slice):
-            return _is_one_of(names, node.node)
-        return isinstance(node.arg, nodes.Const) and node.arg.value in names
+        return _is_const_of(names, node.arg)
+    if isinstance(node, nodes.Call):
+        is_get = isinstance(node.node, nodes.Getattr) and node.node.attr == "get"
+        return is_get and any(_is_const_of(names, argument) for argument in node.args[:1])
     if isinstance(node, nodes.CondExpr):
         return _is_one_of(names, node.expr1) or _is_one_of(names, node.expr2)
     if isinstance(node, (nodes.Or, nodes.And)):
         return _is_one_of(names, node.left) or _is_one_of(names, node.right)
     return isinstance(node, nodes.Filter) and _is_one_of(names, node.node)
+
+
+def _is_const_of(names: Collection[str], node: nodes.Node) -> bool:
+    return isinstance(node, nodes.Const) and isinstance(node.value, str) and node.value in names
 
 
 FILTERS_OF_ITEMS = ("map", "select", "selectattr", "reject", "rejectattr")
@@ -184,9 +191,17 @@ def _takes_parts(tree: nodes.Template, content: Collection[str]) -> bool:
     """Whether the template goes through a content's parts, by a loop or a filter, or looks into one of them."""
     loops = (loop.iter for loop in tree.find_all(nodes.For))
     filters = (item.node for item in tree.find_all(nodes.Filter) if item.name in FILTERS_OF_ITEMS)
-    fields = (field.node for field in tree.find_all((nodes.Getattr, nodes.Getitem)) if _key(field) in ("type", "text"))
-    elements = (field.node for field in fields if isinstance(field, nodes.Getitem) and isinstance(_key(field), int))
+    accesses = tree.find_all((nodes.Getattr, nodes.Getitem))
+    parts = (access.node for access in accesses if _key(access) in ("type", "text"))  # type: ignore[attr-defined]
+    elements = (part.node for part in parts if isinstance(part, nodes.Getitem) and isinstance(_key(part), int))
     return any(_is_one_of(content, node) for node in chain(loops, filters, elements))
+
+
+def _asks_for_none(tree: nodes.Template, content: Collection[str]) -> bool:
+    """Whether the template tests if a content is none, and knows of no empty one besides."""
+    tests = any(_is_one_of(content, test.node) for test in tree.find_all(nodes.Test) if test.name == "none")
+    compared = [compare.ops[0].expr for compare in tree.find_all(nodes.Compare) if _is_one_of(content, compare.expr)]
+    return tests and not any(isinstance(other, nodes.Const) and other.value == "" for other in compared)
 
 
 def _key(node: nodes.Node) -> Any:

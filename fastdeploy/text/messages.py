@@ -11,7 +11,8 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-MARK = "\u2402end of the last message\u2403 "  # the space shows whether the template trims what it is given
+# transformers' own, which a few templates look for. Its space shows whether the template trims what it is given.
+MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 def checked_messages(messages: object) -> list[Mapping[str, Any]]:
@@ -33,7 +34,9 @@ def _checked_message(name: str, given: Any) -> Mapping[str, Any]:
         kind = type(message).__name__
         raise TypeError(f"{name} must be a dict with 'role' and 'content', found {kind}: {reprlib.repr(message)}")
     calls = message.get("tool_calls")
-    if calls is not None and not (isinstance(calls, (list, tuple)) and all(isinstance(call, Mapping) for call in calls)):
+    if calls is not None and not (
+        isinstance(calls, (list, tuple)) and all(isinstance(call, Mapping) for call in calls)
+    ):
         raise TypeError(f"{name}['tool_calls'] must be a list of dicts, found {reprlib.repr(calls)}")
     required = ("role",) if calls else ("role", "content")
     for key in required:
@@ -79,23 +82,36 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"found {type(value).__name__}: {reprlib.repr(value)}")
 
 
-def adapt(messages: list[dict[str, Any]], takes_parts: bool, asks_for_none: bool) -> None:
-    """Change checked messages, in place, to what a template expects.
+def adapt(messages: list[dict[str, Any]], takes_parts: bool, asks_for_none: bool) -> list[dict[str, Any]]:
+    """Checked messages as a template expects them, which may be the same objects, changed.
 
     takes_parts: it looks into a content that is a list; for others a text in parts is joined by line breaks.
-    asks_for_none: it tests whether a content is none, which is what it finds then; other fields that are None go.
+    asks_for_none: it tells a tool call without text by a content that is none; otherwise fields that are None go.
     """
-    for message in messages:
-        for key in [key for key, value in message.items() if value is None]:
-            if not (asks_for_none and key == "content"):
-                del message[key]
-        content = message.get("content")
-        if isinstance(content, list):
-            message["content"] = Parts(content) if takes_parts else str(Parts(content))
-        for call in message.get("tool_calls", ()):
-            function = call.get("function")
-            if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-                function["arguments"] = read_arguments(function["arguments"])
+    return [_adapted(message, takes_parts, asks_for_none) for message in messages]
+
+
+def _adapted(given: dict[str, Any], takes_parts: bool, asks_for_none: bool) -> dict[str, Any]:
+    message = Message({key: value for key, value in given.items() if value is not None})
+    if asks_for_none:
+        message.setdefault("content", None)
+    content = message.get("content")
+    if isinstance(content, list):
+        message["content"] = Parts(content) if takes_parts else str(Parts(content))
+    for call in message.get("tool_calls", ()):
+        function = call.get("function")
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            function["arguments"] = read_arguments(function["arguments"])
+    return message
+
+
+class Message(dict):
+    """A message with or without content: many templates add its text to others without a look whether there is one."""
+
+    def __missing__(self, key: str) -> str:
+        if key == "content":
+            return ""
+        raise KeyError(key)
 
 
 class _AlsoText:
@@ -108,7 +124,7 @@ class _AlsoText:
         return other + str(self) if isinstance(other, str) else NotImplemented
 
 
-class Parts(_AlsoText, list):
+class Parts(_AlsoText, list):  # type: ignore[misc]  # + with text gives text
     """The content of a message in parts. Templates that look into a user's parts expect text of the system, say."""
 
     def __str__(self) -> str:

@@ -9,6 +9,7 @@ are too many ways to stop each. A process can be given a limit of memory, and be
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import subprocess
@@ -18,15 +19,16 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
-MAX_SECONDS = 10.0  # for a prompt
-MAX_CHARS = 2**24  # of a prompt
-MAX_MEMORY = 2**30  # bytes that the process takes above what it starts with
+MAX_SECONDS = 10.0  # for a prompt; limits of its length and of memory are in `jinja_process.py`
 START_SECONDS = 60.0  # for Python to start and to import Jinja: 0.1 s, unless the machine is busy
 START = "import sys; sys.path[:] = {path!r}; from fastdeploy.text.jinja_process import main; main()"
 
 
 class Renderer:
-    """The process that `jinja_process.py` runs in, started for the first request. Calls may come from several threads."""
+    """The process that runs `jinja_process.py`, from the first request on. Calls may come from several threads."""
+
+    _process: subprocess.Popen | None
+    _pipe: Connection | None
 
     def __init__(self) -> None:
         self.forget()
@@ -53,36 +55,32 @@ class Renderer:
 
     def _exchange(self, request: bytes) -> bytes | None:
         """None if the process has ended instead of answering."""
-        if self._pipe is None:
-            self._start()
-        assert self._pipe is not None
+        pipe = self._pipe or self._start()
         try:
-            self._pipe.send_bytes(request)
-            if not self._pipe.poll(MAX_SECONDS):
+            pipe.send_bytes(request)
+            if not pipe.poll(MAX_SECONDS):
                 raise ValueError(f"the chat template takes longer than {MAX_SECONDS:g} s")
-            return self._pipe.recv_bytes()
+            return pipe.recv_bytes()
         except (EOFError, OSError):
             self.end()
             return None
 
-    def _start(self) -> None:
+    def _start(self) -> Connection:
         self._pipe, theirs = Pipe()
         with theirs:
-            arguments = map(str, (theirs.fileno(), MAX_MEMORY, MAX_CHARS))
             self._process = subprocess.Popen(
-                [sys.executable, "-c", START.format(path=sys.path), *arguments],
+                [sys.executable, "-c", START.format(path=sys.path), str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C is for this process
             )
-        try:
-            is_ready = self._pipe.poll(START_SECONDS) and self._pipe.recv_bytes()
-        except (EOFError, OSError):
-            is_ready = False
-        if not is_ready:
-            raise RuntimeError(f"the process that renders chat templates did not start: {sys.executable} -c ...")
+        with contextlib.suppress(EOFError, OSError):
+            if self._pipe.poll(START_SECONDS):
+                self._pipe.recv_bytes()
+                return self._pipe
+        raise RuntimeError(f"{sys.executable} did not start the process that renders chat templates")
 
     def end(self) -> None:
         """End the process; the next request starts another one."""
@@ -94,10 +92,9 @@ class Renderer:
         self._pipe = self._process = None
 
     def forget(self) -> None:
-        """Begin without a process; what a forked child does, which leaves it to its parent."""
+        """Begin without a process; so does a forked child, which leaves it to its parent."""
         self._lock = threading.Lock()
-        self._process: subprocess.Popen | None = None
-        self._pipe: Connection | None = None
+        self._process = self._pipe = None
 
 
 RENDERER = Renderer()
