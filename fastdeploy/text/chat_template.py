@@ -41,7 +41,9 @@ def render(
     """
     checked = checked_messages(messages)
     listed = ", ".join(as_json(f"messages[{index}]", message) for index, message in enumerate(checked))
-    named = ", ".join(f"{json.dumps(name)}: {as_json(name, value)}" for name, value in variables.items())
+    named = ", ".join(
+        f"{json.dumps(name)}: {as_json(f'variable {name!r}', value)}" for name, value in variables.items()
+    )
     rest = {"source": source, "continue_final_message": continue_final_message}
     request = f'{{"messages": [{listed}], "variables": {{{named}}}, {json.dumps(rest)[1:]}'
     answer = RENDERER.ask(request.encode())
@@ -56,12 +58,12 @@ def check(source: str) -> None:
     RENDERER.ask(json.dumps({"source": source, "messages": None}).encode())
 
 
-_warned: set[tuple[int, str]] = set()
+_warned: set[tuple[str, str]] = set()
 
 
 def _warn_of_unread(source: str, name: str) -> None:
-    if (hash(source), name) not in _warned:
-        _warned.add((hash(source), name))
+    if (source, name) not in _warned:
+        _warned.add((source, name))
         logger.warning("the chat template has no variable %r: what chat_template_kwargs says of it does nothing", name)
 
 

@@ -176,5 +176,5 @@ def cut_at_mark(prompt: str, text: str) -> str:
             "continue_final_message: the chat template doesn't write the last message as it is, "
             "so there is no end to continue from"
         )
-    keeps_spaces = prompt.startswith(MARK, end)
-    return prompt[:end] if keeps_spaces else prompt[:end].rstrip()
+    trimmed = "" if prompt.startswith(MARK, end) else text[len(text.rstrip()) :]
+    return prompt[:end].removesuffix(trimmed)
