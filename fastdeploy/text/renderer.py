@@ -69,7 +69,7 @@ class Renderer:
         self._pipe, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", START.format(path=sys.path), str(theirs.fileno())],
+                [sys.executable, "-c", START.format(path=[*map(str, sys.path)]), str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
