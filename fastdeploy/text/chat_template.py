@@ -146,7 +146,7 @@ def templates_of_gguf(metadata: Mapping[str, Any], source: str) -> Templates:
 
 
 def _single(templates: dict[str, str]) -> Templates:
-    return templates.get("default") if len(templates) < 2 and set(templates) <= {"default"} else templates
+    return templates["default"] if list(templates) == ["default"] else templates or None
 
 
 def _inside(path: Path, directory: Path) -> Path:

@@ -54,11 +54,14 @@ class Compiled:
 
 
 def main() -> None:
-    """Answers the requests that come through the pipe whose file descriptor is the first argument, until it closes."""
-    connection = Connection(int(sys.argv[1]))
+    """Answers the requests that come through standard input, a socket, until it closes."""
+    connection = Connection(sys.stdin.fileno())
     with open("/proc/self/statm") as file:
-        size = int(file.read().split()[0]) * resource.getpagesize() + MAX_MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        limit = int(file.read().split()[0]) * resource.getpagesize() + MAX_MEMORY
+    _, own_limit = resource.getrlimit(resource.RLIMIT_AS)
+    if own_limit != resource.RLIM_INFINITY:
+        limit = min(limit, own_limit)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     connection.send_bytes(b"ready")
     while True:

@@ -1,15 +1,14 @@
-"""Chat templates are rendered in a process of their own, which ends if they take too much.
+"""Chat templates are rendered in a process of their own, which is ended if one takes too much.
 
-Templates come with checkpoints, from anybody. Jinja's sandbox keeps them from Python's internals, but not from taking
-all time and memory: `'a' * 10**10`, a list of itself twice, sixty levels deep, and compared, a thousand macros. There
-are too many ways to stop each. A process can be given a limit of memory, and be killed. It costs 0.1 ms a prompt, and
-0.1 s when the first one is rendered.
+Templates come with checkpoints, from anybody. Jinja's sandbox keeps them from Python's internals and from files, but
+not from all time and memory: `'a' * 10**10`, loops within loops, lists of lists that are compared. There are too many
+ways to stop each of them, and some can't be stopped from within. A process can be killed, and its memory limited. It
+costs 0.1 ms a prompt, and 0.1 s for the first one.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import json
 import os
 import subprocess
@@ -21,6 +20,7 @@ from typing import Any
 
 MAX_SECONDS = 10.0  # for a prompt; limits of its length and of memory are in `jinja_process.py`
 START_SECONDS = 60.0  # for Python to start and to import Jinja: 0.1 s, unless the machine is busy
+CRASHED = {"error": "the chat template crashes the process that renders it"}
 START = "import sys; sys.path[:] = {path!r}; from fastdeploy.text.jinja_process import main; main()"
 
 
@@ -45,8 +45,7 @@ class Renderer:
             except BaseException:  # Ctrl-C too: the next request may not get this one's answer
                 self.end()
                 raise
-            crashed = {"error": "the chat template crashes the process that renders it"}
-            answer = json.loads(reply) if reply else crashed
+            answer = json.loads(reply) if reply else CRASHED
             if answer.get("exhausted"):
                 self.end()
         if "error" in answer:
@@ -66,21 +65,23 @@ class Renderer:
             return None
 
     def _start(self) -> Connection:
+        failure = RuntimeError(f"{sys.executable} did not start the process that renders chat templates")
         self._pipe, theirs = Pipe()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", START.format(path=[*map(str, sys.path)]), str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C is for this process
-            )
-        with contextlib.suppress(EOFError, OSError):
-            if self._pipe.poll(START_SECONDS):
-                self._pipe.recv_bytes()
-                return self._pipe
-        raise RuntimeError(f"{sys.executable} did not start the process that renders chat templates")
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", START.format(path=[*map(str, sys.path)])],
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,  # Ctrl-C is for this process
+                )
+            if not self._pipe.poll(START_SECONDS):
+                raise failure
+            self._pipe.recv_bytes()
+        except (EOFError, OSError) as error:
+            raise failure from error
+        return self._pipe
 
     def end(self) -> None:
         """End the process; the next request starts another one."""

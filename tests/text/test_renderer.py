@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -132,3 +134,30 @@ def is_running(pid):
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.parametrize("streams", ["2>&-", "<&- >&- 2>&-"])
+def test_a_program_without_standard_streams_renders(tmp_path, streams):
+    program = "from tests.text.test_renderer import hello; open('answer', 'w').write(hello())"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(f"{sys.executable} -c {program!r} {streams}", shell=True, cwd=tmp_path, env=environment, timeout=60)
+    assert (tmp_path / "answer").read_text() == "Hi!"
+
+
+def test_a_program_with_a_limit_of_memory_renders():
+    program = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29)); "
+    program += "from fastdeploy.text.renderer import RENDERER; "
+    program += """print(RENDERER.ask(b'{"source": "{{ 1 }}", "messages": null}'))"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60)
+    assert ended.stdout == "{}\n", ended.stderr
+
+
+def test_a_process_that_does_not_start_is_a_runtime_error(monkeypatch):
+    RENDERER.end()
+    for path in ("/nowhere/python", "/bin/false"):
+        monkeypatch.setattr(sys, "executable", path)
+        with pytest.raises(RuntimeError, match=f"{path} did not start the process that renders chat templates"):
+            hello()
+    monkeypatch.undo()
+    assert hello() == "Hi!"
