@@ -3,7 +3,7 @@
 A line of the input is a JSON object:
 
     {"prompt": "Once upon a time", "max_tokens": 32}                  text, or a list of token ids
-    {"messages": [{"role": "user", "content": "Hi"}], "seed": 7}      with chat()'s keywords (CHAT_KEYS)
+    {"messages": [{"role": "user", "content": "Hi"}], "seed": 7}      with "tools" and others of CHAT_KEYS if wanted
     {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {...}}      a line of OpenAI's batches
 
 All other keys are fields of SamplingParams, but for "custom_id", which comes back. An answer is a line of the output,
@@ -40,7 +40,7 @@ from fastdeploy.sampling_params import SamplingParams
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 INPUTS = ("prompt", "prompt_token_ids", "messages")
-# Keys of a line with messages, which are arguments of `template_variables`, and their defaults.
+# Keys beside "messages", which `LLM.chat` describes, with their defaults: the arguments of `template_variables`.
 CHAT_KEYS = {
     "chat_template_kwargs": None,
     "tools": None,

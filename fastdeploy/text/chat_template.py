@@ -15,7 +15,7 @@ from typing import Any
 
 from fastdeploy.config import Fields
 from fastdeploy.models.storage import read_json
-from fastdeploy.text.messages import as_json, checked_messages
+from fastdeploy.text.messages import checked_messages, plain
 from fastdeploy.text.renderer import RENDERER
 
 logger = logging.getLogger("fastdeploy")
@@ -39,14 +39,13 @@ def render(
     ValueError, with the template's own message, if it is broken or refuses the conversation, if it takes more time or
     memory or writes more than `renderer.py` allows, or if it knows of no tools and there are some.
     """
-    checked = checked_messages(messages)
-    listed = ", ".join(as_json(f"messages[{index}]", message) for index, message in enumerate(checked))
-    named = ", ".join(
-        f"{json.dumps(name)}: {as_json(f'variable {name!r}', value)}" for name, value in variables.items()
-    )
-    rest = {"source": source, "continue_final_message": continue_final_message}
-    request = f'{{"messages": [{listed}], "variables": {{{named}}}, {json.dumps(rest)[1:]}'
-    answer = RENDERER.ask(request.encode())
+    request = {
+        "source": source,
+        "messages": checked_messages(messages),
+        "variables": {name: plain(f"variable {name!r}", value) for name, value in variables.items()},
+        "continue_final_message": continue_final_message,
+    }
+    answer = RENDERER.ask(json.dumps(request).encode())
     for name in answer["unread"]:
         if name in optional:
             _warn_of_unread(source, name)

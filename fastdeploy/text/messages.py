@@ -15,8 +15,8 @@ from typing import Any
 MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
-def checked_messages(messages: object) -> list[Mapping[str, Any]]:
-    """The messages as mappings: dicts, or what pydantic makes of its own objects, such as the `openai` package's.
+def checked_messages(messages: object) -> list[dict[str, Any]]:
+    """A copy of the messages as JSON has them; each may be a dict, or an object of the `openai` package.
 
     Raises TypeError or ValueError, naming the place, for anything else, and unless each has a "role" and a "content",
     text or a list of {"type": "text", "text": ...}. A message with "tool_calls" needs no content.
@@ -28,62 +28,63 @@ def checked_messages(messages: object) -> list[Mapping[str, Any]]:
     return [_checked_message(f"messages[{index}]", message) for index, message in enumerate(messages)]
 
 
-def _checked_message(name: str, given: Any) -> Mapping[str, Any]:
-    message = given.model_dump() if hasattr(given, "model_dump") else given
-    if not isinstance(message, Mapping):
-        kind = type(message).__name__
-        raise TypeError(f"{name} must be a dict with 'role' and 'content', found {kind}: {reprlib.repr(message)}")
-    calls = message.get("tool_calls")
-    if calls is not None and not (
-        isinstance(calls, (list, tuple)) and all(isinstance(call, Mapping) for call in calls)
-    ):
-        raise TypeError(f"{name}['tool_calls'] must be a list of dicts, found {reprlib.repr(calls)}")
-    required = ("role",) if calls else ("role", "content")
-    for key in required:
+def _checked_message(name: str, given: object) -> dict[str, Any]:
+    message = plain(name, given)
+    if not isinstance(message, dict):
+        raise TypeError(f"{name} must be a dict with 'role' and 'content', found {_described(message)}")
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise TypeError(f"{name}['tool_calls'] must be a list of dicts, found {_described(calls)}")
+    for key in ("role",) if calls else ("role", "content"):
         if key not in message:
             raise ValueError(f"{name} has no {key!r}; found the keys {list(message)}")
-    if not isinstance(message["role"], str):
-        kind = type(message["role"]).__name__
-        raise TypeError(f"{name}['role'] must be a str, found {kind}: {reprlib.repr(message['role'])}")
-    content = message.get("content")
-    if isinstance(content, (list, tuple)):
+    role, content = message["role"], message.get("content")
+    if not isinstance(role, str):
+        raise TypeError(f"{name}['role'] must be a str, found {_described(role)}")
+    if isinstance(content, list):
         for index, part in enumerate(content):
             _check_part(f"{name}['content'][{index}]", part)
-    elif not isinstance(content, str) and (content is not None or "content" in required):
+    elif not isinstance(content, str) and not (content is None and calls):
         must = "must be a str or a list of {'type': 'text', 'text': ...}"
-        raise TypeError(f"{name}['content'] {must}, found {type(content).__name__}: {reprlib.repr(content)}")
+        raise TypeError(f"{name}['content'] {must}, found {_described(content)}")
     return message
 
 
-def _check_part(name: str, part: object) -> None:
-    if not isinstance(part, Mapping):
-        must = "must be a dict {'type': 'text', 'text': ...}"
-        raise TypeError(f"{name} {must}, found {type(part).__name__}: {reprlib.repr(part)}")
+def _check_part(name: str, part: Any) -> None:
+    if not isinstance(part, dict):
+        raise TypeError(f"{name} must be a dict {{'type': 'text', 'text': ...}}, found {_described(part)}")
     if part.get("type") != "text":
         raise ValueError(f"{name} is of type {reprlib.repr(part.get('type'))}: this engine takes 'text' only")
     if not isinstance(part.get("text"), str):
-        raise TypeError(f"{name}['text'] must be a str, found {reprlib.repr(part.get('text'))}")
+        raise TypeError(f"{name}['text'] must be a str, found {_described(part.get('text'))}")
 
 
-def as_json(name: str, value: object) -> str:
-    """What a template may see of `value`. Raises TypeError or ValueError with `name` if JSON can't say it."""
+def _described(value: object) -> str:
+    return f"{type(value).__name__}: {reprlib.repr(value)}"
+
+
+def plain(name: str, value: object) -> Any:
+    """A copy of `value` as JSON has it, which is all that a template may see.
+
+    Mappings and objects of pydantic become dicts. Raises TypeError or ValueError with `name` if JSON can't say it.
+    """
     try:
-        return json.dumps(value, default=_plain)
+        return json.loads(json.dumps(value, default=_as_dict))
     except (TypeError, ValueError, RecursionError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{name} must be made of what JSON has: {error}") from None
 
 
-def _plain(value: Any) -> Any:
+def _as_dict(value: Any) -> dict:
     if isinstance(value, Mapping):
         return dict(value)
     if hasattr(value, "model_dump"):
         return value.model_dump()
-    raise TypeError(f"found {type(value).__name__}: {reprlib.repr(value)}")
+    raise TypeError(f"found {_described(value)}")
 
 
 def adapt(messages: list[dict[str, Any]], takes_parts: bool, asks_for_none: bool) -> list[dict[str, Any]]:
-    """Checked messages as a template expects them, which may be the same objects, changed.
+    """Checked messages as a template expects them; what is in them may be changed.
 
     takes_parts: it looks into a content that is a list; for others a text in parts is joined by line breaks.
     asks_for_none: it tells a tool call without text by a content that is none; otherwise fields that are None go.

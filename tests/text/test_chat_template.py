@@ -5,11 +5,13 @@ import logging
 import os
 from datetime import datetime
 
+import gguf
 import jinja2.ext
 import jinja2.sandbox
 import openai.types.chat
 import pytest
 
+from fastdeploy.models.gguf import GGUFFile
 from fastdeploy.text.chat_template import check, choose, given_source, render, templates_of_directory, templates_of_gguf
 from tests.text.families import TEMPLATES
 
@@ -143,6 +145,8 @@ def test_messages_of_the_openai_package_are_taken_as_they_come():
     )
     messages = [HI, message, RESULT]
     expected = reference(TEMPLATES["qwen3"], [HI, call({"city": "Rome"}, content=""), RESULT])
+    assert rendered(TEMPLATES["qwen3"], messages) == expected
+    messages[1] = {"role": "assistant", "content": None, "tool_calls": message.tool_calls}
     assert rendered(TEMPLATES["qwen3"], messages) == expected
 
 
@@ -415,6 +419,16 @@ def test_a_template_file_that_is_no_text_is_refused_by_name(tmp_path):
 )
 def test_a_ggufs_templates_are_found_by_name(metadata, templates):
     assert templates_of_gguf(metadata, "m.gguf") == templates
+
+
+def test_templates_that_gguf_has_written_are_found(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_chat_template([{"name": name, "template": template} for name, template in NAMED.items()])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert templates_of_gguf(GGUFFile(tmp_path / "m.gguf").metadata, "m.gguf") == NAMED
 
 
 def test_a_ggufs_template_that_is_no_text_is_refused_by_file():
