@@ -77,10 +77,11 @@ def given_source(given: object) -> str:
     if not isinstance(given, (str, os.PathLike)):
         must = "must be a str, Jinja source or the path of a file"
         raise TypeError(f"a chat template {must}, found {type(given).__name__}: {reprlib.repr(given)}")
-    path = Path(given).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"chat_template {str(given)!r} is neither a Jinja template nor an existing file")
-    return _text_of(path)
+    path = os.path.expanduser(given)
+    if not os.path.isfile(path):
+        shown = reprlib.repr(os.fspath(given))
+        raise FileNotFoundError(f"chat_template {shown} is neither a Jinja template nor an existing file")
+    return _text_of(Path(path))
 
 
 def choose(own: Templates, given: object, has_tools: bool) -> str:
@@ -139,12 +140,13 @@ def _from_json(config: Mapping[str, Any], path: Path) -> Templates:
 def templates_of_gguf(metadata: Mapping[str, Any], source: str) -> Templates:
     """Of tokenizer.chat_template and tokenizer.chat_template.NAME. Raises ValueError for what is no text."""
     fields, key = Fields(metadata, source), "tokenizer.chat_template"
-    names = {name: name.removeprefix(f"{key}.") for name in metadata if name.startswith(f"{key}.")}
-    templates = {name: fields.text(long) for long, name in {**names, key: "default"}.items()}
+    others = {name.removeprefix(f"{key}."): name for name in metadata if name.startswith(f"{key}.")}
+    templates = {name: fields.text(long) for name, long in {"default": key, **others}.items()}
     return _single({name: template for name, template in templates.items() if template is not None})
 
 
 def _single(templates: dict[str, str]) -> Templates:
+    """The template itself where the default is all there is."""
     return templates["default"] if list(templates) == ["default"] else templates or None
 
 

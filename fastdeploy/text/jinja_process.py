@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from fastdeploy.text.messages import Unrenderable, adapt, cut_at_mark, mark_end
 MAX_CHARS = 2**24  # of a prompt
 MAX_MEMORY = 2**30  # bytes, above what the process has when it starts
 MAX_ERROR_CHARS = 2000
+ORPHAN_SECONDS = 60  # for an answer: `Renderer` waits less long, but may be killed while it does
 
 
 class TooLongError(Exception):
@@ -63,13 +65,16 @@ def main() -> None:
         limit = min(limit, own_limit)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process at once, whatever it is doing
     connection.send_bytes(b"ready")
     while True:
         try:
             request = connection.recv_bytes()
         except EOFError:  # the other process has ended
             return
+        signal.alarm(ORPHAN_SECONDS)
         connection.send_bytes(json.dumps(answer(request)).encode())
+        signal.alarm(0)
 
 
 def answer(request: bytes) -> dict[str, Any]:

@@ -309,7 +309,15 @@ def test_only_what_a_caller_gives_may_be_a_path(tmp_path, monkeypatch):
     for given in (path, str(path), "~/t.jinja"):
         assert given_source(given) == "from the file {{ 1 }}"
     assert rendered(choose(str(path), None, False), [HI]) == str(path)
-    for missing in ("~/none.jinja", tmp_path / "none.jinja", tmp_path, ""):
+    for missing in (
+        "~/none.jinja",
+        tmp_path / "none.jinja",
+        tmp_path,
+        "",
+        "~nobody-here/t",
+        "a\0b",
+        "You help. " * 999,
+    ):
         with pytest.raises(FileNotFoundError, match="neither a Jinja template nor an existing file"):
             given_source(missing)
 
