@@ -3,7 +3,7 @@
 A line of the input is a JSON object:
 
     {"prompt": "Once upon a time", "max_tokens": 32}                  text, a list of token ids, or a list of prompts
-    {"messages": [{"role": "user", "content": "Hi"}], "seed": 7}      with "tools", "chat_template_kwargs" if wanted
+    {"messages": [{"role": "user", "content": "Hi"}], "seed": 7}      with "tools" and others of CHAT_KEYS if wanted
     {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {...}}      a line of OpenAI's batches
 
 All other keys are fields of SamplingParams, but for "custom_id", which comes back. An answer is a line of the output,
@@ -46,6 +46,13 @@ from fastdeploy.sampling_params import SamplingParams
 logger = logging.getLogger("fastdeploy")
 
 INPUTS = ("prompt", "prompt_token_ids", "messages")
+# Keys beside "messages", which `LLM.chat` describes, with their defaults: the arguments of `template_variables`.
+CHAT_KEYS = {
+    "chat_template_kwargs": None,
+    "tools": None,
+    "add_generation_prompt": None,
+    "continue_final_message": False,
+}
 BEGINNING = b'{"line": '  # of every answer
 PROCESS_ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit)  # exceptions that are no line's
 
@@ -276,7 +283,7 @@ class BatchRun:
         found = {key: request.pop(key) for key in INPUTS if key in request}
         if "messages" in found and len(found) == 1:
             messages = found["messages"]
-            variables = template_variables(request.pop("chat_template_kwargs", None), request.pop("tools", None), True)
+            variables = template_variables(*(request.pop(key, default) for key, default in CHAT_KEYS.items()))
             if isinstance(messages, list) and messages and isinstance(messages[0], list):
                 raise TypeError("'messages' is several conversations: a line is one, a list of messages")
             return reader.read_chat(messages, template, variables)

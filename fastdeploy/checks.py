@@ -84,12 +84,6 @@ def path_text(path: str | os.PathLike[str]) -> str:
     return os.path.expanduser(os.fspath(path))
 
 
-def template_text(template: object) -> object:
-    """A chat template as text: Jinja source as it is, and a path, of which one with a brace is taken for source."""
-    is_path = isinstance(template, os.PathLike) or (isinstance(template, str) and "{" not in template)
-    return path_text(template) if is_path else template  # type: ignore[arg-type]
-
-
 def unknown_keyword(owner: str, name: str, known: list[str]) -> str:
     """The text of a TypeError about a keyword nobody knows; suggests the one that is meant, or lists all."""
     same = [ours for ours in known if name in FOREIGN.get(ours, "").split() or sorted(name) == sorted(ours)]

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from fastdeploy.checks import check_int, check_number, complaint, path_text, suggesting_keywords, template_text
+from fastdeploy.checks import check_int, check_number, complaint, path_text, suggesting_keywords
 from fastdeploy.config import MODES
 from fastdeploy.sampling_params import MAX_SEED
 from fastdeploy.text.reasoning import REASONING_PARSERS
@@ -80,7 +80,7 @@ class EngineConfig:
     enforce_eager: bool = False
     overlap_steps: bool | None = None
     reasoning_parser: str | None = None
-    chat_template: str | None = None
+    chat_template: str | os.PathLike | None = None
     tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
@@ -138,14 +138,13 @@ class EngineConfig:
             raise ValueError(complaint("LLM", field, value, f"must be one of {listed}"))
 
     def _check_chat_template(self) -> None:
-        from fastdeploy.text.chat_template import compiled  # jinja2 costs 35 ms, and few give a template here
+        from fastdeploy.text.chat_template import check, given_source  # starts a process, and few give a template here
 
-        object.__setattr__(self, "chat_template", template_text(self.chat_template))
-        if not isinstance(self.chat_template, str):
+        if not isinstance(self.chat_template, (str, os.PathLike)):
             must = f"must be Jinja source or the path of a file, not {type(self.chat_template).__name__}"
             raise TypeError(complaint("LLM", "chat_template", self.chat_template, must))
         try:
-            compiled(self.chat_template)
+            check(given_source(self.chat_template))
         except (OSError, ValueError) as error:
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
             raise kind(complaint("LLM", "chat_template", self.chat_template, f"must be a template: {error}")) from error

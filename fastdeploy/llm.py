@@ -205,10 +205,11 @@ class LLM:
         sampling_params: Params = None,
         use_tqdm: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        chat_template: str | None = None,
+        chat_template: str | os.PathLike | None = None,
         tools: Tools = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         stream: Literal[False] = False,
+        continue_final_message: bool = False,
     ) -> list[RequestOutput]: ...
 
     @overload
@@ -218,11 +219,12 @@ class LLM:
         sampling_params: Params = None,
         use_tqdm: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        chat_template: str | None = None,
+        chat_template: str | os.PathLike | None = None,
         tools: Tools = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         *,
         stream: Literal[True],
+        continue_final_message: bool = False,
     ) -> Iterator[RequestOutput]: ...
 
     def chat(
@@ -231,21 +233,30 @@ class LLM:
         sampling_params: Params = None,
         use_tqdm: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-        chat_template: str | None = None,
+        chat_template: str | os.PathLike | None = None,
         tools: Tools = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         stream: bool = False,
+        continue_final_message: bool = False,
     ) -> list[RequestOutput] | Iterator[RequestOutput]:
-        """Answer each conversation: a list of {"role": ..., "content": ...}, or a list of such lists.
+        """Answer each conversation: a list of messages, or a list of such lists.
 
-        chat_template_kwargs: further variables of the template, such as {"enable_thinking": False}.
-        chat_template: Jinja source or the path of a file, instead of LLM(chat_template=...) or the tokenizer's own.
+        messages: dicts {"role": ..., "content": text or a list of {"type": "text", "text": ...}} and whatever else
+            the template reads, such as "tool_calls", or messages of the `openai` package. None counts as absent; the
+            arguments of a call may be JSON text. They are not changed.
+        chat_template_kwargs: further variables of the template, such as {"enable_thinking": False}. One that the
+            template never reads is logged as a warning.
+        chat_template: Jinja source, the path of a file, or the name of one of the tokenizer's templates, instead of
+            LLM(chat_template=...) or the tokenizer's own. Of several, it uses "tool_use" for tools, else "default".
         tools: functions that the model may call, each {"type": "function", "function": {"name": ..., "description":
             ..., "parameters": a JSON schema}}: the template writes them into the prompt. Calls are part of the text.
-        add_generation_prompt: end the prompt with what begins an answer; False: the model continues the last message.
-        Everything else as in `generate`; `prompt` of an output is the text that the template made.
+        add_generation_prompt: end the prompt with what begins an answer. False: with what ends the last message. None:
+            True, unless continue_final_message is.
+        continue_final_message: end the prompt with the text of the last message, for the model to go on with.
+        Everything else as in `generate`; `prompt` of an output is the text that the template made. A template that
+        takes longer than 10 s or more than 1 GiB, or writes more than 2^24 characters, is stopped: a ValueError.
         """
-        variables = template_variables(chat_template_kwargs, tools, add_generation_prompt)
+        variables = template_variables(chat_template_kwargs, tools, add_generation_prompt, continue_final_message)
         template = self.config.chat_template if chat_template is None else chat_template
         return self._answer(self.reader.read_chat(messages, template, variables), sampling_params, use_tqdm, stream)
 

@@ -10,6 +10,7 @@ Every error names the place, as in "prompts[3][17] is -1".
 from __future__ import annotations
 
 import numbers
+import os
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,8 +54,10 @@ class PromptReader:
             return [self._prompt("prompts", prompts)]
         return [self._prompt(f"prompts[{index}]", prompt) for index, prompt in enumerate(prompts)]
 
-    def read_chat(self, messages: object, chat_template: str | None, variables: Mapping[str, Any]) -> list[Prompt]:
-        """Conversations, one or several; `variables` are what the chat template gets to see besides."""
+    def read_chat(
+        self, messages: object, chat_template: str | os.PathLike | None, variables: Mapping[str, Any]
+    ) -> list[Prompt]:
+        """Conversations, one or several; `variables`: see `template_variables`."""
         if not isinstance(messages, (list, tuple)):
             must = "must be a conversation, a list of {'role': ..., 'content': ...}, or a list of conversations"
             raise TypeError(f"messages {must}, not {type(messages).__name__}: {reprlib.repr(messages)}")
@@ -98,7 +101,7 @@ class PromptReader:
         return Prompt(place, shown if isinstance(shown, str) and shown else token_ids, token_ids)
 
     def _conversation(
-        self, name: str, messages: object, chat_template: str | None, variables: Mapping[str, Any]
+        self, name: str, messages: object, chat_template: str | os.PathLike | None, variables: Mapping[str, Any]
     ) -> Prompt:
         if not isinstance(messages, (list, tuple)):
             must = "must be a conversation, a list of {'role': ..., 'content': ...}, as messages[0] is"
@@ -142,25 +145,40 @@ class PromptReader:
         return [int(token_id) for token_id in ids]
 
 
-def template_variables(kwargs: object, tools: object, add_generation_prompt: object) -> dict[str, Any]:
-    """The variables of a chat template, from `chat_template_kwargs`, `tools` and add_generation_prompt of `LLM.chat`.
+def template_variables(
+    kwargs: object, tools: object, add_generation_prompt: object, continue_final_message: object = False
+) -> dict[str, Any]:
+    """What `Tokenizer.apply_chat_template` takes besides the messages, from these arguments of `LLM.chat`.
 
     Raises TypeError or ValueError if anything in them is wrong.
     """
     given = {} if kwargs is None else kwargs
     if not isinstance(given, Mapping):
         raise TypeError(f"chat_template_kwargs must be a dict, not {type(given).__name__}")
+    own = {"tools": _tools(tools), **_ending(add_generation_prompt, continue_final_message)}
     for name in given:
         if not isinstance(name, str):
             raise TypeError(f"chat_template_kwargs has the key {name!r}: a template's variables have names of type str")
-        if name in ("tools", "add_generation_prompt"):
+        if name in ("tools", "add_generation_prompt", "continue_final_message"):
             raise ValueError(f"chat_template_kwargs has the key {name!r}: pass it as chat({name}=...)")
         if name in ("self", "messages", "chat_template"):
             raise ValueError(f"chat_template_kwargs has the key {name!r}, which is not a variable to set there")
-    if not isinstance(add_generation_prompt, bool):
-        kind = type(add_generation_prompt).__name__
-        raise TypeError(f"add_generation_prompt must be True or False, not {kind}: {add_generation_prompt!r}")
-    return {**given, "tools": _tools(tools), "add_generation_prompt": add_generation_prompt}
+    return {**given, **own}
+
+
+def _ending(add_generation_prompt: object, continue_final_message: object) -> dict[str, bool]:
+    """How prompts end: with the beginning of an answer, unless the last message is to be continued."""
+    flags = {"continue_final_message": continue_final_message}
+    if add_generation_prompt is not None:
+        flags["add_generation_prompt"] = add_generation_prompt
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, not {type(flag).__name__}: {flag!r}")
+    if add_generation_prompt and continue_final_message:
+        raise ValueError("add_generation_prompt and continue_final_message are both True: a prompt has one end")
+    if continue_final_message:
+        return {"continue_final_message": True, "add_generation_prompt": False}
+    return {"add_generation_prompt": add_generation_prompt is not False}
 
 
 def _tools(given: object) -> list[Mapping[str, Any]] | None:

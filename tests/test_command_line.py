@@ -20,6 +20,7 @@ from fastdeploy.batch import BatchRun, Line
 from fastdeploy.engine.request import CompletionOutput, RequestOutput
 from fastdeploy.sampling_params import SamplingParams
 from fastdeploy.terminal import Conversation
+from fastdeploy.text.tokenizer import load_tokenizer
 from tests.smollm2 import MODEL, needs_smollm2
 
 ENGINE = ["--quantization", "auto", "--max-model-len", "256", "--max-num-seqs", "4"]
@@ -363,3 +364,27 @@ def batch_run(error: BaseException, file: Any) -> BatchRun:
     engine = SimpleNamespace(run=lambda requests, partial: iter([]))
     llm = SimpleNamespace(config=config, engine=engine, reader=SimpleNamespace(read=read))
     return BatchRun(llm, {}, file)  # type: ignore[arg-type]
+
+
+@needs_smollm2
+def test_a_line_may_say_how_its_prompt_ends(tmp_path: Path) -> None:
+    source, results = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "The answer is"}]
+    endings: list[dict[str, Any]] = [
+        {},
+        {"add_generation_prompt": False},
+        {"continue_final_message": True},
+        {"continue_final_message": True, "add_generation_prompt": True},
+        {"continue_final_message": 1},
+    ]
+    write_lines(source, [{"messages": messages, "max_tokens": 1, **ending} for ending in endings])
+    assert run(source, results) == 0
+    found = answers(results)
+    tokenizer = load_tokenizer(MODEL)
+    prompts = [tokenizer.apply_chat_template(messages, **ending) for ending in endings[:3]]
+    assert prompts[2].endswith("assistant\nThe answer is")
+    assert [found[number]["usage"]["prompt_tokens"] for number in (1, 2, 3)] == [
+        len(tokenizer.encode(prompt)) for prompt in prompts
+    ]
+    assert "both True" in found[4]["error"]["message"]
+    assert "continue_final_message must be True or False" in found[5]["error"]["message"]

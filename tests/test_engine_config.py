@@ -88,7 +88,7 @@ def test_the_known_reasoning_parsers_are_listed() -> None:
 def test_a_chat_template_may_be_source_or_a_file(tmp_path: Path) -> None:
     path = tmp_path / "template.jinja"
     path.write_text("{{ messages[0].content }}")
-    for template in (str(path), "{{ messages[0].content }}"):
+    for template in (path, str(path), "{{ messages[0].content }}"):
         assert EngineConfig("some-model", chat_template=template).chat_template == template
 
 

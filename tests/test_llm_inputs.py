@@ -221,6 +221,29 @@ def test_a_template_given_to_the_llm_is_what_chat_uses_unless_told_otherwise(mak
     assert llm.chat(CHAT, use_tqdm=False, chat_template="T:")[0].prompt == "T:[user]Hi>"
 
 
+@pytest.mark.parametrize(
+    ("given", "prompt"),
+    [
+        ({}, "[user]Hi>"),
+        ({"add_generation_prompt": None}, "[user]Hi>"),
+        ({"add_generation_prompt": False}, "[user]Hi"),
+        ({"continue_final_message": True}, "[user]Hi{'continue_final_message': True}"),
+        ({"continue_final_message": True, "add_generation_prompt": False}, "[user]Hi{'continue_final_message': True}"),
+        ({"continue_final_message": False, "add_generation_prompt": True}, "[user]Hi>"),
+    ],
+)
+def test_a_prompt_ends_with_the_beginning_of_an_answer_or_with_the_message_to_continue(
+    llm: LLM, given: dict, prompt: str
+) -> None:
+    assert llm.chat(CHAT, use_tqdm=False, **given)[0].prompt == prompt
+
+
+def test_a_prompt_has_one_end(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="add_generation_prompt and continue_final_message are both True"):
+        llm.chat(CHAT, add_generation_prompt=True, continue_final_message=True)
+    assert_idle(llm)
+
+
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 
 
@@ -287,6 +310,7 @@ def test_bad_messages_are_refused_before_anything_is_queued(
         ({1: 2}, TypeError, "chat_template_kwargs has the key 1"),
         ({"messages": []}, ValueError, "chat_template_kwargs has the key 'messages'"),
         ({"chat_template": "T:"}, ValueError, "chat_template_kwargs has the key 'chat_template'"),
+        ({"continue_final_message": True}, ValueError, r"pass it as chat\(continue_final_message=...\)"),
         ({"tools": []}, ValueError, r"chat_template_kwargs has the key 'tools': pass it as chat\(tools=...\)"),
     ],
 )
@@ -297,14 +321,15 @@ def test_bad_variables_of_the_chat_template_are_named(
         llm.chat(CHAT, chat_template_kwargs=given)
 
 
-@pytest.mark.parametrize(("flag", "value"), [("stream", "no"), ("use_tqdm", 0), ("stream", None)])
+@pytest.mark.parametrize(("flag", "value"), [("stream", "no"), ("use_tqdm", 0), ("stream", 1.0)])
 def test_a_flag_that_is_no_bool_is_refused_by_name(llm: LLM, flag: str, value: object) -> None:
     with pytest.raises(TypeError, match=f"{flag} must be True or False, not .*: {value!r}"):
         llm.generate("hi", **{flag: value})
     with pytest.raises(TypeError, match=f"{flag} must be True or False"):
         llm.chat(CHAT, **{flag: value})
-    with pytest.raises(TypeError, match=f"add_generation_prompt must be True or False, not .*: {value!r}"):
-        llm.chat(CHAT, add_generation_prompt=value)
+    for name in ("add_generation_prompt", "continue_final_message"):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, not .*: {value!r}"):
+            llm.chat(CHAT, **{name: value})
     assert_idle(llm)
 
 

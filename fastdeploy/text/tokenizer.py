@@ -24,6 +24,7 @@ from fastdeploy.models.weights import Checkpoint, locate
 from fastdeploy.text import byte_pairs, sentencepiece
 from fastdeploy.text.backend import add_bos, failures_as_errors, special
 from fastdeploy.text.byte_pairs import BYTE_OF_CHARACTER
+from fastdeploy.text.chat_template import Templates, choose, render, templates_of_directory, templates_of_gguf
 from fastdeploy.text.sentencepiece import BPE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Piece, SentencePieceModel
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -33,7 +34,8 @@ class Tokenizer:
     """A `tokenizers.Tokenizer` with what the model's files add to it.
 
     vocab_size: how many ids have a token (a model's embedding may have more rows); named_tokens: "bos_token" and the
-    like -> its text; eos_token_ids: all ids that end an answer; chat_template: Jinja source or None.
+    like -> its text; eos_token_ids: all ids that end an answer; chat_template: Jinja source, several by name,
+    or None.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class Tokenizer:
         backend: tokenizers.Tokenizer,
         named_tokens: Mapping[str, str] | None = None,
         eos_token_ids: Sequence[int] = (),
-        chat_template: str | None = None,
+        chat_template: Templates = None,
     ):
         backend.no_truncation()  # tokenizer.json may carry the settings of a training run
         backend.no_padding()
@@ -118,23 +120,26 @@ class Tokenizer:
 
     def apply_chat_template(
         self,
-        messages: list[dict[str, Any]],
-        add_generation_prompt: bool = True,
-        chat_template: str | None = None,
+        messages: Sequence[Any],
+        add_generation_prompt: bool | None = None,
+        chat_template: str | os.PathLike | None = None,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
         """The prompt for a conversation, a list of {"role": str, "content": str}; encode it without special tokens.
 
-        `chat_template` (Jinja source or a file's path) goes before the model's own; `variables` go to the template.
+        `chat_template` (Jinja source, a file's path or the name of one of the model's templates) goes before the
+        model's own; `variables` go to the template. The prompt ends with what begins an answer, unless
+        add_generation_prompt is False, or, with continue_final_message, with the text of the last message.
         Raises TypeError or ValueError for bad messages, a missing, broken or refusing template.
         """
-        from fastdeploy.text.chat_template import render  # jinja2 costs 35 ms, and `generate` has no need of it
-
-        template = self.chat_template if chat_template is None else chat_template
-        if template is None:
-            raise ValueError("this tokenizer has no chat template; pass chat_template=, or use generate()")
+        source = choose(self.chat_template, chat_template, has_tools=bool(variables.get("tools")))
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
         context = {"tools": None, "documents": None, **self.named_tokens, **variables}
-        return render(template, messages, {**context, "add_generation_prompt": add_generation_prompt})
+        context["add_generation_prompt"] = add_generation_prompt
+        own = [name for name in variables if name not in ("tools", "documents")]
+        return render(source, messages, context, continue_final_message, optional=own)
 
     def _named_id(self, name: str) -> int | None:
         return self.backend.token_to_id(self.named_tokens[name]) if name in self.named_tokens else None
@@ -290,7 +295,7 @@ def _from_directory(directory: Path) -> Tokenizer:
     for name in ("generation_config", "config"):  # in this order, as generate() in transformers has it
         fields = Fields(files[name], f"{directory / name}.json")
         eos_token_ids = eos_token_ids or fields.token_ids("eos_token_id", vocab_size)
-    return Tokenizer(backend, named, eos_token_ids, _chat_template(directory, files["tokenizer_config"]))
+    return Tokenizer(backend, named, eos_token_ids, templates_of_directory(directory, files["tokenizer_config"]))
 
 
 def _from_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
@@ -421,19 +426,6 @@ def _token_text(value: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _chat_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    path = directory / "chat_template.jinja"
-    if path.exists():
-        return path.read_text(encoding="utf-8")
-    template = tokenizer_config.get("chat_template")
-    if isinstance(template, list):  # several by name, of which "default" is for plain conversations
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    if template is not None and not isinstance(template, str):
-        raise ValueError(f"{directory / 'tokenizer_config.json'}: chat_template must be a str, found {template!r}")
-    return template
-
-
 # --- GGUF metadata ------------------------------------------------------------------------------------------------
 
 
@@ -457,7 +449,7 @@ def _from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     named = _gguf_named_tokens(fields, tokens)
     if fields.flag("tokenizer.ggml.add_bos_token", default=adds_bos) and "bos_token" in named:
         add_bos(backend, named["bos_token"])
-    return Tokenizer(backend, named, gguf_eos_token_ids(fields, len(tokens)), fields.text("tokenizer.chat_template"))
+    return Tokenizer(backend, named, gguf_eos_token_ids(fields, len(tokens)), templates_of_gguf(metadata, source))
 
 
 def _gguf_byte_level(fields: Fields, tokens: list[str], types: list[int], cut: byte_pairs.Cut) -> tokenizers.Tokenizer:

@@ -292,10 +292,13 @@ def test_truncation_and_padding_of_a_training_run_are_dropped(tmp_path):
     assert len(load_tokenizer(write_directory(tmp_path, backend)).encode("hello")) == 3
 
 
-def test_chat_template_file_goes_before_tokenizer_config(tmp_path):
-    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "named"}]
+def test_one_of_several_chat_templates_is_for_tools(tmp_path):
+    named = [{"name": "tool_use", "template": "{{ tools | length }} tools"}, {"name": "default", "template": "named"}]
     write_directory(tmp_path, tokenizer_config={"chat_template": named})
-    assert load_tokenizer(tmp_path).chat_template == "named"
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.apply_chat_template(HELLO) == tokenizer.apply_chat_template(HELLO, tools=None) == "named"
+    assert tokenizer.apply_chat_template(HELLO, tools=[{}, {}]) == "2 tools"
+    assert tokenizer.apply_chat_template(HELLO, chat_template="tool_use", tools=[{}]) == "1 tools"
     (tmp_path / "chat_template.jinja").write_text("own file")
     assert load_tokenizer(tmp_path).chat_template == "own file"
 
@@ -482,7 +485,11 @@ def test_hostile_template_runs_no_code_and_changes_nothing(tmp_path, template):
         ([*HELLO, "Hi"], TypeError, r"messages\[1\] must be a dict.*str: 'Hi'"),
         ([{"role": "user"}], ValueError, r"messages\[0\] has no 'content'.*\['role'\]"),
         ([{"content": "Hi"}], ValueError, r"messages\[0\] has no 'role'"),
-        ([*HELLO, {"role": "user", "content": 3}], TypeError, r"messages\[1\]\['content'\] must be a str, found int"),
+        (
+            [*HELLO, {"role": "user", "content": 3}],
+            TypeError,
+            r"messages\[1\]\['content'\] must be a str or .*, found int",
+        ),
         ([{"role": None, "content": "Hi"}], TypeError, r"messages\[0\]\['role'\] must be a str"),
     ],
 )
