@@ -59,7 +59,7 @@ class AnsweringRunner:
     that begins with "say " gets the rest of the prompt."""
 
     num_blocks, kv_cache_dtype, fast_paths = 20, "int8", ("recorded steps",)
-    device, model = SimpleNamespace(describe=lambda: "pocket"), SimpleNamespace(dtype="bfloat16")
+    device, model = SimpleNamespace(name="cpu", describe=lambda: "pocket"), SimpleNamespace(dtype="bfloat16")
     overlaps, split_keys = False, 256
 
     def __init__(self, config: ResolvedConfig) -> None:
