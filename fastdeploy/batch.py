@@ -41,7 +41,7 @@ from fastdeploy.intake import Requests
 from fastdeploy.llm import LLM
 from fastdeploy.openai_form import CHAT, ChoiceWriter, openai_body, openai_error, openai_request
 from fastdeploy.prompts import Prompt, template_variables
-from fastdeploy.sampling_params import SamplingParams
+from fastdeploy.sampling_params import MAX_N, SamplingParams
 
 logger = logging.getLogger("fastdeploy")
 
@@ -270,6 +270,8 @@ class BatchRun:
         """What the engine has to run for a line. Raises TypeError or ValueError for a bad one."""
         prompts = self._prompts(request)
         params = SamplingParams(**{**self._sampling, **request})
+        if len(prompts) * params.n > MAX_N:  # its choices are held until all are there
+            raise ValueError(f"{len(prompts)} prompts with n={params.n}: a line has at most {MAX_N} choices")
         if params.seed is not None:
             return self._llm.intake.requests(prompts, params)
         # Not the engine's next seed: a run that goes on would draw those of its beginning again.

@@ -232,6 +232,7 @@ def test_an_output_of_another_input_is_refused(tmp_path: Path, capsys: pytest.Ca
 DEEP = "[" * 900 + "]" * 900
 HOSTILE = [
     '{"prompt": "x", "n": 1000000000}',
+    '{"prompt": ["x", "y"], "n": 10000}',
     '{"prompt": "x", "temperature": 1e400}',
     '{"prompt": "x", "max_tokens": 1e400}',
     '{"prompt": "x", "seed": ' + "9" * 5000 + "}",

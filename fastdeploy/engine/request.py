@@ -320,8 +320,8 @@ class Request:
         """Finish if the last output token says so; to be called again if an exception struck in the middle of it."""
         if self.finish_reason is not None:
             return
-        last, searches = self.token_ids[-1], self._has_stop_texts and self.transcript is not None
-        found = self.transcript.find_stop() if searches else None  # type: ignore[union-attr]
+        last = self.token_ids[-1]
+        found = self.transcript.find_stop() if self._has_stop_texts and self.transcript is not None else None
         if found is not None or self.ends_by_token():
             self.stop_reason = last if last in self.stop_token_ids else found  # before what says that it is there
             self.finish_reason = "stop"

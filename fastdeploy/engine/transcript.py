@@ -66,9 +66,12 @@ class StopSearch:
         self.marks = {token_id: chr(0xD800 + index) for index, token_id in enumerate(hidden)}
         self._unmarked = str.maketrans(dict.fromkeys(self.marks.values(), ""))
         self._stops = {stop: stop for stop in stops}  # as it is looked for -> as it was given
-        for token_id, mark in self.marks.items():
-            self._stops |= {form.replace(hidden[token_id], mark): stop for form, stop in self._stops.items()}
-        self._first_characters = {stop[0] for stop in self._stops}
+        for stop in stops:
+            marked = stop
+            for token_id in sorted(hidden, key=lambda token_id: -len(hidden[token_id])):  # one may be part of another
+                marked = marked.replace(hidden[token_id], self.marks[token_id])
+            self._stops[marked] = stop
+        self._first_characters = {stop[0] for stop in self._stops} | set(self.marks.values())
         self._include = include
         self._held = ""
         self._num_searched = 0  # characters of _held and of what follows in which a stop text may not end any more

@@ -39,7 +39,7 @@ class ReasoningMarkers:
 
     def open_after(self, prompt_text: str) -> bool:
         """Whether the output begins within the thinking: the prompt's end tells, or else the family's habit."""
-        return self.starts_open if not self.told_by(prompt_text) else prompt_text.rstrip().endswith(self.start)
+        return prompt_text.rstrip().endswith(self.start) if self.told_by(prompt_text) else self.starts_open
 
     def told_by(self, prompt_text: str) -> bool:
         """Whether the prompt's end tells.

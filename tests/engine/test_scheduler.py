@@ -138,6 +138,15 @@ def test_a_request_whose_every_token_is_banned_is_told_so() -> None:
     assert "every token is banned" in str(request.error_msg) and "logit_bias" in str(request.error_msg)
 
 
+def test_a_forced_token_that_the_model_does_not_have_fails_its_request_with_that() -> None:
+    scheduler = Scheduler(10, 4, max_num_seqs=4, max_num_batched_tokens=100)
+    request = make_request("a", 3, 5)
+    scheduler.add(request)
+    scheduler.update(scheduler.schedule(), StepOutput([-5]))
+    assert (request.finish_reason, request.error_code) == ("error", INTERNAL_ERROR)
+    assert "not in the model's vocabulary" in str(request.error_msg)
+
+
 def test_logprobs_go_to_the_requests_they_belong_to() -> None:
     scheduler = Scheduler(10, 4, max_num_seqs=4, max_num_batched_tokens=100)
     plain, asking = make_request("plain", 3, 5), make_request("asking", 3, 5, logprobs=1, prompt_logprobs=1)

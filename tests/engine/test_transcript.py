@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import decoders, models
 
 from fastdeploy.engine.request import Logprob, Request, RequestOutput, TokenLogprobs
-from fastdeploy.engine.transcript import Transcript
+from fastdeploy.engine.transcript import StopSearch, Transcript
 from fastdeploy.sampling_params import SamplingParams, sampling_defaults
 from fastdeploy.text.reasoning import REASONING_PARSERS, ReasoningParser
 from fastdeploy.text.tokenizer import BYTE_OF_CHARACTER, StreamingDetokenizer, Tokenizer
@@ -244,6 +244,20 @@ def test_a_special_token_is_a_stop_text_whether_or_not_the_text_has_it(
 def test_a_skipped_special_token_may_be_a_part_of_a_stop_text(token_ids: list[int], stop: str, ends: list[int]) -> None:
     request, outputs = say_as_llama(token_ids, ends, stop=stop, max_tokens=9)
     assert (request.stop_reason, outputs[-1].outputs.text) == (stop, "b")
+
+
+def test_a_stop_text_of_many_special_tokens_is_found_at_its_last() -> None:
+    hidden = {token_id: f"<{token_id}>" for token_id in range(40)}
+    stop = "".join(hidden.values())
+    search = StopSearch([stop], include=False, hidden=hidden)
+    said = [search.feed(search.marks[token_id], "", counts=True) for token_id in (7, *range(40), 8)]
+    assert (said, search.found) == ([""] * 42, stop)
+
+
+def test_of_special_tokens_in_a_stop_text_the_longest_is_meant() -> None:
+    search = StopSearch(["<a><b>"], include=True, hidden={1: "<a>", 2: "<a><b>"})
+    said = [search.feed(search.marks[token_id], "", counts=True) for token_id in (1, 2, 1)]
+    assert (said, search.found) == (["", "<a><b>", ""], "<a><b>")
 
 
 def test_a_skipped_special_token_that_completes_no_stop_text_stays_out_of_the_text() -> None:

@@ -38,8 +38,10 @@ def one(rows, index):
     )
 
 
-def run(logits, rows, edits=None, slots=None):
+def run(logits, rows, edits=None, slots=None, num_edits=None):
     """Sample from every row of logits [S, V]. `edits` is a list of (ids, bias, seen) arrays, one per slot.
+
+    num_edits: how many the state says there are, if not that many.
 
     Returns the token ids, the logits as the call left them, and the workspace.
     """
@@ -50,7 +52,7 @@ def run(logits, rows, edits=None, slots=None):
     fields |= {name: rows[name].astype(np.int32) for name in ("top_k", "hold_until")}
     fields |= {
         "seed": rows["seed"].astype(np.int64),
-        "num_edits": np.array([len(ids) for ids, _, _ in edits], np.int32),
+        "num_edits": np.array(num_edits or [len(ids) for ids, _, _ in edits], np.int32),
     }
     for part, (name, dtype) in enumerate([("edit_ids", "int32"), ("edit_bias", "float32"), ("edit_seen", "int32")]):
         fields[name] = np.full((count, width), 99999999, dtype)  # what lies past num_edits must not be read
@@ -290,10 +292,10 @@ def test_edits_of_ids_that_the_row_does_not_have_change_nothing(steering, rng):
 
 
 def test_a_count_of_edits_beyond_the_list_is_the_list():
-    state = {"num_edits": np.array([2**31 - 1], np.int32), "edit_ids": np.array([[4, 3, 2, 1]], np.int32)}
-    arguments = sample_arguments(edit_bias=np.arange(1, 5, dtype=np.float32)[None], **state)
-    sample(**arguments)
-    assert arguments["ids_out"][0] == 1 and not arguments["logits"].any()
+    edits = [([4, 3, 2], [1, 2, 3], [0, 0, 0])] * 3
+    found = run(np.zeros((3, 100), np.float32), steerings(3, temperature=0.0), edits, num_edits=[3, 2**31 - 1, 4])
+    np.testing.assert_array_equal(found.ids, [2, 2, 2])
+    assert not found.after.any()
 
 
 def test_banned_and_held_back_tokens_are_never_drawn():
