@@ -17,6 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from fastdeploy.device.root_logger import undo_paddles_logging
 from fastdeploy.engine.engine import Engine
 from fastdeploy.engine.request import Request, RequestOutput
 from fastdeploy.engine.scheduler import Scheduler, Statistics
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from fastdeploy.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("fastdeploy")
+undo_paddles_logging()
 
 REFRESH_SECONDS = 0.2  # of the progress bar; a refresh looks at all requests of the call
 
@@ -153,9 +155,12 @@ class LLM:
 
     def close(self) -> None:
         """Free the memory of the model and the KV cache. Calls under way and later ones raise RuntimeError."""
+        from fastdeploy.device.host import release_free_memory
+
         self.engine.close()
         if self._leader is not None:
             self._leader.close()
+        release_free_memory()
 
     def __enter__(self) -> LLM:
         return self

@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import logging
 import mmap
 import os
 import re
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 
 from fastdeploy.device import CACHE_LINE, Field, open_device
-from fastdeploy.device.host import _shared_mappings, available_memory, release_library_pages
+from fastdeploy.device.host import _shared_mappings, available_memory, release_free_memory, release_library_pages
 from fastdeploy.device.nvidia import NvidiaDevice
+from fastdeploy.device.root_logger import PADDLES_FORMAT, undo_paddles_logging
 from fastdeploy.kernels.activation import silu_mul, silu_mul_reference
 from fastdeploy.kernels.launch import view
 from tests.triton_cpu.arrays import run_python
@@ -266,6 +268,67 @@ with tempfile.TemporaryDirectory() as folder, open_llm(Path(folder), CASES["llam
 def test_an_llm_works_where_standard_streams_are_closed(closed):
     done = subprocess.run(["sh", "-c", f'exec "{sys.executable}" -c "$0" {closed}', STREAMLESS], timeout=120)
     assert done.returncode == 7
+
+
+def test_info_lines_are_unseen_until_asked_for_where_paddle_came_first():
+    done = run_python("""
+import logging
+import paddle
+from fastdeploy import LLM
+logger = logging.getLogger("fastdeploy")
+logger.info("unasked")
+logger.warning("warned")
+logging.basicConfig(level=logging.INFO)
+logger.info("asked for")
+""")
+    lines = done.stderr.splitlines()
+    assert lines[-2:] == ["warned", "INFO:fastdeploy:asked for"] and "unasked" not in done.stderr
+
+
+@pytest.fixture
+def root_logger():
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers
+    root.handlers = []
+    yield root
+    root.handlers = handlers
+    root.setLevel(level)
+
+
+def as_paddle_leaves_it(root):
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(PADDLES_FORMAT))
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda root: logging.basicConfig(level=logging.INFO, force=True),
+        lambda root: root.addHandler(logging.NullHandler()),
+        lambda root: root.setLevel(logging.DEBUG),
+        lambda root: root.handlers[0].setFormatter(None),
+    ],
+)
+def test_a_root_logger_that_somebody_has_changed_since_paddle_did_is_left_alone(root_logger, ask, monkeypatch):
+    monkeypatch.setitem(sys.modules, "paddle", None)
+    as_paddle_leaves_it(root_logger)
+    ask(root_logger)
+    before = root_logger.level, list(root_logger.handlers)
+    undo_paddles_logging()
+    assert (root_logger.level, root_logger.handlers) == before
+
+
+def test_memory_that_was_freed_goes_back_to_the_system():
+    def resident():
+        return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
+
+    blocks = [b"x" * 100_000 for _ in range(2000)]  # too small for mappings of their own
+    kept, full = blocks[-1], resident()
+    del blocks
+    release_free_memory()
+    assert resident() < full - 150 and len(kept) == 100_000
 
 
 def test_this_machine_has_free_memory_and_the_cache_gets_a_part_of_it(device):

@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -329,6 +330,19 @@ def test_two_llms_used_by_four_threads_say_what_one_says_until_one_is_closed(llm
     with pytest.raises(RuntimeError, match="closed"):
         other.generate(PROMPT)
     assert [words(output) for output in llm.generate(prompts, params, use_tqdm=False)] == expected
+
+
+def test_closing_gives_the_memory_back_to_the_system(llm: LLM) -> None:
+    def resident() -> int:
+        """MiB of this process's own memory."""
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) >> 10
+
+    for _ in range(2):  # what the first one has freed, the second takes from glibc's heap
+        with LLM(MODEL, max_model_len=256, max_num_seqs=2) as other:
+            answer(other)
+            full = resident()
+        assert resident() < full - 50
 
 
 def test_nothing_of_a_call_stays_in_memory_after_it(llm: LLM) -> None:

@@ -12,6 +12,7 @@ through DLPack only. A step of the engine meets its device in four places:
     group.py    ranks that share a model          host.py           free memory of the host
     driver.py   CUDA's driver, by ctypes: copies, events, memory
     paddle_core.py, quiet_paddle.py               Paddle's library alone, and all of Paddle
+    root_logger.py                                what Paddle does to it, undone
 
 This file is what they have in common; importing it imports nothing of Paddle.
 """

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastdeploy.triton_cpu.cgroups import control_groups
+
 MADV_PAGEOUT = 21  # Linux 5.4; an older kernel refuses, and an unprivileged process may ask for its own files only
 
 
@@ -44,6 +46,13 @@ def release_library_pages(smaps: Path = Path("/proc/self/smaps")) -> None:
     for start, end, writable in mappings:
         advice = MADV_PAGEOUT if writable else mmap.MADV_DONTNEED
         madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
+
+
+def release_free_memory() -> None:
+    """Give what was allocated and freed back to the system: glibc keeps it, for this process to allocate again."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 @functools.cache
@@ -81,26 +90,17 @@ def _shared_mappings(smaps: str) -> list[tuple[int, int, bool]]:
     return [(int(start, 16), int(end, 16), write == "w") for start, end, write in found]
 
 
+# Names of a control group's limit, its usage, and what of that could be dropped, by version.
+_MEMORY_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+
+
 def _cgroup_headrooms(root: Path) -> Iterator[int]:
     """Limit minus usage of every control group that holds this process, in bytes."""
-    try:
-        memberships = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for membership in memberships:
-        _, controllers, path = membership.split(":", 2)
-        if controllers == "":  # version 2, one tree for all controllers
-            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        group = base / path.lstrip("/")
-        # A container sees its own group at the mount point but its path as on the host: missing levels are skipped.
-        for level in [group, *group.parents]:
-            if level.is_relative_to(base):
-                yield from _headroom(level, *names)
+    for version, group in control_groups("memory", root):
+        yield from _headroom(group, *_MEMORY_FILES[version])
 
 
 def _headroom(group: Path, limit_file: str, usage_file: str, droppable: str) -> Iterator[int]:

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
+from fastdeploy.device.root_logger import unchanged_root_logger
 
-@contextmanager
-def _unchanged_root_logger() -> Iterator[None]:
-    """Paddle gives the root logger a handler and the level INFO, and so has every library speak on the console."""
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-    yield
-    root.setLevel(level)
-    for handler in set(root.handlers).difference(handlers):
-        root.removeHandler(handler)
-
-
-with warnings.catch_warnings(), _unchanged_root_logger():
+with warnings.catch_warnings(), unchanged_root_logger():
     os.environ.setdefault("GLOG_minloglevel", "1")  # Paddle tells of every socket that it opens
     warnings.simplefilter("ignore")  # Paddle warns of a missing ccache, which only its own custom operators use
     import paddle as paddle

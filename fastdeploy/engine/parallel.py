@@ -22,7 +22,7 @@ A rank that fails sends its error, a str, in place of what it should have sent, 
 
 A rank that ends, for whatever reason, closes its pipe and its sockets, and so the others notice at once: rank 0 ends
 them all and raises one `RankFailed` that names the rank and the cause; the others end themselves when rank 0's end of
-the pipe closes. A rank that is merely silent, stopped by a debugger say, is given up after 30 s.
+the pipe closes. A rank that is merely silent, stopped by a debugger say, is given up after 30 s, and named.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import os
 import secrets
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -41,6 +42,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from multiprocessing import AuthenticationError, Pipe
 from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastdeploy.engine_config import ResolvedConfig
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from fastdeploy.models.weights import Checkpoint
 
 START_SECONDS = 120  # to import Paddle and to load, between two signs of life
+SILENCE_SECONDS = 30  # that rank 0 waits for another to take what it is told, as in a collective
 END_SECONDS = 5  # for a rank to end by itself
 PEER_LOST = 3  # exit status of a rank that ends because another one did
 LEADER = "fastdeploy/leader"  # under which rank 0 says where to call
@@ -87,6 +90,7 @@ class Leader:
                 start_new_session=True,  # Ctrl-C is for rank 0 alone, which tells the others
             )
             theirs.close()
+            limit_silence(self._pipes[rank])
             self._pipes[rank].send((config, rank))
 
     def group(self) -> Group:
@@ -168,9 +172,36 @@ class Leader:
             *(f"rank {rank}: {failure}" for rank, failure in said.items() if failure is not None),
             *(endings[rank] for rank, status in ended.items() if status not in (0, PEER_LOST)),
             *(f"rank {rank} has gone without a word" for rank in gone if rank not in ended),
+            *silence(error, {rank: pid for rank, pid in pids.items() if rank not in ended}),
             f"rank 0: {type(error).__name__}: {error}",
         ]
         return causes[0]
+
+
+def limit_silence(pipe: Connection) -> None:
+    """Have `send` raise BlockingIOError where the other end takes nothing for too long, instead of waiting for ever."""
+    with socket.socket(fileno=os.dup(pipe.fileno())) as end:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SILENCE_SECONDS, 0))
+
+
+def silence(error: BaseException, running: dict[int, int]) -> list[str]:
+    """What there is to say of ranks that are there and don't answer, if `error` is for want of an answer. running: the
+    processes of those that have not ended, by rank."""
+    from fastdeploy.device import PeerLost
+
+    names = {pid: f"rank {rank} (process {pid})" for rank, pid in running.items()}
+    stopped = [f"{name} is stopped, by SIGSTOP or a debugger" for pid, name in names.items() if is_stopped(pid)]
+    if isinstance(error, PeerLost | BlockingIOError):  # the ranks that waited for the silent one, too, have ended
+        return [*stopped, *(f"{name} is silent: it did not take part in a step" for name in names.values())]
+    return stopped if isinstance(error, TimeoutError) else []
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is there, but not running until it gets SIGCONT."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+    except OSError:
+        return False
 
 
 def end_ranks(pipes: dict[int, Connection], processes: dict[int, subprocess.Popen], leader: int) -> None:
@@ -219,6 +250,7 @@ class LaunchedLeader(Leader):
                     with contextlib.suppress(AuthenticationError, EOFError):  # somebody else's call
                         pipe = listener.accept()
                         self._pipes[pipe.recv()] = pipe
+                        limit_silence(pipe)
             return group
 
 

@@ -8,7 +8,8 @@
          over a prelude of small floats and elementary functions               control_flow.py, emitter.py, prelude.h
          loops around tl.dot whose sums stay in registers                      registers.py, lanes.py, endings.py
       -> a shared object, in Triton's cache                                    toolchain.py, cache.py
-      -> its programs run on a thread pool, one launch or a plan at a time     driver.py, runtime.py, pool.c
+      -> its programs run on a thread pool, one launch or a plan at a time     driver.py, runtime.py, pool.c,
+                                                                                   cgroups.py
 
 Any Triton kernel runs. Two rules: tensors that overlap, shifted against each other, must come through one argument,
 because loads and stores of different arguments are fused into one loop; and tiles should fit into a cache.

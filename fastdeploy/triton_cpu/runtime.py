@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .cgroups import control_groups
 from .toolchain import toolchain
 
 
@@ -127,7 +128,7 @@ def num_threads() -> int:
     what `share_cores` leaves it of them."""
     text = os.environ.get("FASTDEPLOY_NUM_THREADS")
     if not text:
-        cores = min(len(os.sched_getaffinity(0)), _quota(Path("/sys/fs/cgroup/cpu.max")))
+        cores = min(len(os.sched_getaffinity(0)), _quota())
         return max(1, cores // _processes_on_cores)
     if not text.isdecimal() or not 1 <= int(text) <= 1024:
         raise ValueError(f"FASTDEPLOY_NUM_THREADS={text!r} is not a number from 1 to 1024")
@@ -146,13 +147,21 @@ def pins_threads() -> bool:
     return os.environ.get("FASTDEPLOY_PIN_THREADS") == "1" and num_threads() <= len(os.sched_getaffinity(0))
 
 
-def _quota(cpu_max: Path) -> int:
-    """Cores that a control group's limit amounts to ("200000 100000": two), rounded up; very many where it has none."""
-    try:
-        quota, period = cpu_max.read_text().split()
-        return max(1, -(-int(quota) // int(period)))
-    except (OSError, ValueError):  # no such file, or "max 100000"
-        return sys.maxsize
+_CPU_FILES = {1: ("cpu.cfs_quota_us", "cpu.cfs_period_us"), 2: ("cpu.max",)}  # by version of control groups
+
+
+def _quota(root: Path = Path("/")) -> int:
+    """Cores that the tightest limit of a control group amounts to ("200000 100000": two), rounded up; very many where
+    there is none. `root` is where /proc and /sys are looked up."""
+    cores = [sys.maxsize]
+    for version, group in control_groups("cpu", root):
+        try:
+            quota, period = map(int, " ".join((group / name).read_text() for name in _CPU_FILES[version]).split())
+        except (OSError, ValueError):  # no such file, or "max 100000"
+            continue
+        if quota > 0 and period > 0:  # version 1 has -1 for none
+            cores.append(-(-quota // period))
+    return min(cores)
 
 
 class _ThreadPool:

@@ -9,12 +9,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import Pipe
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fastdeploy import LLM, SamplingParams
+from fastdeploy.device import PeerLost
 from fastdeploy.engine import parallel
 from fastdeploy.engine.parallel import Leader, RankFailed, reserved_port, uninterrupted
 from tests.models.test_families import STORED, TOLERANCE, certain, chosen, greedy, open_llm, write_model
@@ -97,6 +99,45 @@ def test_a_rank_that_is_killed_ends_the_call_with_its_name_and_cause(
     wait_until_ended(list(pids.values()))
     with pytest.raises(RankFailed, match="SIGKILL"):  # the same cause ever after
         llm.generate(PROMPT, LONG, use_tqdm=False)
+
+
+@pytest.fixture
+def processes() -> Iterator[dict[int, subprocess.Popen]]:
+    """Rank 1 sleeps, rank 2 has ended because another one did."""
+    ranks = {1: subprocess.Popen(["sleep", "100"]), 2: subprocess.Popen(["sh", "-c", f"exit {parallel.PEER_LOST}"])}
+    yield ranks
+    ranks[1].kill()
+    ranks[1].wait()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PeerLost("timeout"), "rank 1 (process PID) is silent: it did not take part in a step"),
+        (BlockingIOError("send"), "rank 1 (process PID) is silent: it did not take part in a step"),
+        (TimeoutError("rank 1 has not answered"), "rank 0: TimeoutError: rank 1 has not answered"),
+    ],
+)
+def test_a_silent_rank_is_named_and_so_is_a_stopped_one(
+    processes: dict[int, subprocess.Popen], error: Exception, said: str
+) -> None:
+    leader = object.__new__(Leader)
+    leader._pipes, leader.processes = {}, processes
+    name = f"rank 1 (process {processes[1].pid})"
+    assert leader._cause(error) == said.replace("PID", str(processes[1].pid))
+    processes[1].send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, processes[1].pid, os.WSTOPPED | os.WNOWAIT)
+    assert leader._cause(error) == f"{name} is stopped, by SIGSTOP or a debugger"
+    assert leader._cause(ValueError("own")) == "rank 0: ValueError: own"
+
+
+def test_a_rank_that_reads_nothing_does_not_keep_the_leader_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "SILENCE_SECONDS", 1)
+    ours, theirs = Pipe()
+    with ours, theirs:
+        parallel.limit_silence(ours)
+        with pytest.raises(BlockingIOError):
+            ours.send(bytes(10 << 20))
 
 
 def test_an_llm_that_is_dropped_ends_its_ranks(tmp_path: Path) -> None:

@@ -36,11 +36,38 @@ def test_programs_compiled_by_clang(tmp_path):
             np.testing.assert_array_equal(found[key], values, key)
 
 
-@pytest.mark.parametrize(
-    ("cpu_max", "cores"),
-    [("200000 100000\n", 2), ("150000 100000\n", 2), ("5000 100000\n", 1), ("max 100000\n", sys.maxsize)],
-)
-def test_a_containers_quota_limits_the_threads(tmp_path, cpu_max, cores):
-    (tmp_path / "cpu.max").write_text(cpu_max)
-    assert runtime._quota(tmp_path / "cpu.max") == cores
+def quota(root, memberships, **files):
+    """Cores by the quotas of control groups: {path under /sys/fs/cgroup: content}."""
+    for path, content in {"proc/self/cgroup": memberships, **files}.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(content)
+    return runtime._quota(root)
+
+
+LIMITS = [("200000", "100000", 2), ("150000", "100000", 2), ("5000", "100000", 1), ("50000", "20000", 3)]
+
+
+@pytest.mark.parametrize(("limit", "period", "cores"), [*LIMITS, ("max", "100000", sys.maxsize)])
+@pytest.mark.parametrize("limited", ["", "pod/", "pod/container/"])
+def test_a_quota_of_any_enclosing_control_group_limits_the_threads(tmp_path, limit, period, cores, limited):
+    groups = {f"sys/fs/cgroup/{path}cpu.max": "max 100000\n" for path in ("pod/", "pod/container/")}
+    groups[f"sys/fs/cgroup/{limited}cpu.max"] = f"{limit} {period}\n"
+    assert quota(tmp_path, "0::/pod/container\n", **groups) == cores
+
+
+@pytest.mark.parametrize(("limit", "period", "cores"), [*LIMITS, ("-1", "100000", sys.maxsize)])
+@pytest.mark.parametrize("folder", ["cpu", "cpu,cpuacct"])
+@pytest.mark.parametrize("limited", ["", "pod/", "pod/container/"])
+def test_quotas_of_control_groups_of_version_1_count(tmp_path, limit, period, cores, folder, limited):
+    files = {f"sys/fs/cgroup/{folder}/pod/container/cpu.cfs_quota_us": "-1\n"}
+    files[f"sys/fs/cgroup/{folder}/{limited}cpu.cfs_quota_us"] = f"{limit}\n"
+    files[f"sys/fs/cgroup/{folder}/{limited}cpu.cfs_period_us"] = f"{period}\n"
+    memberships = "5:cpu,cpuacct:/pod/container\n4:memory:/other\n0::/\n"
+    assert quota(tmp_path, memberships, **files) == cores
+
+
+def test_the_tightest_quota_counts_and_a_container_has_its_own_at_the_mount_point(tmp_path):
+    groups = {"sys/fs/cgroup/cpu.max": "400000 100000\n", "sys/fs/cgroup/a/cpu.max": "300000 100000\n"}
+    assert quota(tmp_path, "0::/a/b\n", **groups) == 3
+    assert quota(tmp_path, "0::/docker/1234\n", **groups) == 4
     assert runtime._quota(tmp_path / "missing") == sys.maxsize
