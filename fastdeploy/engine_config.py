@@ -143,6 +143,8 @@ class EngineConfig:
         if not isinstance(self.chat_template, (str, os.PathLike)):
             must = f"must be Jinja source or the path of a file, not {type(self.chat_template).__name__}"
             raise TypeError(complaint("LLM", "chat_template", self.chat_template, must))
+        if isinstance(self.chat_template, os.PathLike) or "{" not in self.chat_template:
+            object.__setattr__(self, "chat_template", path_text(self.chat_template))
         try:
             check(given_source(self.chat_template))
         except (OSError, ValueError) as error:

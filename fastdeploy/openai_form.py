@@ -28,7 +28,7 @@ IMPOSSIBLE = -9999.0  # what OpenAI writes for a logprob too small to tell: JSON
 # Keys of a request that change no token, whatever they say; "model" is the one that runs.
 IGNORED = {
     "metadata", "model", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "safety_identifier",
-    "service_tier", "store", "stream_options", "user",
+    "service_tier", "store", "stream", "stream_options", "user",
 }  # fmt: skip
 # Keys for what we don't have, and the test of a value that asks for nothing.
 NEUTRAL: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
@@ -39,7 +39,6 @@ NEUTRAL: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
     "modalities": lambda value, body: value == ["text"],
     "parallel_tool_calls": lambda value, body: value is True or not body.get("tools"),
     "response_format": lambda value, body: value == {"type": "text"},
-    "stream": lambda value, body: value is False,
     "suffix": lambda value, body: value == "",
     "tool_choice": lambda value, body: value in ("none", "auto"),
     "verbosity": lambda value, body: value == "medium",
