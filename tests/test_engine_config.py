@@ -89,7 +89,7 @@ def test_a_chat_template_may_be_source_or_a_file(tmp_path: Path) -> None:
     path = tmp_path / "template.jinja"
     path.write_text("{{ messages[0].content }}")
     for template in (path, str(path), "{{ messages[0].content }}"):
-        assert EngineConfig("some-model", chat_template=template).chat_template == template
+        assert EngineConfig("some-model", chat_template=template).chat_template == str(template)
 
 
 def test_paths_are_taken_and_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
