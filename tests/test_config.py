@@ -1,16 +1,184 @@
 """What config.json and GGUF metadata say of a model: how long it may go, what it must not overlook, ends of answers."""
 
+import json
+import os
+
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from fastdeploy.config import config_from_gguf, config_from_json
 from fastdeploy.models.weights import open_checkpoint
 from tests.smollm2 import MODEL, needs_smollm2
-from tests.test_weights import CONFIG_JSON, HEAD_DIM, LAYERS, LLAMA3, VOCABULARY
+from tests.test_weights import CONFIG_JSON, HEAD_DIM, HIDDEN, LAYERS, VOCABULARY, random_weights, write_directory
 from tests.test_weights import LLAMA_METADATA as WRITTEN
 
 LLAMA_CONFIG = config_from_json(CONFIG_JSON, {}, "float32", "c")
 LLAMA_METADATA = {"general.architecture": "llama"} | WRITTEN  # as a writer completes it
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    ("rope", "theta", "scaling"),
+    [
+        ({}, 10000.0, None),
+        ({"rope_theta": 500000}, 500000.0, None),
+        ({"rope_theta": 5e5, "rope_scaling": None}, 5e5, None),
+        ({"rope_parameters": {"rope_theta": 7e4, "rope_type": "default"}}, 7e4, None),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 10000.0, {"rope_type": "linear", "factor": 2.0}),
+        ({"rope_theta": 5e5, "rope_scaling": LLAMA3}, 5e5, LLAMA3),
+        ({"rope_parameters": {"rope_theta": 5e5} | LLAMA3}, 5e5, LLAMA3),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}, "max_position_embeddings": 512},
+            10000.0,
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
+        ),
+    ],
+)
+def test_old_and_new_rope_fields(rope, theta, scaling):
+    config = config_from_json(CONFIG_JSON | rope, {}, "float32", "config.json")
+    assert (config.rope_theta, config.rope_scaling) == (theta, scaling)
+
+
+def test_generation_config_decides_where_answers_end():
+    assert config_from_json(CONFIG_JSON, {}, "float32", "c").eos_token_ids == (2,)
+    assert config_from_json(CONFIG_JSON, {"eos_token_id": [5, 6]}, "float32", "c").eos_token_ids == (5, 6)
+    assert config_from_json(CONFIG_JSON | {"eos_token_id": None}, {}, "float32", "c").eos_token_ids == ()
+
+
+def test_model_type_tells_the_architecture_where_none_is_named():
+    unnamed = {key: value for key, value in CONFIG_JSON.items() if key != "architectures"}
+    assert config_from_json(unnamed | {"model_type": "qwen3"}, {}, "float32", "c").architecture == "Qwen3ForCausalLM"
+    with pytest.raises(ValueError, match="architectures.*missing"):
+        config_from_json(unnamed | {"model_type": "bert"}, {}, "float32", "c")
+
+
+def test_a_mixture_is_in_the_layers_that_the_steps_reach():
+    moe = {"num_hidden_layers": 6, "moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
+    qwen = CONFIG_JSON | moe | {"architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 2}
+    mixture = config_from_json(qwen | {"mlp_only_layers": [3]}, {}, "float32", "c").mixture
+    assert (mixture.layers, mixture.weight_floor, mixture.shared_size) == ({1, 5}, None, 0)
+    ernie = CONFIG_JSON | moe | {"architectures": ["Ernie4_5_MoeForCausalLM"], "moe_num_experts": 4, "moe_k": 2}
+    mixture = config_from_json(ernie, {}, "float32", "c").mixture
+    assert (mixture.layers, mixture.weight_floor, mixture.shared_size) == ({1, 2, 3, 4, 5}, 1e-12, 16)
+    for change, message in {"moe_k": "moe_k.*5; there are 4 experts", "use_bias": "use_bias.*without biases"}.items():
+        with pytest.raises(ValueError, match=message):
+            config_from_json(ernie | {change: 5 if change == "moe_k" else True}, {}, "float32", "c")
+
+
+@pytest.mark.parametrize("name", ["Ernie4_5ForCausalLM", "Ernie4_5_ForCausalLM"])
+def test_what_an_ernie_does_not_say(name):
+    ernie = config_from_json(CONFIG_JSON | {"architectures": [name]}, {}, "float32", "c")
+    assert (ernie.architecture, ernie.rope_theta, ernie.rope_interleaved) == ("Ernie4_5ForCausalLM", 500000.0, True)
+    assert ernie.tie_word_embeddings and not ernie.attention_bias and not ernie.mlp_bias
+    biased = config_from_json(CONFIG_JSON | {"architectures": [name], "use_bias": True}, {}, "float32", "c")
+    assert biased.attention_bias and biased.mlp_bias
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["BertModel"]}, "BertModel.*architectures we have are LlamaForCausalLM, MistralForCausalLM"),
+        ({"architectures": None}, "architectures.*missing"),
+        ({"architectures": [3]}, "architectures"),
+        ({"hidden_size": None}, "hidden_size.*missing"),
+        ({"hidden_size": "big"}, "hidden_size.*'big'"),
+        ({"num_hidden_layers": True}, "num_hidden_layers.*True"),
+        ({"num_attention_heads": 0}, "num_attention_heads.*0"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads.*2; the 3 heads must share"),
+        ({"head_dim": None}, "head_dim.*hidden size 64 is no multiple of 3 heads"),
+        ({"head_dim": 7}, "head_dim.*even head size, not 7"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps"),
+        ({"hidden_act": "gelu"}, "hidden_act.*gelu"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic.*default, linear, llama3, yarn"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor.*missing"),
+        ({"rope_scaling": "linear"}, "rope_scaling.*must be an object"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor.*0.5"),
+        ({"torch_dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
+        ({"eos_token_id": [2, "x"]}, "eos_token_id"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers.*1000000000; must be 10000 at most"),
+        ({"vocab_size": 10**12}, "vocab_size.*must be 4194304 at most"),
+        ({"hidden_size": 2**31}, "hidden_size.*must be 2147483647 at most"),
+    ],
+)
+def test_config_we_cannot_use_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_json(CONFIG_JSON | change, {}, "float32", "config.json")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[1]",
+        '"text"',
+        "\xff\xfe",
+        "[" * 100_000,
+        '{"a":' * 70 + "1" + "}" * 70,
+        '{"a": NaN}',
+        '{"a": -Infinity}',
+    ]
+    + ['{"a": 1e999}', f'{{"a": {"9" * 309}}}', f'{{"a": {"9" * 9999}}}'],
+)
+def test_config_json_that_is_no_object_is_refused(tmp_path, content):
+    write_directory(tmp_path, random_weights())
+    (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match="config.json: expected"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_directory_or_a_device_is_no_json(tmp_path, name):
+    write_directory(tmp_path, random_weights())
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=f"{name}: expected a file, found a directory"):
+        open_checkpoint(tmp_path)
+    (tmp_path / name).rmdir()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}: expected a file, found a device"):
+        open_checkpoint(tmp_path)
+
+
+def test_layers_that_a_config_does_not_have_are_in_no_mixture():
+    moe = {"num_hidden_layers": 6, "moe_intermediate_size": 8, "moe_num_experts": 4, "moe_k": 2}
+    ernie = CONFIG_JSON | moe | {"architectures": ["Ernie4_5_MoeForCausalLM"], "moe_layer_end_index": 10**9}
+    assert config_from_json(ernie, {}, "float32", "c").mixture.layers == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "method"),
+    [
+        ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ("config.json", {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "fp8"),
+        ("config.json", {"quantization_config": {"load_in_4bit": True}}, "a method without a name .*load_in_4bit"),
+        ("config.json", {"quantization_config": {"dense_quant_type": "wint8", "moe_quant_type": "w4w2"}}, "wint8"),
+        ("config.json", {"quantization": {"group_size": 64, "bits": 4}}, "a method without a name .*group_size"),
+        ("config.json", {"quantization_config": ["x"] * 10_000}, "a method without a name"),
+        ("quantize_config.json", {"bits": 4, "group_size": 128}, "gptq"),
+        ("quant_config.json", {"w_bit": 4, "version": "GEMM"}, "awq"),
+        ("hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}}, "modelopt"),
+    ],
+)
+def test_quantised_checkpoints_are_refused_before_their_shards_are_opened(tmp_path, file, content, method):
+    save_file({"model.norm.weight": np.zeros(HIDDEN, np.int32)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG_JSON | content if file == "config.json" else CONFIG_JSON))
+    if file != "config.json":
+        (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"/{file}: .*quantised, by {method}.*unquantised checkpoint.*wint4.*GGUF"):
+        open_checkpoint(tmp_path)
 
 
 def length_limit(config, **changes):
