@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fastdeploy.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("fastdeploy")
-undo_paddles_logging()
+undo_paddles_logging()  # Triton may have imported the package before somebody imported Paddle
 
 REFRESH_SECONDS = 0.2  # of the progress bar; a refresh looks at all requests of the call
 
