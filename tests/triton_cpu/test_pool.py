@@ -111,6 +111,47 @@ def test_a_forked_child_computes_and_the_parent_goes_on():
     assert done.returncode == 0, done.stderr
 
 
+FORK_WHILE_BUSY = """
+import numpy as np, os, threading
+from fastdeploy import triton_cpu
+triton_cpu.activate()
+from fastdeploy.triton_cpu import runtime
+from tests.triton_cpu.arrays import Tensor
+from tests.triton_cpu.pool_kernels import count_kernel
+
+counts = Tensor(np.zeros(100_000, np.int32))
+with runtime.record() as plan:
+    count_kernel[(100_000,)](counts)
+busy = True
+
+def replay():
+    while busy:
+        plan.replay()
+
+thread = threading.Thread(target=replay)
+thread.start()
+try:
+    for turn in range(20):
+        lock = runtime._making_the_pool
+        lock.acquire()  # as if another thread, which the child has not, were making the pool
+        if child := os.fork():
+            lock.release()
+        else:
+            counts.stored[:] = 0
+            count_kernel[(1000,)](counts)
+            plan.replay()
+            os._exit(0 if (counts.stored == np.where(np.arange(100_000) < 1000, 2, 1)).all() else 3)
+        assert os.waitpid(child, 0)[1] == 0
+finally:
+    busy = False
+"""
+
+
+def test_a_child_computes_that_was_forked_in_the_middle_of_another_threads_replay():
+    done = run_python(FORK_WHILE_BUSY, FASTDEPLOY_NUM_THREADS="3")
+    assert done.returncode == 0, done.stderr
+
+
 AFFINITY = """
 import os
 from fastdeploy.triton_cpu.runtime import thread_pool
