@@ -25,13 +25,15 @@ class EngineConfig:
 
     Paths may be `pathlib.Path`s and begin with ~, the home directory.
 
-    model: a .gguf file, a checkpoint directory (Hugging Face's or Paddle's), a model's name on the Hugging Face Hub,
-        "owner/name", which is downloaded unless the cache has it, or an installed Python package with a .gguf file.
+    model: a .gguf file (of several parts any, or their folder), a checkpoint directory (Hugging Face's or Paddle's), an
+        installed Python package with a .gguf file, or a model's name on the Hugging Face Hub, "owner/name", which is
+        downloaded unless the cache has it; the owner of a family that we have may be left out.
     tokenizer: where the tokenizer is, if not with the model: the same, of which no weights are needed.
     load_format: "auto": the model's own weights. "dummy": random ones, drawn from `seed`, for which config.json is
         enough: what such a model says is nonsense, but takes the same time.
     max_model_len: most tokens of a request, prompt and output together. None: the positions the model was made for,
-        or as many as the KV cache has memory for.
+        as far as its rotary embeddings stretch them and within its sliding window, or as many as the KV cache has
+        memory for.
     max_num_seqs: most requests computed in one step; the others wait.
     max_num_batched_tokens: most tokens computed in one step; longer prompts are cut into chunks. None: 2048.
     block_size: tokens in a KV block, a power of two from 16 to 256. Below 64 attention's tiles are smaller, too, and
