@@ -104,8 +104,8 @@ class Intake:
 
     def _request(self, index: int, order: Order, params: SamplingParams) -> Request:
         from fastdeploy.text.tokenizer import (
-            StreamingDetokenizer,  # brings the tokenizers library: not before there is one
-        )
+            StreamingDetokenizer,
+        )  # brings the library: not before there is a tokenizer
 
         prompt, ends = order.prompt, self._eos_token_ids
         request = Request(str(uuid.uuid4()), prompt.given, prompt.token_ids, params, ends, index, banned=order.banned)
