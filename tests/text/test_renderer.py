@@ -1,5 +1,6 @@
 """Templates that take too much, and the life of the process that renders them."""
 
+import multiprocessing.spawn
 import os
 import signal
 import subprocess
@@ -153,11 +154,27 @@ def test_a_program_with_a_limit_of_memory_renders():
     assert ended.stdout == "{}\n", ended.stderr
 
 
-def test_a_process_that_does_not_start_is_a_runtime_error(monkeypatch):
+@pytest.fixture
+def executable():
+    """What the process is started with, set for one test."""
     RENDERER.end()
-    for path in ("/nowhere/python", "/bin/false"):
-        monkeypatch.setattr(sys, "executable", path)
-        with pytest.raises(RuntimeError, match=f"{path} did not start the process that renders chat templates"):
-            hello()
-    monkeypatch.undo()
+    before = multiprocessing.spawn.get_executable()
+    yield multiprocessing.set_executable
+    multiprocessing.set_executable(os.fsdecode(before))
+
+
+@pytest.mark.parametrize(
+    ("path", "why"), [("/nowhere/python", "No such file"), ("/bin/false", "it ended at once"), ("", ".*"), (None, ".*")]
+)
+def test_a_process_that_does_not_start_is_a_runtime_error(executable, path, why):
+    executable(path)
+    message = rf"{path or ''}' did not start the process that renders chat templates \(.*{why}.*set_executable"
+    with pytest.raises(RuntimeError, match=message):
+        hello()
+
+
+def test_a_program_that_is_no_python_may_name_one(executable, monkeypatch):
+    python = sys.executable
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    executable(python)
     assert hello() == "Hi!"
