@@ -17,12 +17,21 @@ import threading
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.spawn import get_executable
+from pathlib import Path
 from typing import Any
 
 MAX_SECONDS = 10.0  # for a prompt; limits of its length and of memory are in `jinja_process.py`
 START_SECONDS = 60.0  # for Python to start and to import Jinja: 0.1 s, unless the machine is busy
 CRASHED = {"error": "the chat template crashes the process that renders it"}
-START = "import sys; sys.path[:] = {path!r}; from fastdeploy.text.jinja_process import main; main()"
+ROOT = str(Path(__file__).parents[2])  # of this very package: the path may have changed since, or mean another folder
+START = """
+import sys
+sys.path[:] = {path!r}
+import fastdeploy
+del sys.path[0]
+from fastdeploy.text.jinja_process import main
+main()
+"""
 
 
 class Renderer:
@@ -71,7 +80,7 @@ class Renderer:
             self._pipe, theirs = Pipe()
             with theirs:
                 self._process = subprocess.Popen(
-                    [python, "-c", START.format(path=[*map(str, sys.path)])],
+                    [python, "-c", START.format(path=[ROOT, *map(str, sys.path)])],
                     stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,

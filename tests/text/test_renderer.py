@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -143,6 +144,21 @@ def test_a_program_without_standard_streams_renders(tmp_path, streams):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run(f"{sys.executable} -c {program!r} {streams}", shell=True, cwd=tmp_path, env=environment, timeout=60)
     assert (tmp_path / "answer").read_text() == "Hi!"
+
+
+def test_the_process_has_the_same_package_as_the_program_that_starts_it(tmp_path):
+    (tmp_path / "fastdeploy").mkdir()
+    (tmp_path / "fastdeploy" / "__init__.py").write_text("raise ImportError")
+    program = f"""
+import os, sys
+from tests.text.test_renderer import hello
+os.chdir({str(tmp_path)!r})  # where "" leads now
+sys.path.insert(0, {str(tmp_path)!r})
+print(hello())
+"""
+    root = Path(renderer.__file__).parents[2]
+    ended = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60)
+    assert ended.stdout == "Hi!\n", ended.stderr
 
 
 def test_a_program_with_a_limit_of_memory_renders():
