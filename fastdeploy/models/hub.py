@@ -113,11 +113,11 @@ def _is_complete(snapshot: Path, with_weights: bool) -> bool:
 def _wanted(name: str, files: Sequence[str], with_weights: bool) -> tuple[list[str], list[str]]:
     """Which of a model's files are needed, those that describe it and its weights; many carry the same weights in
     several formats."""
-    templates = [file for file in files if file.startswith("additional_chat_templates/")]
+    templates = [file for file in files if re.fullmatch(r"additional_chat_templates/[^/]+\.jinja", file)]
     files = [file for file in files if "/" not in file and not file.startswith("consolidated")]  # Mistral's own format
     described = [file for file in files if file.endswith((".json", ".jinja")) or file == "tokenizer.model"]
     described = [file for file in described if not file.endswith(".bin.index.json")]  # of weights that nobody asks for
-    described += [file for file in templates if file.endswith(".jinja")]
+    described += templates
     if not with_weights:
         return described, []
     for ending in WEIGHTS:
