@@ -75,7 +75,7 @@ class Renderer:
             return None
 
     def _start(self) -> Connection:
-        python = os.fsdecode(get_executable() or "")  # in a program that embeds Python: what that says it is
+        python = os.fsdecode(get_executable() or "")  # that of sys, or what a program that embeds Python named
         try:
             self._pipe, theirs = Pipe()
             with theirs:
