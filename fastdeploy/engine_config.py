@@ -145,13 +145,13 @@ class EngineConfig:
         if not isinstance(self.chat_template, (str, os.PathLike)):
             must = f"must be Jinja source or the path of a file, not {type(self.chat_template).__name__}"
             raise TypeError(complaint("LLM", "chat_template", self.chat_template, must))
-        if isinstance(self.chat_template, os.PathLike) or "{" not in self.chat_template:
-            object.__setattr__(self, "chat_template", path_text(self.chat_template))
         try:
             check(given_source(self.chat_template))
         except (OSError, ValueError) as error:
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
             raise kind(complaint("LLM", "chat_template", self.chat_template, f"must be a template: {error}")) from error
+        if os.path.isfile(path := path_text(self.chat_template)):
+            object.__setattr__(self, "chat_template", os.path.abspath(path))  # the program may go to another folder
 
     def resolved(self, model_limit: int, why: str = "the positions this model was made for") -> ResolvedConfig:
         """A copy in which max_model_len and max_num_batched_tokens are numbers, and quantization regards dtype.

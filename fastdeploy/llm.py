@@ -58,13 +58,11 @@ class Loaded:
 def load(given: EngineConfig) -> Loaded:
     """Open the checkpoint, read its weights onto the device and allocate the KV cache."""
     # Imported here, because they take time to load, Paddle and Triton seconds: bad keywords shall not wait.
-    from fastdeploy.device.host import open_standard_streams
     from fastdeploy.engine.parallel import lead_ranks
     from fastdeploy.models import open_model
     from fastdeploy.models.sharding import check_divisible
     from fastdeploy.text.tokenizer import load_tokenizer
 
-    open_standard_streams()
     checkpoint = open_model(given.model, given.load_format, given.seed)
     check_divisible(checkpoint.config, given.tensor_parallel_size)
     config = given.resolved(*checkpoint.config.length_limit)
@@ -117,6 +115,9 @@ class LLM:
     """
 
     def __init__(self, model: str | os.PathLike[str] | None = None, **keywords: Any) -> None:
+        from fastdeploy.device.host import open_standard_streams
+
+        open_standard_streams()  # first of all: to check a chat_template opens a pipe
         # EngineConfig refuses None, but first tells of LLM(modle=...) what it should have been.
         loaded = load(EngineConfig(model, **keywords))  # type: ignore[arg-type]
         runner, model_config, tokenizer = loaded.runner, loaded.checkpoint.config, loaded.tokenizer

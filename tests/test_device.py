@@ -254,9 +254,11 @@ def test_importing_paddle_leaves_the_root_logger_alone():
 STREAMLESS = """
 import os, sys, tempfile
 from pathlib import Path
+from fastdeploy.text.renderer import RENDERER
 from tests.models.test_families import CASES, open_llm
-with tempfile.TemporaryDirectory() as folder, open_llm(Path(folder), CASES["llama"]) as llm:
+with tempfile.TemporaryDirectory() as folder, open_llm(Path(folder), CASES["llama"], chat_template="{{ 1 }}") as llm:
     assert len(llm.generate([3, 1, 4])) == 1
+    assert RENDERER._pipe.fileno() > 2
     for name in ("stdout", "stderr"):
         getattr(sys, name).write("to nobody")
     assert open(os.devnull).fileno() > 2

@@ -103,6 +103,12 @@ def test_paths_are_taken_and_the_home_directory(tmp_path: Path, monkeypatch: pyt
     assert EngineConfig("m", chat_template="~/{{ messages }}").chat_template == "~/{{ messages }}"
 
 
+def test_a_templates_path_holds_wherever_the_program_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t.jinja").write_text("{{ messages }}")
+    monkeypatch.chdir(tmp_path)
+    assert EngineConfig("m", chat_template="t.jinja").chat_template == str(tmp_path / "t.jinja")
+
+
 def test_resolved_lengths_are_numbers_within_the_models_limit() -> None:
     config = EngineConfig("some-model")
     assert (config.max_model_len, config.max_num_batched_tokens) == (None, None)

@@ -25,14 +25,14 @@ WEIGHTS = (".safetensors", ".pdparams", ".gguf")  # the first of which a model h
 # Names without an owner, of the families we have -> the owner, and what the owner's name for it ends in. ERNIE comes
 # in Hugging Face's layout and in Paddle's.
 PUBLISHERS = (
-    (re.compile(r"ERNIE-4\.5-.+-(PT|Paddle)"), "baidu", ""),
+    (re.compile(r"ERNIE-4\.5-.+-(PT|Paddle|Thinking)"), "baidu", ""),
     (re.compile(r"ERNIE-4\.5-.+"), "baidu", "-PT"),
-    (re.compile(r"(Qwen2|Qwen2\.5|Qwen3)-.+|QwQ-.+"), "Qwen", ""),
+    (re.compile(r"(Qwen1\.5|Qwen2|Qwen2\.5|Qwen3)-.+|QwQ-.+"), "Qwen", ""),
     (re.compile(r"SmolLM2?-.+"), "HuggingFaceTB", ""),
     (re.compile(r"(Meta-)?Llama-[23].+"), "meta-llama", ""),
     (re.compile(r"Mistral-.+"), "mistralai", ""),
     (re.compile(r"TinyLlama-.+"), "TinyLlama", ""),
-    (re.compile(r"DeepSeek-R1-Distill-.+"), "deepseek-ai", ""),
+    (re.compile(r"DeepSeek-R1-(Distill|0528-Qwen3)-.+"), "deepseek-ai", ""),
 )
 PATIENCE = 10.0  # seconds that the Hub may take to answer at all
 
@@ -113,9 +113,11 @@ def _is_complete(snapshot: Path, with_weights: bool) -> bool:
 def _wanted(name: str, files: Sequence[str], with_weights: bool) -> tuple[list[str], list[str]]:
     """Which of a model's files are needed, those that describe it and its weights; many carry the same weights in
     several formats."""
+    templates = [file for file in files if re.fullmatch(r"additional_chat_templates/[^/]+\.jinja", file)]
     files = [file for file in files if "/" not in file and not file.startswith("consolidated")]  # Mistral's own format
     described = [file for file in files if file.endswith((".json", ".jinja")) or file == "tokenizer.model"]
     described = [file for file in described if not file.endswith(".bin.index.json")]  # of weights that nobody asks for
+    described += templates
     if not with_weights:
         return described, []
     for ending in WEIGHTS:

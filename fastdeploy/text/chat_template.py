@@ -72,16 +72,16 @@ def given_source(given: object) -> str:
     Raises TypeError if it is no str and no path, FileNotFoundError for a missing file, ValueError for one that is no
     text.
     """
-    if isinstance(given, str) and "{" in given:
-        return given
     if not isinstance(given, (str, os.PathLike)):
         must = "must be a str, Jinja source or the path of a file"
         raise TypeError(f"a chat template {must}, found {type(given).__name__}: {reprlib.repr(given)}")
     path = os.path.expanduser(given)
-    if not os.path.isfile(path):
-        shown = reprlib.repr(os.fspath(given))
-        raise FileNotFoundError(f"chat_template {shown} is neither a Jinja template nor an existing file")
-    return _text_of(Path(path))
+    if os.path.isfile(path):
+        return _text_of(Path(path))
+    if isinstance(given, str) and "{" in given:
+        return given
+    shown = reprlib.repr(os.fspath(given))
+    raise FileNotFoundError(f"chat_template {shown} is neither a Jinja template nor an existing file")
 
 
 def choose(own: Templates, given: object, has_tools: bool) -> str:

