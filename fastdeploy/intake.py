@@ -113,10 +113,11 @@ class Intake:
         shown: tuple[str, ...] = ()
         if self._markers is not None:
             shown = self._markers.texts  # the parser must see them, even where they are special tokens
-            text = self._tokenizer.decode(prompt.token_ids[-PROMPT_END:], skip_special_tokens=False)
-            parser = ReasoningParser(self._markers, text)
+            end = prompt.token_ids if prompt.continues else prompt.token_ids[-PROMPT_END:]
+            text = self._tokenizer.decode(end, skip_special_tokens=False)
+            parser = ReasoningParser(self._markers, text, prompt.continues)
             if params.reasoning_max_tokens is not None:
-                is_open = self._markers.open_after(text)
+                is_open = self._markers.open_after(text, prompt.continues)
                 request.thinking = ThinkingBudget(
                     params.reasoning_max_tokens, *self._marker_ids(self._markers), is_open
                 )

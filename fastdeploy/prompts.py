@@ -25,11 +25,15 @@ MOST_CHARACTERS = 256  # of a token, in vocabularies that we know of: 128 spaces
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the caller will see as `RequestOutput.prompt`, the ids that the model sees, and the name for errors."""
+    """What the caller will see as `RequestOutput.prompt`, the ids that the model sees, and the name for errors.
+
+    continues: it ends in the middle of an answer, which the output goes on with.
+    """
 
     name: str
     given: str | list[int]
     token_ids: list[int]
+    continues: bool = False
 
 
 class PromptReader:
@@ -113,7 +117,7 @@ class PromptReader:
                 raise
             # Its text says "messages[0]" of a message in this conversation.
             raise (TypeError if isinstance(error, TypeError) else ValueError)(f"in {name}: {error}") from error
-        return Prompt(name, text, self._encoded(name, text))
+        return Prompt(name, text, self._encoded(name, text), variables.get("continue_final_message", False))
 
     def _encoded(self, name: str, text: str) -> list[int]:
         """The ids of a text, which is not tokenised if it is far too long: 100 MB take minutes and gigabytes."""

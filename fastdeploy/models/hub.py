@@ -115,7 +115,9 @@ def _wanted(name: str, files: Sequence[str], with_weights: bool) -> tuple[list[s
     several formats."""
     templates = [file for file in files if re.fullmatch(r"additional_chat_templates/[^/]+\.jinja", file)]
     files = [file for file in files if "/" not in file and not file.startswith("consolidated")]  # Mistral's own format
-    described = [file for file in files if file.endswith((".json", ".jinja")) or file == "tokenizer.model"]
+    described = [
+        file for file in files if file.endswith((".json", ".jinja")) or file in ("tokenizer.model", "merges.txt")
+    ]
     described = [file for file in described if not file.endswith(".bin.index.json")]  # of weights that nobody asks for
     described += templates
     if not with_weights:

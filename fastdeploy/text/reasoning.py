@@ -37,17 +37,20 @@ class ReasoningMarkers:
         """All the markers there are."""
         return tuple(filter(None, (self.start, self.end, self.answer_start, self.answer_end)))
 
-    def open_after(self, prompt_text: str) -> bool:
-        """Whether the output begins within the thinking: the prompt's end tells, or else the family's habit."""
+    def open_after(self, prompt_text: str, continues: bool = False) -> bool:
+        """Whether the output begins within the thinking: the prompt tells, or else the family's habit."""
+        if continues:
+            return prompt_text.rfind(self.start) > prompt_text.rfind(self.end)
         return prompt_text.rstrip().endswith(self.start) if self.told_by(prompt_text) else self.starts_open
 
-    def told_by(self, prompt_text: str) -> bool:
-        """Whether the prompt's end tells.
+    def told_by(self, prompt_text: str, continues: bool = False) -> bool:
+        """Whether the prompt tells.
 
         A template that lets the model think may end with the start marker, one that does not with the end marker.
         Markers elsewhere in the prompt say nothing: they may be an earlier turn, or what a user writes about them.
+        Only where the output continues a message, which may have begun with a thinking, the last marker tells.
         """
-        return prompt_text.rstrip().endswith((self.start, self.end))
+        return continues or prompt_text.rstrip().endswith((self.start, self.end))
 
 
 REASONING_PARSERS: dict[str, ReasoningMarkers] = {
@@ -88,14 +91,15 @@ class _Section:
 class ReasoningParser:
     """Splits one output into reasoning and answer, piece by piece; holds back what may become a marker.
 
-    prompt_text: the prompt, or its end, see `ReasoningMarkers.open_after`.
+    prompt_text: the prompt, or its end; continues: the output goes on with its last message; see
+    `ReasoningMarkers.open_after`.
     """
 
-    def __init__(self, markers: ReasoningMarkers, prompt_text: str) -> None:
-        self._origin = (markers, prompt_text)
-        is_open = markers.open_after(prompt_text)
+    def __init__(self, markers: ReasoningMarkers, prompt_text: str, continues: bool = False) -> None:
+        self._origin = (markers, prompt_text, continues)
+        is_open = markers.open_after(prompt_text, continues)
         thinking = _Section(markers.start, markers.end, is_reasoning=True, required=is_open, after_marker=is_open)
-        thinking.told_by_closing = not is_open and not markers.told_by(prompt_text)
+        thinking.told_by_closing = not is_open and not markers.told_by(prompt_text, continues)
         self._sections = [
             thinking,
             _Section(markers.answer_start, markers.answer_end),

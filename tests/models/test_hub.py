@@ -133,6 +133,11 @@ def test_for_a_tokenizer_no_weights_are_downloaded(cache, hub, tmp_path):
     assert hub.requests == [(NAME, set(hub.files) - {"model.safetensors"})]
 
 
+def test_merges_are_downloaded_with_their_vocabulary(cache, hub):
+    hub.files = {"config.json": b"{}", "vocab.json": b'{"a": 0, "b": 1, "ab": 2}', "merges.txt": b"a b\n"}
+    assert load_tokenizer(NAME).encode("ab") == [2]
+
+
 def test_templates_in_a_folder_of_their_own_are_downloaded_too(cache, hub, tmp_path):
     hub.files = {
         **files_of_a_checkpoint(tmp_path),

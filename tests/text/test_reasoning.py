@@ -220,3 +220,19 @@ def test_tokens_are_read_once() -> None:
     before = tokens.num_slices
     assert budget.forced(tokens, num_prompt=1) is None
     assert tokens.num_slices - before < 4
+
+
+@pytest.mark.parametrize("markers", REASONING_PARSERS.values(), ids=REASONING_PARSERS)
+@pytest.mark.parametrize(
+    ("prompt", "is_open"),
+    [
+        ("user: hi assistant: The answer is", False),
+        ("assistant: <think>\nFrance, so", True),
+        ("assistant: <think>\nFrance.\n</think>\n\nThe capital is", False),
+        ("assistant: France.</think>Paris. user: and? assistant: <think>", True),
+    ],
+)
+def test_the_last_marker_tells_what_an_output_continues(markers: ReasoningMarkers, prompt: str, is_open: bool) -> None:
+    assert markers.open_after(prompt, continues=True) == is_open
+    reasoning, answer = ReasoningParser(markers, prompt, continues=True).feed("and so on")
+    assert (reasoning, answer) == (("and so on", "") if is_open else ("", "and so on"))
