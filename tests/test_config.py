@@ -237,6 +237,7 @@ FOREIGN = {  # fields that change what other families compute: a value that does
     "no_rope_layers": ([1, 1, 1, 0], []),
     "rope_interleaved": (True, False),
     "routed_scaling_factor": (2.5, 1.0),
+    "rope_scaling": ({"rope_type": "default", "llama_4_scaling_beta": 0.1}, {"rope_type": "default", "attn_factor": 1}),
 }
 
 
@@ -244,7 +245,8 @@ FOREIGN = {  # fields that change what other families compute: a value that does
 def test_a_field_that_changes_another_familys_results_is_neutral_or_refused(field):
     changing, neutral = FOREIGN[field]
     assert config_from_json(CONFIG_JSON | {field: neutral}, {}, "float32", "c") == LLAMA_CONFIG
-    with pytest.raises(ValueError, match=f"^c: '{field}' is .*available for this architecture"):
+    named = "llama_4_scaling_beta" if field == "rope_scaling" else field
+    with pytest.raises(ValueError, match=f"^c: '{named}' is .*available for this architecture"):
         config_from_json(CONFIG_JSON | {field: changing}, {}, "float32", "c")
 
 
@@ -334,6 +336,8 @@ def test_neutral_values_in_gguf_are_accepted():
     scale = float(np.float32(HEAD_DIM**-0.5))
     neutral = {"attention__causal": True, "attention__scale": scale, "logit_scale": 1.0, "swiglu_clamp_exp": [0.0, 0.0]}
     assert gguf_config(**neutral, rope__scaling__attn_factor=1.0, expert_gating_func=0) == gguf_config()
+    # ERNIE's files say how many layers lie from one mixture to the next; the tensors tell which layers are mixtures.
+    assert gguf_config(interleave_moe_layer_step=1, leading_dense_block_count=1) == gguf_config()
 
 
 def test_a_sliding_window_in_gguf_bounds_the_length():
@@ -367,6 +371,7 @@ def test_control_tokens_spelled_as_ends_end_an_answer(spelling):
     tokens = ["<s>", "a", spelling, "b"]
     assert ends(tokens) == (2,)
     assert ends(tokens, eos=1) == (1, 2)
+    assert ends(tokens, types=[3, 1, 4, 1]) == (2,)  # as chat models made of others have theirs
     assert ends(tokens, types=[3, 1, 1, 1]) == ()  # text that happens to be spelled so
 
 

@@ -80,7 +80,10 @@ CUTS = (
         ignores_merges=True,
         adds_bos=True,
     ),
-    Cut("dbrx smaug-bpe glm4 chatglm-bpe", (_LLAMA3,)),
+    Cut("dbrx smaug-bpe chatglm-bpe", (_LLAMA3,)),
+    Cut("glm4 glm5", (_LLAMA3,), ignores_merges=True),
+    Cut("minicpm5", (r"\p{N}{1,3}", _LLAMA3), ignores_merges=True),
+    Cut("ufakzeka", (_QWEN2.removeprefix(f"{ENDINGS}|"),)),
     Cut("qwen2", (_QWEN2,), composes=True),
     Cut("deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2", (_QWEN2,)),
     Cut(

@@ -61,6 +61,7 @@ def test_no_way_to_cut_loses_text(cut):
         ("llama4", "gpt-4o"),
         ("mellum2", "smollm"),
         ("hunyuan-dense", "deepseek-v3"),
+        ("glm5", "glm4"),
     ],
 )
 def test_aliases_are_the_same_way(alias, name):
