@@ -408,7 +408,7 @@ def _gguf_architecture(general: Fields) -> tuple[str, Fields]:
 
 
 def gguf_eos_token_ids(metadata: Fields, vocab_size: int) -> tuple[int, ...]:
-    """All that ends an answer: end of sequence, of turn and of message, and the tokens apart from text that are spelled so.
+    """All that ends an answer: end of sequence, of turn and of message, and the special tokens that are spelled so.
 
     Those of gpt-oss and Solar end a part of an answer with <|end|>: not where there are tokens for the whole of it.
     """

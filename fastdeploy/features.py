@@ -24,7 +24,8 @@ def _table(*groups: tuple[tuple[Any, ...], str]) -> dict[str, tuple[Any, ...]]:
 
 # config.json, by the classes of transformers
 HUGGINGFACE_FIELDS = _table(
-    (("silu", "swish"), "hidden_act hidden_activation activation_function activation mlp_hidden_act moe_gate_activation"),
+    (("silu", "swish"), "hidden_act hidden_activation activation_function mlp_hidden_act activation"),
+    (("silu", "swish"), "moe_gate_activation"),
     (ZERO, "attn_logit_softcapping final_logit_softcapping logits_soft_cap logit_softcapping router_logit_softcapping"),
     (ZERO, "attention_logit_cap moe_router_logit_softcapping swiglu_limit mlp_gate_softcap mlp_up_softcap softcap"),
     (ZERO, "output_logit_soft_cap swiglu_limits swiglu_limits_shared log_scaling_alpha llama_4_scaling_beta"),
