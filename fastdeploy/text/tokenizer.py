@@ -22,7 +22,7 @@ from fastdeploy.models.dummy import DummyCheckpoint
 from fastdeploy.models.storage import read_json
 from fastdeploy.models.weights import Checkpoint, locate
 from fastdeploy.text import byte_pairs, sentencepiece
-from fastdeploy.text.backend import add_bos, failures_as_errors, special
+from fastdeploy.text.backend import add_bos, check_growth, failures_as_errors, special
 from fastdeploy.text.byte_pairs import BYTE_OF_CHARACTER
 from fastdeploy.text.chat_template import Templates, choose, render, templates_of_directory, templates_of_gguf
 from fastdeploy.text.sentencepiece import BPE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Piece, SentencePieceModel
@@ -271,7 +271,8 @@ def _locate_tokenizer(source: str | os.PathLike) -> Path:
 # --- tokenizer.json or tokenizer.model, and the files around it -----------------------------------------------------
 
 VOCABULARY_CLASSES = {"GPT2Tokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}  # -> how text is cut into words
-PREFIXED_MERGES = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
+LETTERS = (b"(?:%c|\\\\u00%02x)" % (letter, letter) for letter in b"continuing_subword_prefix")  # JSON may escape any
+PREFIXED_MERGES = re.compile(rb'"%s"\s*:\s*"[^"]' % b"".join(LETTERS), re.IGNORECASE)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -303,7 +304,9 @@ def _from_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     if PREFIXED_MERGES.search(content):
         _check_prefixed_merges(path)
     with failures_as_errors(f"{path}: not a tokenizer that can be read"):
-        return tokenizers.Tokenizer.from_buffer(content)
+        backend = tokenizers.Tokenizer.from_buffer(content)
+    check_growth(backend, str(path))
+    return backend
 
 
 def _check_prefixed_merges(path: Path) -> None:
