@@ -141,6 +141,17 @@ def cut_named(name: str | None, source: str) -> Cut:
     return CUT_BY_NAME[name]
 
 
+def merge_pairs(merges: Sequence[str], source: str) -> list[tuple[str, str]]:
+    """Merges as files spell them, "h e", in two parts. Raises ValueError, beginning with `source`, for others."""
+    pairs = []
+    for merge in merges:
+        first, _, second = merge.partition(" ")
+        if not first or not second or " " in second:
+            raise ValueError(f"{source}: the merge {merge!r:.80}; expected two tokens, a space between")
+        pairs.append((first, second))
+    return pairs
+
+
 def build(
     vocabulary: Mapping[str, int],
     merges: Sequence[tuple[str, str]],

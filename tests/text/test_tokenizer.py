@@ -367,6 +367,17 @@ def test_a_panic_of_the_library_is_a_value_error_and_ctrl_c_is_not():
         raises(KeyboardInterrupt())
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"])
+def test_a_device_is_no_tokenizer(tmp_path, name):
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to("/dev/zero")
+    if name == "vocab.json":
+        (tmp_path / "merges.txt").touch()
+    with pytest.raises(ValueError, match=f"{name}: expected a file, found a device"):
+        load_tokenizer(tmp_path)
+
+
 def test_missing_tokenizer_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="expected tokenizer.json or tokenizer.model or vocab.json, found none"):
