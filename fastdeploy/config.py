@@ -46,7 +46,9 @@ GGUF_ARCHITECTURES = {
 }
 INTERLEAVED = ("Ernie4_5ForCausalLM", "Ernie4_5_MoeForCausalLM")  # whose rotary pairs are neighbours
 # Where "quantization_config" names its method: Hugging Face's key, then Paddle's and ModelOpt's.
-QUANTISATION_NAMES = ("quant_method", "quant_type", "dense_quant_type", "quantization", "quant_algo")
+QUANTISATION_NAMES = (
+    "quant_method quant_type dense_quant_type moe_quant_type weight_quantize_algo quantization quant_algo".split()
+)
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_POSITIONS = 2**31 - 1  # an int32 in the kernels
 ROPE_SCALINGS = {  # rope_type in config.json -> the numbers it can't do without
@@ -297,9 +299,10 @@ def refuse_quantised(config: Mapping[str, Any], source: str) -> None:
         if not said:
             continue
         named = [said[name] for name in QUANTISATION_NAMES if name in said] if isinstance(said, dict) else []
-        method = (
-            named[0][:40] if named and isinstance(named[0], str) else f"a method without a name ({reprlib.repr(said)})"
-        )
+        if named and not any(named):  # "quant_method": null
+            continue
+        names = [name[:40] for name in named if isinstance(name, str)]
+        method = names[0] if names else f"a method without a name ({reprlib.repr(said)})"
         raise ValueError(
             f"{source}: {key!r} says that the weights are quantised, by {method}, which is not available; use the"
             ' unquantised checkpoint of this model, with quantization="wint4" if it shall take less memory, or a GGUF'

@@ -165,6 +165,7 @@ def test_layers_that_a_config_does_not_have_are_in_no_mixture():
         ("config.json", {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "fp8"),
         ("config.json", {"quantization_config": {"load_in_4bit": True}}, "a method without a name .*load_in_4bit"),
         ("config.json", {"quantization_config": {"dense_quant_type": "wint8", "moe_quant_type": "w4w2"}}, "wint8"),
+        ("config.json", {"quantization_config": {"dense_quant_type": None, "moe_quant_type": "w4w2"}}, "w4w2"),
         ("config.json", {"quantization": {"group_size": 64, "bits": 4}}, "a method without a name .*group_size"),
         ("config.json", {"quantization_config": ["x"] * 10_000}, "a method without a name"),
         ("quantize_config.json", {"bits": 4, "group_size": 128}, "gptq"),
@@ -258,7 +259,14 @@ def test_a_switch_for_what_a_family_always_does_must_be_on():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"pad_token_id": -1}, {"torch_dtype": "auto"}, {"bos_token_id": -1}, {"pretraining_tp": 2}]
+    "changes",
+    [
+        {"pad_token_id": -1},
+        {"torch_dtype": "auto"},
+        {"bos_token_id": -1},
+        {"pretraining_tp": 2},
+        {"quantization_config": {"quant_type": None, "weight_quantize_algo": None, "shift": False}},
+    ],
 )
 def test_what_changes_no_token_is_accepted(changes):
     assert config_from_json(CONFIG_JSON | changes, {}, "float32", "c") == LLAMA_CONFIG
