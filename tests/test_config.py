@@ -152,6 +152,14 @@ def test_a_directory_or_a_device_is_no_json(tmp_path, name):
         open_checkpoint(tmp_path)
 
 
+def test_json_of_more_bytes_than_any_model_has_is_not_read(tmp_path):
+    write_directory(tmp_path, random_weights())
+    with open(tmp_path / "config.json", "ab") as file:
+        file.truncate((1 << 25) + 1)
+    with pytest.raises(ValueError, match="config.json: has 33554433 bytes; such a file may have 33554432"):
+        open_checkpoint(tmp_path)
+
+
 def test_layers_that_a_config_does_not_have_are_in_no_mixture():
     moe = {"num_hidden_layers": 6, "moe_intermediate_size": 8, "moe_num_experts": 4, "moe_k": 2}
     ernie = CONFIG_JSON | moe | {"architectures": ["Ernie4_5_MoeForCausalLM"], "moe_layer_end_index": 10**9}

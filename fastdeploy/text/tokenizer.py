@@ -19,7 +19,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from fastdeploy.config import gguf_eos_token_ids
 from fastdeploy.fields import MOST, Fields
 from fastdeploy.models.dummy import DummyCheckpoint
-from fastdeploy.models.storage import JSON_BYTES, read_file, read_json
+from fastdeploy.models.storage import read_file, read_json
 from fastdeploy.models.weights import Checkpoint, locate
 from fastdeploy.text import byte_pairs, sentencepiece
 from fastdeploy.text.backend import add_bos, check_growth, failures_as_errors, special
@@ -273,6 +273,7 @@ def _locate_tokenizer(source: str | os.PathLike) -> Path:
 VOCABULARY_CLASSES = {"GPT2Tokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}  # -> how text is cut into words
 LETTERS = (b"(?:%c|\\\\u00%02x)" % (letter, letter) for letter in b"continuing_subword_prefix")  # JSON may escape any
 PREFIXED_MERGES = re.compile(rb'"%s"\s*:\s*"[^"]' % b"".join(LETTERS), re.IGNORECASE)
+FILE_BYTES = 100_000_000  # of a tokenizer.json; Gemma's has 33 MB
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -300,7 +301,7 @@ def _from_directory(directory: Path) -> Tokenizer:
 
 
 def _from_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
-    content = read_file(path, JSON_BYTES)
+    content = read_file(path, FILE_BYTES)
     if PREFIXED_MERGES.search(content):
         _check_prefixed_merges(path)
     with failures_as_errors(f"{path}: not a tokenizer that can be read"):
@@ -374,7 +375,7 @@ def _from_vocabulary(
 def _read_merges(path: Path) -> list[tuple[str, str]]:
     """The merges in a merges.txt, a line for each; a line may tell the version."""
     try:
-        lines = read_file(path, JSON_BYTES).decode().replace("\r\n", "\n").split("\n")
+        lines = read_file(path, FILE_BYTES).decode().replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: {error}") from None
     return byte_pairs.merge_pairs([line for line in lines if line and not line.startswith("#version")], str(path))
