@@ -70,7 +70,10 @@ GGUF_FIELDS = _table(
     (ZERO, "attention.max_alibi_bias attention.clamp_kqv attention.temperature_length attention.temperature_scale"),
     (ZERO, "swiglu_clamp_exp swiglu_clamp_shexp attention.shared_kv_layers num_loops"),
     (ZERO, "rescale_every_n_layers full_attention_interval rope.scaling.yarn_log_multiplier attention.chunk_size"),
-    (ONE, "logit_scale residual_scale embedding_scale attention.output_scale attention.value_scale expert_group_scale"),
+    (
+        (0, 1),
+        "logit_scale residual_scale embedding_scale attention.output_scale attention.value_scale expert_group_scale",
+    ),
     (ONE, "rope.scaling.yarn_attn_factor"),
     ((0, 1), "expert_weights_scale expert_group_count expert_group_used_count expert_gating_func rope.scaling.alpha"),
     ((-1, 1), "rope.scaling.yarn_ext_factor"),

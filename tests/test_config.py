@@ -350,7 +350,7 @@ def test_gguf_that_computes_something_else_is_refused(changes, message):
 
 def test_neutral_values_in_gguf_are_accepted():
     scale = float(np.float32(HEAD_DIM**-0.5))
-    neutral = {"attention__causal": True, "attention__scale": scale, "logit_scale": 1.0, "swiglu_clamp_exp": [0.0, 0.0]}
+    neutral = {"attention__causal": True, "attention__scale": scale, "logit_scale": 0.0, "swiglu_clamp_exp": [0.0, 0.0]}
     assert gguf_config(**neutral, rope__scaling__attn_factor=1.0, expert_gating_func=0) == gguf_config()
     # ERNIE's files say how many layers lie from one mixture to the next; the tensors tell which layers are mixtures.
     assert gguf_config(interleave_moe_layer_step=1, leading_dense_block_count=1) == gguf_config()
