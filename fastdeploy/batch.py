@@ -196,9 +196,9 @@ class BatchRun:
 
     def answer(self, lines: list[Line], num_lines: int) -> int:
         """Answer `lines`, which are what is left of `num_lines`; returns how many got an error."""
-        from tqdm import tqdm
+        from fastdeploy.device.host import progress_bar
 
-        with tqdm(total=num_lines, initial=num_lines - len(lines), desc="Lines", dynamic_ncols=True) as bar:
+        with progress_bar(total=num_lines, initial=num_lines - len(lines), desc="Lines", dynamic_ncols=True) as bar:
             for task in self._finished(iter(lines)):
                 self._write(task)
                 bar.update()

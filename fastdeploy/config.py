@@ -46,7 +46,9 @@ GGUF_ARCHITECTURES = {
 }
 INTERLEAVED = ("Ernie4_5ForCausalLM", "Ernie4_5_MoeForCausalLM")  # whose rotary pairs are neighbours
 # Where "quantization_config" names its method: Hugging Face's key, then Paddle's and ModelOpt's.
-QUANTISATION_NAMES = ("quant_method", "quant_type", "dense_quant_type", "quantization", "quant_algo")
+QUANTISATION_NAMES = (
+    "quant_method quant_type dense_quant_type moe_quant_type weight_quantize_algo quantization quant_algo".split()
+)
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_POSITIONS = 2**31 - 1  # an int32 in the kernels
 ROPE_SCALINGS = {  # rope_type in config.json -> the numbers it can't do without
@@ -62,7 +64,7 @@ ENDS = frozenset(
     "<|endoftext|> <|end_of_text|> <|eot|> <|eom|> <EOT> _<EOT> [EOT] [EOS] <eos> <|eos|> <end_of_utterance> "
     "<｜end▁of▁sentence｜> <|endofturn|> <turn|> </s> [e~[".split()
 )
-CONTROL = 3  # a type of tokens in GGUF
+CONTROL, USER_DEFINED = 3, 4  # types of tokens in GGUF; chat files have their ends in either
 
 
 @dataclass(frozen=True)
@@ -172,8 +174,10 @@ def config_from_json(
     hidden_size, vocab_size = fields.integer("hidden_size"), fields.integer("vocab_size")
     num_heads, num_kv_heads = _heads(fields, "num_attention_heads", "num_key_value_heads")
     head_dim = _head_dim(fields, "head_dim", hidden_size, num_heads)
-    check_features(fields, HUGGINGFACE_FIELDS, HUGGINGFACE_OWN.get(architecture, {}), head_dim)
-    rope_theta, rope_scaling = _rope_from_json(fields)
+    rope = fields.object("rope_parameters") or fields.object("rope_scaling") or {}
+    everything = Fields({**fields.values, **rope}, source)
+    check_features(everything, HUGGINGFACE_FIELDS, HUGGINGFACE_OWN.get(architecture, {}), head_dim)
+    rope_theta, rope_scaling = _rope_from_json(everything, rope)
     # generate() in transformers stops at the generation config's ids where it has any; so do we.
     generation = Fields(generation_config, f"{source}: generation config")
     eos_token_ids = generation.token_ids("eos_token_id", vocab_size) or fields.token_ids("eos_token_id", vocab_size)
@@ -295,9 +299,10 @@ def refuse_quantised(config: Mapping[str, Any], source: str) -> None:
         if not said:
             continue
         named = [said[name] for name in QUANTISATION_NAMES if name in said] if isinstance(said, dict) else []
-        method = (
-            named[0][:40] if named and isinstance(named[0], str) else f"a method without a name ({reprlib.repr(said)})"
-        )
+        if named and not any(named):  # "quant_method": null
+            continue
+        names = [name[:40] for name in named if isinstance(name, str)]
+        method = names[0] if names else f"a method without a name ({reprlib.repr(said)})"
         raise ValueError(
             f"{source}: {key!r} says that the weights are quantised, by {method}, which is not available; use the"
             ' unquantised checkpoint of this model, with quantization="wint4" if it shall take less memory, or a GGUF'
@@ -316,24 +321,21 @@ def _sliding_window(fields: Fields) -> int | None:
     return fields.integer("sliding_window")
 
 
-def _rope_from_json(fields: Fields) -> tuple[float, dict[str, Any] | None]:
-    """(theta, scaling) from either `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
-    rope = fields.object("rope_parameters") or fields.object("rope_scaling") or {}
+def _rope_from_json(fields: Fields, rope: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """(theta, scaling) from `rope`, which is `rope_parameters` or the older `rope_scaling`; `fields` are these and all
+    others."""
     if any(isinstance(value, dict) for value in rope.values()):
         raise fields.error("rope_parameters", "layers with rotary embeddings of their own are not available")
-    everything = Fields({**fields.values, **rope}, fields.source)
-    theta = everything.number("rope_theta", default=10000.0)
-    if everything.number("partial_rotary_factor", default=1.0) != 1.0:
-        raise everything.error("partial_rotary_factor", "only whole heads can be rotated")
+    theta = fields.number("rope_theta", default=10000.0)
+    if fields.number("partial_rotary_factor", default=1.0) != 1.0:
+        raise fields.error("partial_rotary_factor", "only whole heads can be rotated")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type == "default":
         return theta, None
     scaling = {key: value for key, value in rope.items() if key not in ("type", "rope_theta", "partial_rotary_factor")}
     scaling["rope_type"] = rope_type
     if rope_type in ("llama3", "yarn"):
-        original = everything.integer(
-            "original_max_position_embeddings", fields.integer("max_position_embeddings", 2048)
-        )
+        original = fields.integer("original_max_position_embeddings", fields.integer("max_position_embeddings", 2048))
         scaling["original_max_position_embeddings"] = original
     return theta, _checked_scaling(scaling, fields.source)
 
@@ -409,7 +411,7 @@ def _gguf_architecture(general: Fields) -> tuple[str, Fields]:
 
 
 def gguf_eos_token_ids(metadata: Fields, vocab_size: int) -> tuple[int, ...]:
-    """All that ends an answer: end of sequence, of turn and of message, and the control tokens that are spelled so.
+    """All that ends an answer: end of sequence, of turn and of message, and the special tokens that are spelled so.
 
     Those of gpt-oss and Solar end a part of an answer with <|end|>: not where there are tokens for the whole of it.
     """
@@ -417,8 +419,8 @@ def gguf_eos_token_ids(metadata: Fields, vocab_size: int) -> tuple[int, ...]:
     named = [token_id for key in keys for token_id in metadata.token_ids(key, vocab_size)]
     tokens = metadata.list_of(str, "tokenizer.ggml.tokens") or []
     types = metadata.list_of(int, "tokenizer.ggml.token_type") or []
-    control = (token_id for token_id, kind in enumerate(types[: len(tokens)]) if kind == CONTROL)
-    spelled = {tokens[token_id]: token_id for token_id in control if tokens[token_id] in ENDS}
+    marked = (token_id for token_id, kind in enumerate(types[: len(tokens)]) if kind in (CONTROL, USER_DEFINED))
+    spelled = {tokens[token_id]: token_id for token_id in marked if tokens[token_id] in ENDS}
     if {"<|return|>", "<|call|>"} <= spelled.keys() or {"<|flush|>", "<|calls|>"} <= spelled.keys():
         spelled.pop("<|end|>", None)
     return known_ids([*named, *spelled.values()], vocab_size, metadata.source)

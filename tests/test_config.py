@@ -152,6 +152,14 @@ def test_a_directory_or_a_device_is_no_json(tmp_path, name):
         open_checkpoint(tmp_path)
 
 
+def test_json_of_more_bytes_than_any_model_has_is_not_read(tmp_path):
+    write_directory(tmp_path, random_weights())
+    with open(tmp_path / "config.json", "ab") as file:
+        file.truncate((1 << 25) + 1)
+    with pytest.raises(ValueError, match="config.json: has 33554433 bytes; such a file may have 33554432"):
+        open_checkpoint(tmp_path)
+
+
 def test_layers_that_a_config_does_not_have_are_in_no_mixture():
     moe = {"num_hidden_layers": 6, "moe_intermediate_size": 8, "moe_num_experts": 4, "moe_k": 2}
     ernie = CONFIG_JSON | moe | {"architectures": ["Ernie4_5_MoeForCausalLM"], "moe_layer_end_index": 10**9}
@@ -165,6 +173,7 @@ def test_layers_that_a_config_does_not_have_are_in_no_mixture():
         ("config.json", {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "fp8"),
         ("config.json", {"quantization_config": {"load_in_4bit": True}}, "a method without a name .*load_in_4bit"),
         ("config.json", {"quantization_config": {"dense_quant_type": "wint8", "moe_quant_type": "w4w2"}}, "wint8"),
+        ("config.json", {"quantization_config": {"dense_quant_type": None, "moe_quant_type": "w4w2"}}, "w4w2"),
         ("config.json", {"quantization": {"group_size": 64, "bits": 4}}, "a method without a name .*group_size"),
         ("config.json", {"quantization_config": ["x"] * 10_000}, "a method without a name"),
         ("quantize_config.json", {"bits": 4, "group_size": 128}, "gptq"),
@@ -237,6 +246,7 @@ FOREIGN = {  # fields that change what other families compute: a value that does
     "no_rope_layers": ([1, 1, 1, 0], []),
     "rope_interleaved": (True, False),
     "routed_scaling_factor": (2.5, 1.0),
+    "rope_scaling": ({"rope_type": "default", "llama_4_scaling_beta": 0.1}, {"rope_type": "default", "attn_factor": 1}),
 }
 
 
@@ -244,7 +254,8 @@ FOREIGN = {  # fields that change what other families compute: a value that does
 def test_a_field_that_changes_another_familys_results_is_neutral_or_refused(field):
     changing, neutral = FOREIGN[field]
     assert config_from_json(CONFIG_JSON | {field: neutral}, {}, "float32", "c") == LLAMA_CONFIG
-    with pytest.raises(ValueError, match=f"^c: '{field}' is .*available for this architecture"):
+    named = "llama_4_scaling_beta" if field == "rope_scaling" else field
+    with pytest.raises(ValueError, match=f"^c: '{named}' is .*available for this architecture"):
         config_from_json(CONFIG_JSON | {field: changing}, {}, "float32", "c")
 
 
@@ -256,7 +267,14 @@ def test_a_switch_for_what_a_family_always_does_must_be_on():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"pad_token_id": -1}, {"torch_dtype": "auto"}, {"bos_token_id": -1}, {"pretraining_tp": 2}]
+    "changes",
+    [
+        {"pad_token_id": -1},
+        {"torch_dtype": "auto"},
+        {"bos_token_id": -1},
+        {"pretraining_tp": 2},
+        {"quantization_config": {"quant_type": None, "weight_quantize_algo": None, "shift": False}},
+    ],
 )
 def test_what_changes_no_token_is_accepted(changes):
     assert config_from_json(CONFIG_JSON | changes, {}, "float32", "c") == LLAMA_CONFIG
@@ -332,8 +350,10 @@ def test_gguf_that_computes_something_else_is_refused(changes, message):
 
 def test_neutral_values_in_gguf_are_accepted():
     scale = float(np.float32(HEAD_DIM**-0.5))
-    neutral = {"attention__causal": True, "attention__scale": scale, "logit_scale": 1.0, "swiglu_clamp_exp": [0.0, 0.0]}
+    neutral = {"attention__causal": True, "attention__scale": scale, "logit_scale": 0.0, "swiglu_clamp_exp": [0.0, 0.0]}
     assert gguf_config(**neutral, rope__scaling__attn_factor=1.0, expert_gating_func=0) == gguf_config()
+    # ERNIE's files say how many layers lie from one mixture to the next; the tensors tell which layers are mixtures.
+    assert gguf_config(interleave_moe_layer_step=1, leading_dense_block_count=1) == gguf_config()
 
 
 def test_a_sliding_window_in_gguf_bounds_the_length():
@@ -367,6 +387,7 @@ def test_control_tokens_spelled_as_ends_end_an_answer(spelling):
     tokens = ["<s>", "a", spelling, "b"]
     assert ends(tokens) == (2,)
     assert ends(tokens, eos=1) == (1, 2)
+    assert ends(tokens, types=[3, 1, 4, 1]) == (2,)  # as chat models made of others have theirs
     assert ends(tokens, types=[3, 1, 1, 1]) == ()  # text that happens to be spelled so
 
 

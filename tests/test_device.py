@@ -1,6 +1,7 @@
 """The device: memory that kernels and NumPy share, how much of it is free, recorded launches."""
 
 import ctypes
+import io
 import itertools
 import logging
 import mmap
@@ -14,7 +15,13 @@ import numpy as np
 import pytest
 
 from fastdeploy.device import CACHE_LINE, Field, open_device
-from fastdeploy.device.host import _shared_mappings, available_memory, release_free_memory, release_library_pages
+from fastdeploy.device.host import (
+    _shared_mappings,
+    available_memory,
+    progress_bar,
+    release_free_memory,
+    release_library_pages,
+)
 from fastdeploy.device.nvidia import NvidiaDevice
 from fastdeploy.device.root_logger import PADDLES_FORMAT, undo_paddles_logging
 from fastdeploy.kernels.activation import silu_mul, silu_mul_reference
@@ -264,6 +271,18 @@ with tempfile.TemporaryDirectory() as folder, open_llm(Path(folder), CASES["llam
     assert open(os.devnull).fileno() > 2
     os._exit(7)
 """
+
+
+def test_a_progress_bar_that_cannot_be_written_stops_no_work(monkeypatch):
+    with open("/dev/full", "wb", buffering=0) as full:
+        stream = io.TextIOWrapper(full, write_through=True)
+        with pytest.raises(OSError, match="No space left"):
+            stream.write("x")
+        monkeypatch.setattr(sys, "stderr", stream)
+        with progress_bar(total=2, mininterval=0) as bar:
+            for _ in range(2):
+                bar.update()
+        assert bar.n == 2
 
 
 @pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])

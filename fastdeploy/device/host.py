@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import mmap
@@ -10,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fastdeploy.triton_cpu.cgroups import control_groups
 
@@ -77,6 +79,32 @@ def open_standard_streams() -> None:
         stream = getattr(sys, name)
         if stream is None or stream.closed:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for as long as the process lives)
+
+
+def progress_bar(**settings: Any) -> Any:
+    """A tqdm of these settings, on standard error. Where that can't be written to, the work that it shows goes on."""
+    from tqdm import tqdm  # 20 ms that `import fastdeploy` does without
+
+    return tqdm(file=_Dropping(sys.stderr), **settings)
+
+
+class _Dropping:
+    """A stream that drops what can't be written: to a full disk, to a pipe that nobody reads."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _shared_mappings(smaps: str) -> list[tuple[int, int, bool]]:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from fastdeploy.config import MODES
 from fastdeploy.device import DTYPE_BYTES, GIB, Device
+from fastdeploy.device.host import progress_bar
 from fastdeploy.kernels.launch import TensorView, target, view
 from fastdeploy.kernels.linear import LinearWeight, Weight, default_panel, pack, packed_shape
 from fastdeploy.kernels.moe import ExpertWeights, padded
@@ -180,7 +181,7 @@ class WeightLoader:
         self._check_memory(self._shapes)  # again: now it is known what this rank takes of each tensor
         self._log_quantised()
         total = sum(map(self._nbytes, self._shapes))
-        with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not progress) as bar:
+        with progress_bar(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not progress) as bar:
             for read in self._reads:
                 read(bar)
         self._reads.clear()

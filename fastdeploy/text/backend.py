@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, processors
+
+GROWTH = 1 << 14  # characters that a tokenizer's steps may make of one; those of published ones make a dozen
 
 
 @contextmanager
@@ -27,6 +32,26 @@ def failures_as_errors(what: str, passing: tuple[type[Exception], ...] = ()) -> 
 
 def _is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"  # which no module exports; Ctrl-C is another BaseException
+
+
+def check_growth(backend: tokenizers.Tokenizer, source: str) -> None:
+    """Raises ValueError, naming `source`, if the steps around the vocabulary may make a text so long that it fills the
+    memory: forty that replace "a" by "aa"."""
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        step = getattr(backend, part)
+        growth = 1 if step is None else _growth(json.loads(step.__getstate__()))
+        if growth > GROWTH:
+            raise ValueError(f"{source}: its {part} may make more than {GROWTH} characters of one; pass tokenizer=")
+
+
+def _growth(step: Any) -> int:
+    """The most characters that a step of a tokenizer, as JSON, makes of one; of a list, one step after the other."""
+    if isinstance(step, list):
+        return math.prod(map(_growth, step))
+    if not isinstance(step, dict):
+        return 1
+    own = {"ByteLevel": 2, "BPEDecoder": 2, "Replace": len(step.get("content", ""))}.get(step.get("type", ""), 1)
+    return max(own, 1) * _growth(list(step.values()))
 
 
 def add_bos(backend: tokenizers.Tokenizer, bos: str) -> None:

@@ -80,7 +80,10 @@ CUTS = (
         ignores_merges=True,
         adds_bos=True,
     ),
-    Cut("dbrx smaug-bpe glm4 chatglm-bpe", (_LLAMA3,)),
+    Cut("dbrx smaug-bpe chatglm-bpe", (_LLAMA3,)),
+    Cut("glm4 glm5", (_LLAMA3,), ignores_merges=True),
+    Cut("minicpm5", (r"\p{N}{1,3}", _LLAMA3), ignores_merges=True),
+    Cut("ufakzeka", (_QWEN2.removeprefix(f"{ENDINGS}|"),)),
     Cut("qwen2", (_QWEN2,), composes=True),
     Cut("deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2", (_QWEN2,)),
     Cut(
@@ -136,6 +139,17 @@ def cut_named(name: str | None, source: str) -> Cut:
         known = ", ".join(CUT_BY_NAME)
         raise ValueError(f"{source}: tokenizer.ggml.pre is {name!r:.80}; known are {known}; pass tokenizer=")
     return CUT_BY_NAME[name]
+
+
+def merge_pairs(merges: Sequence[str], source: str) -> list[tuple[str, str]]:
+    """Merges as files spell them, "h e", in two parts. Raises ValueError, beginning with `source`, for others."""
+    pairs = []
+    for merge in merges:
+        first, _, second = merge.partition(" ")
+        if not first or not second or " " in second:
+            raise ValueError(f"{source}: the merge {merge!r:.80}; expected two tokens, a space between")
+        pairs.append((first, second))
+    return pairs
 
 
 def build(

@@ -19,10 +19,10 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from fastdeploy.config import gguf_eos_token_ids
 from fastdeploy.fields import MOST, Fields
 from fastdeploy.models.dummy import DummyCheckpoint
-from fastdeploy.models.storage import read_json
+from fastdeploy.models.storage import read_file, read_json
 from fastdeploy.models.weights import Checkpoint, locate
 from fastdeploy.text import byte_pairs, sentencepiece
-from fastdeploy.text.backend import add_bos, failures_as_errors, special
+from fastdeploy.text.backend import add_bos, check_growth, failures_as_errors, special
 from fastdeploy.text.byte_pairs import BYTE_OF_CHARACTER
 from fastdeploy.text.chat_template import Templates, choose, render, templates_of_directory, templates_of_gguf
 from fastdeploy.text.sentencepiece import BPE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Piece, SentencePieceModel
@@ -271,7 +271,9 @@ def _locate_tokenizer(source: str | os.PathLike) -> Path:
 # --- tokenizer.json or tokenizer.model, and the files around it -----------------------------------------------------
 
 VOCABULARY_CLASSES = {"GPT2Tokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}  # -> how text is cut into words
-PREFIXED_MERGES = re.compile(rb'"continuing_subword_prefix"\s*:\s*"[^"]')
+LETTERS = (b"(?:%c|\\\\u00%02x)" % (letter, letter) for letter in b"continuing_subword_prefix")  # JSON may escape any
+PREFIXED_MERGES = re.compile(rb'"%s"\s*:\s*"[^"]' % b"".join(LETTERS), re.IGNORECASE)
+FILE_BYTES = 100_000_000  # of a tokenizer.json; Gemma's has 33 MB
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -299,11 +301,13 @@ def _from_directory(directory: Path) -> Tokenizer:
 
 
 def _from_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
-    content = path.read_bytes()
+    content = read_file(path, FILE_BYTES)
     if PREFIXED_MERGES.search(content):
         _check_prefixed_merges(path)
     with failures_as_errors(f"{path}: not a tokenizer that can be read"):
-        return tokenizers.Tokenizer.from_buffer(content)
+        backend = tokenizers.Tokenizer.from_buffer(content)
+    check_growth(backend, str(path))
+    return backend
 
 
 def _check_prefixed_merges(path: Path) -> None:
@@ -351,8 +355,7 @@ def _from_vocabulary(
     config = Fields(files["tokenizer_config"], source)
     if not paths[1].exists():
         raise FileNotFoundError(f"{paths[1]}: no such file; it belongs to vocab.json: download it, too")
-    with failures_as_errors(f"{paths[0]} and merges.txt can't be read"):
-        vocabulary, merges = models.BPE.read_file(*map(str, paths))
+    vocabulary, merges = read_json(paths[0]), _read_merges(paths[1])
     kind = (config.text("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
     if kind not in VOCABULARY_CLASSES:
         raise config.error("tokenizer_class", f"of vocab.json, {' and '.join(VOCABULARY_CLASSES)} can be rebuilt")
@@ -367,6 +370,15 @@ def _from_vocabulary(
     if config.flag("add_bos_token", default=False) and "bos_token" in named:
         add_bos(backend, named["bos_token"])
     return backend
+
+
+def _read_merges(path: Path) -> list[tuple[str, str]]:
+    """The merges in a merges.txt, a line for each; a line may tell the version."""
+    try:
+        lines = read_file(path, FILE_BYTES).decode().replace("\r\n", "\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return byte_pairs.merge_pairs([line for line in lines if line and not line.startswith("#version")], str(path))
 
 
 def _tokens_in_text(
@@ -461,11 +473,8 @@ def _gguf_byte_level(fields: Fields, tokens: list[str], types: list[int], cut: b
             f" {len(tokens)} tokens, {len(vocabulary)} of them different, and"
             f" {'no' if merges is None else len(merges)} merges"
         )
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    wrong = next((merge for merge, pair in zip(merges, pairs) if len(pair) != 2 or "" in pair), None)
-    if wrong is not None:
-        raise fields.error("tokenizer.ggml.merges", f"it holds {wrong!r:.80}; expected two tokens, a space between")
-    backend = byte_pairs.build(vocabulary, pairs, cut, fields.source)  # type: ignore[arg-type]
+    pairs = byte_pairs.merge_pairs(merges, f"{fields.source}: tokenizer.ggml.merges")
+    backend = byte_pairs.build(vocabulary, pairs, cut, fields.source)
     backend.add_tokens(
         [
             AddedToken(token, special=kind != USER_DEFINED, normalized=False)

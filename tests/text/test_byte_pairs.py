@@ -61,6 +61,7 @@ def test_no_way_to_cut_loses_text(cut):
         ("llama4", "gpt-4o"),
         ("mellum2", "smollm"),
         ("hunyuan-dense", "deepseek-v3"),
+        ("glm5", "glm4"),
     ],
 )
 def test_aliases_are_the_same_way(alias, name):
@@ -101,6 +102,13 @@ def test_vocabulary_and_merges_are_a_tokenizer(tmp_path):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n", ""])
+def test_lines_of_merges_may_end_in_any_way(tmp_path, end):
+    path = write_vocabulary(tmp_path) / "merges.txt"
+    path.write_bytes(path.read_bytes().rstrip().replace(b"\n", (end or "\n").encode()) + end.encode())
+    assert load_tokenizer(tmp_path).encode("he") == [len(ALPHABET) + MERGES.index("h e")]
+
+
 def test_added_tokens_of_a_vocabulary_have_their_ids_and_words_are_cut_by_class(tmp_path):
     end = len(ALPHABET) + len(MERGES)
     added = {str(end): {"content": "<|im_end|>", "special": True}}
@@ -114,9 +122,12 @@ def test_added_tokens_of_a_vocabulary_have_their_ids_and_words_are_cut_by_class(
     ("spoil", "kind", "message"),
     [
         (lambda path: (path / "merges.txt").unlink(), FileNotFoundError, "merges.txt: no such file.*vocab.json"),
-        (lambda path: (path / "merges.txt").write_text("a b c\n"), ValueError, "vocab.json and merges.txt"),
+        (lambda path: (path / "merges.txt").write_text("a b c\n"), ValueError, "merges.txt: the merge 'a b c'; exp"),
+        (lambda path: (path / "merges.txt").write_bytes(b"\xff a\n"), ValueError, "merges.txt: 'utf-8' codec"),
         (lambda path: (path / "merges.txt").write_text("ab cd\n"), ValueError, "vocab.json: the merges don't fit"),
-        (lambda path: (path / "vocab.json").write_text("[1]"), ValueError, "vocab.json and merges.txt"),
+        (lambda path: (path / "vocab.json").write_text("[1]"), ValueError, "vocab.json: expected a JSON object"),
+        (lambda path: (path / "vocab.json").write_text('{"a": 0.5}'), ValueError, "vocab.json: .*the vocabulary"),
+        (lambda path: (path / "vocab.json").write_text('{"a": -1}'), ValueError, "vocab.json: .*the vocabulary"),
         (lambda path: write_vocabulary(path, tokenizer_class="T5Tokenizer"), ValueError, "T5Tokenizer.*GPT2Tokenizer"),
     ],
 )

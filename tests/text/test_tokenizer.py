@@ -324,12 +324,31 @@ def test_broken_tokenizer_json_is_refused(tmp_path, content):
 def test_merges_that_lack_the_prefix_of_parts_that_go_on_are_refused(tmp_path, prefix, merge, message):
     vocabulary = {token: token_id for token_id, token in enumerate(["a", "b", "##b", "ab", "é"])}
     model = {"type": "BPE", "continuing_subword_prefix": prefix, "vocab": vocabulary, "merges": [merge]}
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
-    if message is None:
-        assert load_tokenizer(tmp_path).encode("ab") == [3]
-    else:
-        with pytest.raises(ValueError, match=f"tokenizer.json.*{message}"):
-            load_tokenizer(tmp_path)
+    content = json.dumps({"version": "1.0", "added_tokens": [], "model": model})
+    for spelling in ("prefix", "pre\\u0066ix"):  # the same to JSON
+        (tmp_path / "tokenizer.json").write_text(content.replace("subword_prefix", f"subword_{spelling}"))
+        if message is None:
+            assert load_tokenizer(tmp_path).encode("ab") == [3]
+        else:
+            with pytest.raises(ValueError, match=f"tokenizer.json.*{message}"):
+                load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "sequence", "step"),
+    [
+        ("normalizer", normalizers.Sequence, normalizers.Replace("a", "aa")),
+        ("pre_tokenizer", pre_tokenizers.Sequence, pre_tokenizers.ByteLevel()),
+        ("decoder", decoders.Sequence, decoders.Replace("a", "aa")),
+    ],
+)
+def test_steps_that_double_a_text_again_and_again_are_refused(tmp_path, part, sequence, step):
+    backend = byte_level()
+    setattr(backend, part, sequence([step] * 3))
+    load_tokenizer(write_directory(tmp_path, backend))
+    setattr(backend, part, sequence([step] * 40))
+    with pytest.raises(ValueError, match=f"tokenizer.json: its {part} may make more than 16384 characters of one"):
+        load_tokenizer(write_directory(tmp_path, backend))
 
 
 class PanicException(BaseException):
@@ -346,6 +365,17 @@ def test_a_panic_of_the_library_is_a_value_error_and_ctrl_c_is_not():
             raises(error)
     with pytest.raises(KeyboardInterrupt):
         raises(KeyboardInterrupt())
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"])
+def test_a_device_is_no_tokenizer(tmp_path, name):
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to("/dev/zero")
+    if name == "vocab.json":
+        (tmp_path / "merges.txt").touch()
+    with pytest.raises(ValueError, match=f"{name}: expected a file, found a device"):
+        load_tokenizer(tmp_path)
 
 
 def test_missing_tokenizer_is_refused(tmp_path):
