@@ -19,9 +19,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-JSON_BYTES = (
-    32 << 20
-)  # of one file, or of a header; those of the largest models have 10 MB. Read, the worst take 50 times as much
+JSON_BYTES = 32 << 20  # of a file or a header, which have 10 MB in the largest models; read, it may be 50 times as much
 JSON_DEPTH = 64
 NUMBER_DIGITS = 308  # of an integer in JSON, which so fits a float; "model_max_length" has 31 in many files
 DIMENSIONS = 8
