@@ -418,6 +418,11 @@ def test_gguf_metadata_is_not_read_without_end(tmp_path):
         open_checkpoint(path)
 
 
+def test_a_vocabulary_alone_is_no_model(tmp_path):
+    with pytest.raises(ValueError, match="m.gguf: holds no tensors: it is a vocabulary alone"):
+        open_checkpoint(write_gguf(tmp_path / "m.gguf", {}))
+
+
 def test_unknown_gguf_architecture_names_those_we_have(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", {}, architecture="mamba")
     with pytest.raises(ValueError, match="'mamba'; the architectures we have are llama, qwen2"):

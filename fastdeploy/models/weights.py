@@ -227,6 +227,8 @@ def _open_gguf(path: Path) -> Checkpoint:
         dtype=_weights_dtype(tensors),
         source=str(file.path),
     )
+    if not file.tensors:
+        raise ValueError(f"{file.path}: holds no tensors: it is a vocabulary alone, for tokenizer=, or was cut short")
     if divisors is not None and len(divisors) != config.head_dim // 2:
         raise ValueError(f"{file.path}: rope_freqs.weight has {len(divisors)} numbers; expected {config.head_dim // 2}")
     if file.metadata["general.architecture"] == "llama":  # the others' rows are as Hugging Face has them
