@@ -466,6 +466,6 @@ def _rope_scaling_from_gguf(fields: Fields, divisors: tuple[float, ...] | None) 
         scaling["original_max_position_embeddings"] = original
     if kind == "yarn":
         scaling |= {f"beta_{end}": own.number(f"yarn_beta_{end}", value) for end, value in YARN_BETAS.items()}
-        if attention != 1.0:
+        if attention != 1.0:  # it multiplies YaRN's own, see `_yarn_length` in kernels/rope.py
             scaling["attention_factor"] = attention * (1.0 + 0.1 * math.log(max(factor, 1.0)))
     return _checked_scaling(scaling, fields.source)

@@ -24,35 +24,47 @@ def _table(*groups: tuple[tuple[Any, ...], str]) -> dict[str, tuple[Any, ...]]:
 
 # config.json, by the classes of transformers
 HUGGINGFACE_FIELDS = _table(
+    # activations, and what clamps or caps values: Gemma, gpt-oss, Grok
     (("silu", "swish"), "hidden_act hidden_activation activation_function mlp_hidden_act activation"),
     (("silu", "swish"), "moe_gate_activation"),
     (ZERO, "attn_logit_softcapping final_logit_softcapping logits_soft_cap logit_softcapping router_logit_softcapping"),
     (ZERO, "attention_logit_cap moe_router_logit_softcapping swiglu_limit mlp_gate_softcap mlp_up_softcap softcap"),
-    (ZERO, "output_logit_soft_cap swiglu_limits swiglu_limits_shared log_scaling_alpha llama_4_scaling_beta"),
+    (ZERO, "output_logit_soft_cap swiglu_limits swiglu_limits_shared"),
+    (ONE, "swiglu_alpha"),
+    (ABSENT, "clip_qkv qk_l2_clip_threshold"),
+    # factors: Granite, MiniCPM, Falcon-H1, Command-R, MiniMax, Gemma's embeddings
     (ONE, "embedding_multiplier residual_multiplier logits_scaling logit_scale embedding_scale residual_scale"),
     (ONE, "scale_emb lm_head_multiplier key_multiplier attention_in_multiplier attention_out_multiplier"),
     (ONE, "mlp_alpha_factor mlp_beta_factor full_attn_alpha_factor full_attn_beta_factor attention_value_scale"),
-    (ONE, "logits_mup_width_multiplier compression_ratio swiglu_alpha rotary_pct rope_pct"),
-    (ONE, "output_multiplier qk_scale_factor moe_router_scaling_factor attn_factor extrapolation_factor"),
-    (ONE, "routed_scaling_factor router_scaling_factor route_scale moe_routed_scaling_factor"),
+    (ONE, "logits_mup_width_multiplier output_multiplier qk_scale_factor compression_ratio"),
+    (OFF, "scale_embedding normalize_embedding mup_enabled use_mup scale_attn_by_inverse_layer_idx"),
+    (ABSENT, "scale_depth softmax_scale mlp_multipliers"),
+    # routing of experts: DeepSeek, GLM, Hunyuan
+    (
+        ONE,
+        "routed_scaling_factor router_scaling_factor route_scale moe_routed_scaling_factor moe_router_scaling_factor",
+    ),
     ((0, 1), "n_group topk_group num_expert_group"),
     (("softmax",), "scoring_func expert_selection_fn moe_gate_act score_func"),
-    (OFF, "scale_embedding normalize_embedding mup_enabled use_mup rope_interleave rope_interleaved"),
-    (OFF, "scale_attn_by_inverse_layer_idx use_mem_rope"),
-    (OFF, "use_parallel_residual parallel_attn parallel_residual apply_residual_connection_post_layernorm"),
-    (OFF, "alibi prefix_lm use_bidirectional_attention is_encoder_decoder add_cross_attention"),
-    (OFF, "attn_temperature_tuning use_qk_norm qk_layernorm qk_norm attention_k_eq_v use_mrope use_attention_gate"),
-    (OFF, "moe_apply_router_weight_on_input norm_after use_post_norm use_sandwich_norm do_layer_norm_after"),
-    ((True,), "is_causal causal use_rmsnorm scale_attn_weights use_rotary_embedding"),
+    (OFF, "moe_apply_router_weight_on_input"),
+    (ZERO, "zero_expert_num"),
+    # positions: Phi, SmolLM3, Llama 4, ModernBERT's and Gemma 3's two bases, MPT's ALiBi
+    (ONE, "rotary_pct rope_pct attn_factor extrapolation_factor"),
+    (OFF, "rope_interleave rope_interleaved use_mem_rope use_mrope alibi attn_temperature_tuning"),
+    (ZERO, "no_rope_layer_interval log_scaling_alpha llama_4_scaling_beta"),
+    ((True,), "use_rotary_embedding"),
     (("rope", "rotary", "default"), "position_embedding_type position_encoding_type"),
+    (ABSENT, "no_rope_layers rope_local_base_freq layer_rope_theta rope_scaling_layers"),
+    # attention and blocks: Falcon's parallel ones, OLMo 2's norms, Gemma 3n, encoders
+    (OFF, "use_parallel_residual parallel_attn parallel_residual apply_residual_connection_post_layernorm"),
+    (OFF, "norm_after use_post_norm use_sandwich_norm do_layer_norm_after use_attention_gate"),
+    (OFF, "use_qk_norm qk_layernorm qk_norm attention_k_eq_v"),
+    (OFF, "prefix_lm use_bidirectional_attention is_encoder_decoder add_cross_attention"),
+    ((True,), "is_causal causal use_rmsnorm scale_attn_weights"),
     (("rms_norm", "rmsnorm", "rms"), "norm_type normalization_type"),
-    (ZERO, "num_kv_shared_layers no_rope_layer_interval attn_layer_period zero_expert_num"),
-    (
-        ABSENT,
-        "clip_qkv qk_l2_clip_threshold attention_chunk_size no_rope_layers local_attention_window_len scale_depth",
-    ),
-    (ABSENT, "softmax_scale mlp_multipliers altup_num_inputs laurel_rank activation_sparsity_pattern"),
-    (ABSENT, "rope_local_base_freq layer_rope_theta rope_scaling_layers sliding_window_size"),
+    (ZERO, "num_kv_shared_layers attn_layer_period"),
+    (ABSENT, "attention_chunk_size local_attention_window_len sliding_window_size"),
+    (ABSENT, "altup_num_inputs laurel_rank activation_sparsity_pattern"),
 )
 # What a family always does, where others need a switch.
 NORMALISES_HEADS = dict.fromkeys(("use_qk_norm", "qk_layernorm", "qk_norm"), (True,))

@@ -206,7 +206,7 @@ def _takes_parts(tree: nodes.Template, content: Collection[str]) -> bool:
 
 
 def _asks_for_none(tree: nodes.Template, content: Collection[str]) -> bool:
-    """Whether the template tests if a content is none, and knows of no empty one besides."""
+    """Whether the template tests if a content is none, as DeepSeek-R1's does, and knows of no empty one besides."""
     tests = any(_is_one_of(content, test.node) for test in tree.find_all(nodes.Test) if test.name == "none")
     compared = [compare.ops[0].expr for compare in tree.find_all(nodes.Compare) if _is_one_of(content, compare.expr)]
     return tests and not any(isinstance(other, nodes.Const) and other.value == "" for other in compared)

@@ -107,7 +107,8 @@ def _adapted(given: dict[str, Any], takes_parts: bool, asks_for_none: bool) -> d
 
 
 class Message(dict):
-    """A message with or without content: many templates add its text to others without a look whether there is one."""
+    """A message with or without content: Qwen3's template, like many, adds its text to others without looking whether
+    there is one."""
 
     def __missing__(self, key: str) -> str:
         if key == "content":
