@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,10 +54,12 @@ def _growth(step: Any) -> int:
     return max(own, 1) * _growth(list(step.values()))
 
 
-def add_bos(backend: tokenizers.Tokenizer, bos: str) -> None:
-    """Have `encode(add_special_tokens=True)` begin with this token."""
-    special_tokens = [(bos, backend.token_to_id(bos))]
-    backend.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=special_tokens)
+def add_bos(backend: tokenizers.Tokenizer, named_tokens: Mapping[str, str]) -> None:
+    """Have `encode(add_special_tokens=True)` begin with the "bos_token", if there is one."""
+    bos = named_tokens.get("bos_token")
+    if bos is not None:
+        special_tokens = [(bos, backend.token_to_id(bos))]
+        backend.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=special_tokens)
 
 
 def special(text: str) -> AddedToken:
