@@ -46,13 +46,8 @@ from fastdeploy.sampling_params import MAX_N, SamplingParams
 logger = logging.getLogger("fastdeploy")
 
 INPUTS = ("prompt", "prompt_token_ids", "messages")
-# Keys beside "messages", which `LLM.chat` describes, with their defaults: the arguments of `template_variables`.
-CHAT_KEYS = {
-    "chat_template_kwargs": None,
-    "tools": None,
-    "add_generation_prompt": None,
-    "continue_final_message": False,
-}
+# Keys beside "messages", arguments of `LLM.chat`.
+CHAT_KEYS = ("chat_template_kwargs", "tools", "add_generation_prompt", "continue_final_message")
 BEGINNING = b'{"line": '  # of every answer
 PROCESS_ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit)  # exceptions that are no line's
 
@@ -279,7 +274,7 @@ class BatchRun:
         found = {key: request.pop(key) for key in INPUTS if key in request}
         if "messages" in found and len(found) == 1:
             messages = found["messages"]
-            variables = template_variables(*(request.pop(key, default) for key, default in CHAT_KEYS.items()))
+            variables = template_variables(**{key: request.pop(key) for key in CHAT_KEYS if key in request})
             if isinstance(messages, list) and messages and isinstance(messages[0], list):
                 raise TypeError("'messages' is several conversations: a line is one, a list of messages")
             return reader.read_chat(messages, template, variables)

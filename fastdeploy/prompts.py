@@ -150,13 +150,16 @@ class PromptReader:
 
 
 def template_variables(
-    kwargs: object, tools: object, add_generation_prompt: object, continue_final_message: object = False
+    chat_template_kwargs: object = None,
+    tools: object = None,
+    add_generation_prompt: object = None,
+    continue_final_message: object = False,
 ) -> dict[str, Any]:
     """What `Tokenizer.apply_chat_template` takes besides the messages, from these arguments of `LLM.chat`.
 
     Raises TypeError or ValueError if anything in them is wrong.
     """
-    given = {} if kwargs is None else kwargs
+    given = {} if chat_template_kwargs is None else chat_template_kwargs
     if not isinstance(given, Mapping):
         raise TypeError(f"chat_template_kwargs must be a dict, not {type(given).__name__}")
     own = {"tools": _tools(tools), **_ending(add_generation_prompt, continue_final_message)}
