@@ -7,8 +7,8 @@ model thinks. Anywhere else it is text. Line breaks directly beside a marker bel
 
 A qwen3 model may think without a start marker in prompt or output: an end marker then tells that all before it was a
 thinking. What a stream has given is never taken back. So text that begins without a marker is held back until a marker
-comes, or the end: without any marker, a stream gives its text at the end. Nothing is held back where the prompt ends
-with a marker, as chat templates have it with enable_thinking=False and for models that always think.
+comes, or the end. Nothing is held back where the prompt ends with a marker, as chat templates have it with
+enable_thinking=False and for models that always think.
 """
 
 from __future__ import annotations

@@ -246,13 +246,13 @@ class CharacterMap:
         units = np.array(self._units, dtype=np.int64)
         has_value = np.flatnonzero((units & HAS_VALUE != 0) & (units <= VALUE))
         places = has_value ^ _offset(units[has_value])
-        texts = np.frombuffer(self._texts + b"\0", dtype=np.uint8)
-        outside = places[places >= len(units)]
-        values = units[places[places < len(units)]] & VALUE
-        inside = values[values < len(self._texts)]
-        # A byte 0b10...... goes on with a character.
-        if len(outside) or len(inside) < len(values) or (texts[inside] >> 6 == 2).any() or texts[-2:-1].any():
-            raise ValueError("its rules of normalisation lead to no text")
+        no_text = ValueError("its rules of normalisation lead to no text")
+        if (places >= len(units)).any():
+            raise no_text
+        values, texts = units[places] & VALUE, np.frombuffer(self._texts, dtype=np.uint8)
+        # A byte 0b10...... goes on with a character; the last byte ends a text.
+        if (values >= len(texts)).any() or (texts[values] >> 6 == 2).any() or texts[-1:].any():
+            raise no_text
         longest = max(map(len, self._texts.decode().split("\0")))
         if longest > RULE_LENGTH:
             raise ValueError(f"its rules of normalisation make {longest} characters of one; expected {RULE_LENGTH}")
