@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastdeploy.text.tokenizer import Tokenizer
 
-
 MOST_CHARACTERS = 256  # of a token, in vocabularies that we know of: 128 spaces
 
 
