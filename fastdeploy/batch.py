@@ -31,7 +31,7 @@ import json
 import logging
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,17 +46,9 @@ from fastdeploy.sampling_params import MAX_N, SamplingParams
 logger = logging.getLogger("fastdeploy")
 
 INPUTS = ("prompt", "prompt_token_ids", "messages")
-# Keys beside "messages", which `LLM.chat` describes, with their defaults: the arguments of `template_variables`.
-CHAT_KEYS = {
-    "chat_template_kwargs": None,
-    "tools": None,
-    "add_generation_prompt": None,
-    "continue_final_message": False,
-}
+# Keys beside "messages", arguments of `LLM.chat`.
+CHAT_KEYS = ("chat_template_kwargs", "tools", "add_generation_prompt", "continue_final_message")
 BEGINNING = b'{"line": '  # of every answer
-PROCESS_ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit)  # exceptions that are no line's
-
-Writer = Callable[[RequestOutput], dict[str, Any]]
 
 
 def answer_file(engine: Mapping[str, Any], sampling: Mapping[str, Any], input: str, output: str) -> int:
@@ -229,28 +221,24 @@ class BatchRun:
 
     def _run(self, tasks: list[Task]) -> Iterator[list[Task]]:
         """The tasks that each step finishes; first of all those that have failed already."""
-        yield [task for task in tasks if task.requests is None]  # these have failed already
-        owners: dict[str, tuple[Task, Writer]] = {}
-        for outputs in self._llm.engine.run(self._made(tasks, owners), partial=False):
+        yield [task for task in tasks if task.requests is None]
+        owners: dict[str, tuple[Task, SamplingParams]] = {}  # of the requests that are made
+        for outputs in self._llm.engine.run(_made(tasks, owners), partial=False):
             finished = []
             for output in outputs:
-                task, writer = owners.pop(output.request_id)
-                task.choices.append({} if output.error_msg else writer(output))
-                task.num_output_tokens += len(output.outputs.token_ids)
+                task, params = owners.pop(output.request_id)
+                choice: dict[str, Any] = {}
                 if output.error_msg is not None:  # this request alone failed; the line has no answer then
                     task.error = {"code": output.error_code, "message": output.error_msg}
+                elif task.is_openai:
+                    choice = ChoiceWriter(task.is_chat, params, self._llm.tokenizer).choice(output)
+                else:
+                    choice = own_choice(output)
+                task.choices.append(choice)
+                task.num_output_tokens += len(output.outputs.token_ids)
                 if task.requests is not None and len(task.choices) == len(task.requests):
                     finished.append(task)
             yield finished
-
-    def _made(self, tasks: list[Task], owners: dict[str, tuple[Task, Writer]]) -> Iterator[Request]:
-        """The requests of the tasks. Notes in `owners` whose each is, and what makes a choice of its output."""
-        for task in tasks:
-            for request in task.requests or ():
-                params = request.sampling_params
-                openai = ChoiceWriter(task.is_chat, params, self._llm.tokenizer).choice
-                owners[request.request_id] = (task, openai if task.is_openai else own_choice)
-                yield request
 
     def _task(self, line: Line) -> Task:
         """The line, read and checked; with an error if it can't be answered."""
@@ -260,7 +248,7 @@ class BatchRun:
             request = openai_request(task.given) if task.is_openai else dict(task.given)
             request.pop("custom_id", None)
             task.requests = self._requests(request, line)
-        except PROCESS_ENDS:
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
         except BaseException as error:  # the one gate: whatever a line does, to a library that panics too
             task.fail(error)
@@ -285,7 +273,7 @@ class BatchRun:
         found = {key: request.pop(key) for key in INPUTS if key in request}
         if "messages" in found and len(found) == 1:
             messages = found["messages"]
-            variables = template_variables(*(request.pop(key, default) for key, default in CHAT_KEYS.items()))
+            variables = template_variables(**{key: request.pop(key) for key in CHAT_KEYS if key in request})
             if isinstance(messages, list) and messages and isinstance(messages[0], list):
                 raise TypeError("'messages' is several conversations: a line is one, a list of messages")
             return reader.read_chat(messages, template, variables)
@@ -300,9 +288,7 @@ class BatchRun:
         """Append the answer, whole or not at all as far as a kill lets it."""
         try:
             content = self._written(task)
-        except PROCESS_ENDS:
-            raise
-        except BaseException as error:  # a custom_id that JSON can be read from, but not written to: too deep
+        except Exception as error:  # a custom_id that JSON can be read from, but not written to: too deep
             task.given = {}
             task.fail(error)
             content = self._written(task)
@@ -317,6 +303,14 @@ class BatchRun:
             return json.dumps(answer, ensure_ascii=False).encode()
         except UnicodeEncodeError:  # half a surrogate pair, in a custom_id say
             return json.dumps(answer).encode()
+
+
+def _made(tasks: list[Task], owners: dict[str, tuple[Task, SamplingParams]]) -> Iterator[Request]:
+    """The requests of the tasks, each noted in `owners`."""
+    for task in tasks:
+        for request in task.requests or ():
+            owners[request.request_id] = (task, request.sampling_params)
+            yield request
 
 
 def parsed(content: bytes) -> dict[str, Any]:

@@ -103,9 +103,7 @@ class Intake:
             raise ValueError(f"{prompt.name}: {error}") from error
 
     def _request(self, index: int, order: Order, params: SamplingParams) -> Request:
-        from fastdeploy.text.tokenizer import (
-            StreamingDetokenizer,
-        )  # brings the library: not before there is a tokenizer
+        from fastdeploy.text.tokenizer import StreamingDetokenizer  # brings the library, which a tokenizer has brought
 
         prompt, ends = order.prompt, self._eos_token_ids
         request = Request(str(uuid.uuid4()), prompt.given, prompt.token_ids, params, ends, index, banned=order.banned)
@@ -116,11 +114,10 @@ class Intake:
             end = prompt.token_ids if prompt.continues else prompt.token_ids[-PROMPT_END:]
             text = self._tokenizer.decode(end, skip_special_tokens=False)
             parser = ReasoningParser(self._markers, text, prompt.continues)
-            if params.reasoning_max_tokens is not None:
+            limit = params.reasoning_max_tokens
+            if limit is not None:
                 is_open = self._markers.open_after(text, prompt.continues)
-                request.thinking = ThinkingBudget(
-                    params.reasoning_max_tokens, *self._marker_ids(self._markers), is_open
-                )
+                request.thinking = ThinkingBudget(limit, *self._marker_ids(self._markers), is_open)
         detokenizer = StreamingDetokenizer(self._tokenizer, params.skip_special_tokens, shown)
         Transcript(request, detokenizer, self._tokenizer.token_text, parser)  # introduces itself to the request
         return request

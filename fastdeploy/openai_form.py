@@ -80,16 +80,17 @@ class ChoiceWriter:
     def choice(self, output: RequestOutput) -> dict[str, Any]:
         """What was said, as a choice of a chat completion or a completion."""
         said = output.outputs
-        extras = {"stop_reason": said.stop_reason, "prompt_logprobs": None}
+        choice: dict[str, Any] = {"index": said.index, "finish_reason": said.finish_reason}
+        if said.stop_reason is not None:
+            choice["stop_reason"] = said.stop_reason
         if output.prompt_logprobs is not None:
-            extras["prompt_logprobs"] = output.to_dict()["prompt_logprobs"]
-        named = {name: value for name, value in extras.items() if value is not None}
-        common = {"index": said.index, "finish_reason": said.finish_reason, **named}
+            choice["prompt_logprobs"] = output.to_dict()["prompt_logprobs"]
         if not self.is_chat:
-            return {"text": said.text, "logprobs": self._logprobs(said), **common}
-        thoughts = {} if said.reasoning_content is None else {"reasoning_content": said.reasoning_content}
-        message = {"role": "assistant", "content": said.text, "refusal": None, **thoughts}
-        return {"message": message, "logprobs": self._chat_logprobs(said), **common}
+            return {"text": said.text, "logprobs": self._logprobs(said), **choice}
+        message = {"role": "assistant", "content": said.text, "refusal": None}
+        if said.reasoning_content is not None:
+            message["reasoning_content"] = said.reasoning_content
+        return {"message": message, "logprobs": self._chat_logprobs(said), **choice}
 
     def _chat_logprobs(self, said: CompletionOutput) -> dict[str, Any] | None:
         if said.logprobs is None:
@@ -102,8 +103,8 @@ class ChoiceWriter:
         return {"content": content, "refusal": None}
 
     def _chat_logprob(self, token_id: int, entry: Logprob) -> dict[str, Any]:
-        token, spelled = entry.decoded_token or "", list(self._bytes(token_id, entry))
-        return {"token": token, "bytes": spelled, "logprob": max(entry.logprob, IMPOSSIBLE)}
+        spelled = list(self._bytes(token_id, entry))
+        return {"token": entry.decoded_token or "", "bytes": spelled, "logprob": max(entry.logprob, IMPOSSIBLE)}
 
     def _bytes(self, token_id: int, entry: Logprob) -> bytes:
         """What a token adds to the text, which may be less than a character."""
@@ -120,7 +121,7 @@ class ChoiceWriter:
         tokens = [entry.decoded_token or "" for entry in entries]
         skipped = self.tokenizer.special_token_ids if self.params.skip_special_tokens else ()
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        lost = "".join(tokens[:1])[:1] == " " != said.text[:1]  # SentencePiece's first space
+        lost = tokens and tokens[0].startswith(" ") and not said.text.startswith(" ")  # SentencePiece's first space
         offsets, place_in_text = [], -1 if lost else 0
         for token_id, entry in zip(said.token_ids, entries):
             offsets.append(min(max(place_in_text, 0), len(said.text)))

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastdeploy.text.tokenizer import Tokenizer
 
-
 MOST_CHARACTERS = 256  # of a token, in vocabularies that we know of: 128 spaces
 
 
@@ -86,23 +85,23 @@ class PromptReader:
         raise TypeError(f"{name} {must}, not {type(prompt).__name__}: {reprlib.repr(prompt)}")
 
     def _prompt_of_dict(self, name: str, prompt: Mapping[Any, Any]) -> Prompt:
-        keys = [key for key in ("prompt_token_ids", "prompt") if prompt.get(key) is not None]  # the first one counts
-        if not keys:
+        ids, text = prompt.get("prompt_token_ids"), prompt.get("prompt")
+        if ids is None and text is None:
             found = reprlib.repr(list(prompt))
             raise ValueError(f"{name} must have either the key 'prompt' or 'prompt_token_ids', it has {found}")
-        unknown = [key for key in prompt if key not in ("prompt_token_ids", "prompt")]
-        if unknown:
-            raise ValueError(f"{name} has the key {unknown[0]!r}: a dict prompt has {keys[0]!r} and nothing else")
-        given, place = prompt[keys[0]], f"{name}[{keys[0]!r}]"
-        if keys[0] == "prompt":
-            if isinstance(given, Mapping):
-                raise TypeError(f"{place} must be text or a list of token ids, not {type(given).__name__}")
-            return self._prompt(place, given)
-        if not isinstance(given, (list, tuple)):
-            must = "must be a list of token ids"
-            raise TypeError(f"{place} {must}, not {type(given).__name__}: {reprlib.repr(given)}")
-        token_ids, shown = self._checked(place, given), prompt.get("prompt")
-        return Prompt(place, shown if isinstance(shown, str) and shown else token_ids, token_ids)
+        key = "prompt" if ids is None else "prompt_token_ids"
+        for other in prompt:
+            if other not in ("prompt_token_ids", "prompt"):
+                raise ValueError(f"{name} has the key {other!r}: a dict prompt has {key!r} and nothing else")
+        place = f"{name}[{key!r}]"
+        if ids is None:
+            if isinstance(text, Mapping):
+                raise TypeError(f"{place} must be text or a list of token ids, not {type(text).__name__}")
+            return self._prompt(place, text)
+        if not isinstance(ids, (list, tuple)):
+            raise TypeError(f"{place} must be a list of token ids, not {type(ids).__name__}: {reprlib.repr(ids)}")
+        token_ids = self._checked(place, ids)
+        return Prompt(place, text if isinstance(text, str) and text else token_ids, token_ids)
 
     def _conversation(
         self, name: str, messages: object, chat_template: str | os.PathLike | None, variables: Mapping[str, Any]
@@ -150,13 +149,16 @@ class PromptReader:
 
 
 def template_variables(
-    kwargs: object, tools: object, add_generation_prompt: object, continue_final_message: object = False
+    chat_template_kwargs: object = None,
+    tools: object = None,
+    add_generation_prompt: object = None,
+    continue_final_message: object = False,
 ) -> dict[str, Any]:
     """What `Tokenizer.apply_chat_template` takes besides the messages, from these arguments of `LLM.chat`.
 
     Raises TypeError or ValueError if anything in them is wrong.
     """
-    given = {} if kwargs is None else kwargs
+    given = {} if chat_template_kwargs is None else chat_template_kwargs
     if not isinstance(given, Mapping):
         raise TypeError(f"chat_template_kwargs must be a dict, not {type(given).__name__}")
     own = {"tools": _tools(tools), **_ending(add_generation_prompt, continue_final_message)}

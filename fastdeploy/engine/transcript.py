@@ -97,9 +97,9 @@ class StopSearch:
                 self.found = self._stops[form]
                 self._held = ""
                 return text[:start].translate(self._unmarked) + (self.found if self._include else "")
-        certain = len(known) - max((partial_match(known, stop) for stop in self._stops), default=0)
+        certain = len(known) - max(partial_match(known, stop) for stop in self._stops)
         self._held = known[certain:]
-        self._num_searched = max(self._num_searched, len(known), len(text)) - certain
+        self._num_searched = max(self._num_searched, len(text)) - certain
         return known[:certain].translate(self._unmarked)
 
     def finish(self) -> str:

@@ -1,15 +1,15 @@
-"""What every tokenizer asks of the `tokenizers` library: special tokens, BOS, and failures that are errors."""
+"""What every tokenizer asks of the `tokenizers` library: BOS, steps of bounded growth, and failures that are errors."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, processors
+from tokenizers import processors
 
 GROWTH = 1 << 14  # characters that a tokenizer's steps may make of one; those of published ones make a dozen
 
@@ -24,14 +24,11 @@ def failures_as_errors(what: str, passing: tuple[type[Exception], ...] = ()) -> 
     try:
         yield
     except BaseException as error:
-        if isinstance(error, passing) or not (isinstance(error, Exception) or _is_panic(error)):
+        is_panic = type(error).__name__ == "PanicException"  # which no module exports; Ctrl-C is another BaseException
+        if isinstance(error, passing) or not (isinstance(error, Exception) or is_panic):
             raise
         readable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error)[:500])
         raise ValueError(f"{what}: {readable} (tokenizers {tokenizers.__version__})") from None
-
-
-def _is_panic(error: BaseException) -> bool:
-    return type(error).__name__ == "PanicException"  # which no module exports; Ctrl-C is another BaseException
 
 
 def check_growth(backend: tokenizers.Tokenizer, source: str) -> None:
@@ -54,12 +51,9 @@ def _growth(step: Any) -> int:
     return max(own, 1) * _growth(list(step.values()))
 
 
-def add_bos(backend: tokenizers.Tokenizer, bos: str) -> None:
-    """Have `encode(add_special_tokens=True)` begin with this token."""
-    special_tokens = [(bos, backend.token_to_id(bos))]
-    backend.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=special_tokens)
-
-
-def special(text: str) -> AddedToken:
-    """A token that is looked for in the text before it is cut, and that no output shows."""
-    return AddedToken(text, special=True, normalized=False)
+def add_bos(backend: tokenizers.Tokenizer, named_tokens: Mapping[str, str]) -> None:
+    """Have `encode(add_special_tokens=True)` begin with the "bos_token", if there is one."""
+    bos = named_tokens.get("bos_token")
+    if bos is not None:
+        special_tokens = [(bos, backend.token_to_id(bos))]
+        backend.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=special_tokens)

@@ -65,6 +65,7 @@ class Cut:
 
 DEFAULT = Cut("default", (r"[\p{P}\$\+<=>\^~\|]+", GPT2.removesuffix(r"|\s+"), r"\p{N}+", r"[0-9][0-9][0-9]"))
 _LLAMA3 = rf"{ENDINGS}|{WORD}|\p{{N}}{{1,3}}|{SIGNS}|{SPACES}"
+_GPT4O = rf"{_cased_words(f'{ENDINGS}?')}|\p{{N}}{{1,3}}|{SIGNS_AND_SLASHES}|{SPACES}"
 _QWEN2 = rf"{ENDINGS}|{WORD}|\p{{N}}|{SIGNS}|{SPACES}"
 CUTS = (
     DEFAULT,
@@ -76,9 +77,7 @@ CUTS = (
     Cut("smollm starcoder refact command-r codeshell exaone minerva-7b mellum2", (r"\p{N}", GPT2)),
     Cut(
         "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
-        (_LLAMA3,),
-        ignores_merges=True,
-        adds_bos=True,
+        (_LLAMA3,), ignores_merges=True, adds_bos=True,
     ),
     Cut("dbrx smaug-bpe chatglm-bpe", (_LLAMA3,)),
     Cut("glm4 glm5", (_LLAMA3,), ignores_merges=True),
@@ -90,29 +89,13 @@ CUTS = (
         "qwen35",
         (rf"{ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{SPACES}",),
     ),
-    Cut(
-        "tekken",
-        (rf"{_cased_words()}|\p{{N}}|{SIGNS_AND_SLASHES}|{SPACES}",),
-        ignores_merges=True,
-        adds_bos=True,
-    ),
-    Cut(
-        "gpt-4o llama4 kanana2 talkie minimax-m2",
-        (rf"{_cased_words(f'{ENDINGS}?')}|\p{{N}}{{1,3}}|{SIGNS_AND_SLASHES}|{SPACES}",),
-    ),
-    Cut(
-        "tiny_aya cohere2moe",
-        (
-            r"\d{1,3}(?=(?:\d{3})*\b)",
-            rf"{_cased_words(f'{ENDINGS}?')}|\p{{N}}{{1,3}}|{SIGNS_AND_SLASHES}|{SPACES}",
-        ),
-    ),
+    Cut("tekken", (rf"{_cased_words()}|\p{{N}}|{SIGNS_AND_SLASHES}|{SPACES}",), ignores_merges=True, adds_bos=True),
+    Cut("gpt-4o llama4 kanana2 talkie minimax-m2", (_GPT4O,)),
+    Cut("tiny_aya cohere2moe", (r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O)),
     Cut("seed-coder", (rf"{ENDINGS}|{WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{SPACES}",)),
     Cut(
         "deepseek-llm",
-        (
-            r"[\r\n]", rf"\s?{DEEPSEEK_LETTERS}+", DEEPSEEK_SIGNS, r"\s+$", rf"{DEEPSEEK_EAST_ASIAN}+", r"\p{N}+"
-        ),
+        (r"[\r\n]", rf"\s?{DEEPSEEK_LETTERS}+", DEEPSEEK_SIGNS, r"\s+$", rf"{DEEPSEEK_EAST_ASIAN}+", r"\p{N}+"),
     ),
     Cut("deepseek-coder", (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", rf"{DEEPSEEK_EAST_ASIAN}+", r"\p{N}")),
     Cut("deepseek-v3 hunyuan-dense joyai-llm hy_v4", (r"\p{N}{1,3}", DEEPSEEK3_EAST_ASIAN, DEEPSEEK3_WORDS)),

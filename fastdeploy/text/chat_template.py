@@ -22,6 +22,7 @@ logger = logging.getLogger("fastdeploy")
 
 Templates = str | dict[str, str] | None  # Jinja source; several by name, of which "default" is for plain conversations
 MAX_FILE_BYTES = 2**22  # of a template: the longest published ones have 2^15
+_warned: set[tuple[str, str]] = set()  # (source, variable) of the warnings that were given
 
 
 def render(
@@ -47,23 +48,16 @@ def render(
     }
     answer = RENDERER.ask(json.dumps(request).encode())
     for name in answer["unread"]:
-        if name in optional:
-            _warn_of_unread(source, name)
+        if name in optional and (source, name) not in _warned:
+            _warned.add((source, name))
+            unread = "the chat template has no variable %r: what chat_template_kwargs says of it does nothing"
+            logger.warning(unread, name)
     return answer["prompt"]
 
 
 def check(source: str) -> None:
     """Raises ValueError if `source` is no Jinja template."""
     RENDERER.ask(json.dumps({"source": source, "messages": None}).encode())
-
-
-_warned: set[tuple[str, str]] = set()
-
-
-def _warn_of_unread(source: str, name: str) -> None:
-    if (source, name) not in _warned:
-        _warned.add((source, name))
-        logger.warning("the chat template has no variable %r: what chat_template_kwargs says of it does nothing", name)
 
 
 def given_source(given: object) -> str:

@@ -33,7 +33,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from fastdeploy.text.messages import Unrenderable, adapt, cut_at_mark, mark_end
+from fastdeploy.text.messages import Unrenderable, adapted, cut_at_mark, mark_end
 
 MAX_CHARS = 2**24  # of a prompt
 MAX_MEMORY = 2**30  # bytes, above what the process has when it starts
@@ -51,7 +51,7 @@ class Compiled:
 
     template: jinja2.Template
     reads: frozenset[str]  # the variables that it has a word of
-    takes_parts: bool  # see `messages.adapt`
+    takes_parts: bool  # see `messages.adapted`
     asks_for_none: bool
 
 
@@ -109,7 +109,7 @@ def _rendered(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prompt(compiled: Compiled, given: dict[str, Any]) -> str:
-    messages = adapt(given["messages"], compiled.takes_parts, compiled.asks_for_none)
+    messages = [adapted(message, compiled.takes_parts, compiled.asks_for_none) for message in given["messages"]]
     last_text = mark_end(messages[-1]) if given["continue_final_message"] else None
     pieces, length = [], 0
     for piece in compiled.template.generate({**given["variables"], "messages": messages}):

@@ -83,16 +83,12 @@ def _as_dict(value: Any) -> dict:
     raise TypeError(f"found {_described(value)}")
 
 
-def adapt(messages: list[dict[str, Any]], takes_parts: bool, asks_for_none: bool) -> list[dict[str, Any]]:
-    """Checked messages as a template expects them; what is in them may be changed.
+def adapted(given: dict[str, Any], takes_parts: bool, asks_for_none: bool) -> dict[str, Any]:
+    """A checked message as a template expects it; what is in `given` may be changed.
 
-    takes_parts: it looks into a content that is a list; for others a text in parts is joined by line breaks.
+    takes_parts: the template looks into a content that is a list; for others a text in parts is joined by line breaks.
     asks_for_none: it tells a tool call without text by a content that is none; otherwise fields that are None go.
     """
-    return [_adapted(message, takes_parts, asks_for_none) for message in messages]
-
-
-def _adapted(given: dict[str, Any], takes_parts: bool, asks_for_none: bool) -> dict[str, Any]:
     message = Message({key: value for key, value in given.items() if value is not None})
     if asks_for_none:
         message.setdefault("content", None)

