@@ -21,6 +21,10 @@ from fastdeploy.models.storage import gguf_parts, read_json
 logger = logging.getLogger("fastdeploy")
 
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# Files that describe a model. The index of .bin files is none: nobody asks for those.
+DESCRIPTION = re.compile(
+    r"(additional_chat_templates/)?[^/]+\.jinja|[^/]+(?<!\.bin\.index)\.json|tokenizer\.model|merges\.txt"
+)
 WEIGHTS = (".safetensors", ".pdparams", ".gguf")  # the first of which a model has any is what is downloaded
 # Names without an owner, of the families we have -> the owner, and what the owner's name for it ends in. ERNIE comes
 # in Hugging Face's layout and in Paddle's.
@@ -113,17 +117,12 @@ def _is_complete(snapshot: Path, with_weights: bool) -> bool:
 def _wanted(name: str, files: Sequence[str], with_weights: bool) -> tuple[list[str], list[str]]:
     """Which of a model's files are needed, those that describe it and its weights; many carry the same weights in
     several formats."""
-    templates = [file for file in files if re.fullmatch(r"additional_chat_templates/[^/]+\.jinja", file)]
-    files = [file for file in files if "/" not in file and not file.startswith("consolidated")]  # Mistral's own format
-    described = [
-        file for file in files if file.endswith((".json", ".jinja")) or file in ("tokenizer.model", "merges.txt")
-    ]
-    described = [file for file in described if not file.endswith(".bin.index.json")]  # of weights that nobody asks for
-    described += templates
+    files = [file for file in files if not file.startswith("consolidated")]  # Mistral's own format
+    described = [file for file in files if DESCRIPTION.fullmatch(file)]
     if not with_weights:
         return described, []
     for ending in WEIGHTS:
-        weights = [file for file in files if file.endswith(ending)]
+        weights = [file for file in files if file.endswith(ending) and "/" not in file]
         models = list(dict.fromkeys(gguf_parts(Path(file))[0].name for file in weights))
         if ending == ".gguf" and len(models) > 1:
             raise ValueError(
