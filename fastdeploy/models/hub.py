@@ -61,14 +61,22 @@ def published_name(name: str) -> str | None:
 def from_hub(name: str, with_weights: bool = True) -> Path:
     """The directory of a model's files; without weights, of the others at least.
 
-    name: "owner/name", or the name alone of a model in one of PUBLISHERS' families.
+    name: "owner/name", or the name alone of a model in one of PUBLISHERS' families; no path or installed package.
 
-    Raises FileNotFoundError, saying where it looked and what to do, if the model is neither in the cache nor to be had
-    from the Hub, and ValueError if it isn't clear which of its files are meant, or it is a model that we don't have.
+    Raises FileNotFoundError, saying where it looked and what to do, if it is no such name or the model is neither in
+    the cache nor to be had from the Hub. Raises ValueError if it isn't clear which of its files are meant, or it is a
+    model that we don't have.
     """
     if not is_hub_name(name):
-        given, name = name, published_name(name) or name
-        logger.info("%s is no path and no package here; taken for %s on the Hugging Face Hub", given, name)
+        published = published_name(name)
+        if published is None:
+            raise FileNotFoundError(
+                f"model {name!r} was not found: it is no file or directory here ({os.getcwd()}), nor an installed"
+                " Python package; give a .gguf file, a checkpoint directory, the name of a model on the Hugging Face"
+                ' Hub ("owner/name"), or of a package that carries a .gguf'
+            )
+        logger.info("%s is no path and no package here; taken for %s on the Hugging Face Hub", name, published)
+        name = published
     cached = _cached(name)
     if cached is not None and _is_complete(cached, with_weights):
         return cached
