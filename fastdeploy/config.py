@@ -285,12 +285,10 @@ def refuse_quantised(config: Mapping[str, Any], source: str) -> None:
     quantised. They have formats of their own, and tensors that an unquantised checkpoint doesn't."""
     for key in ("quantization_config", "compression_config", "quantization"):
         said = config.get(key)
-        if not said:
+        methods = [said[name] for name in QUANTISATION_NAMES if name in said] if isinstance(said, dict) else []
+        if not said or (methods and not any(methods)):  # "quant_method": null
             continue
-        named = [said[name] for name in QUANTISATION_NAMES if name in said] if isinstance(said, dict) else []
-        if named and not any(named):  # "quant_method": null
-            continue
-        names = [name[:40] for name in named if isinstance(name, str)]
+        names = [name[:40] for name in methods if isinstance(name, str)]
         method = names[0] if names else f"a method without a name ({reprlib.repr(said)})"
         raise ValueError(
             f"{source}: {key!r} says that the weights are quantised, by {method}, which is not available; use the"

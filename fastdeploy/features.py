@@ -106,10 +106,9 @@ def check_features(
         "attention_multiplier": (head_dim**-0.5,),
         "attention.scale": (head_dim**-0.5, 0),
     }
-    neutral_values = {**table, **of_heads, **own}
-    for name, value in fields.values.items():
-        neutral = neutral_values.get(name)
-        if neutral is None or value is None or value == {} or _is_neutral(value, neutral):
+    for name, neutral in {**table, **of_heads, **own}.items():
+        value = fields.values.get(name)
+        if value is None or value == {} or _is_neutral(value, neutral):
             continue
         must = f"only {' or '.join(map(repr, neutral))} is available" if neutral else "it is not available"
         raise fields.error(name, f"{must} for this architecture, whose results it would change")

@@ -111,8 +111,9 @@ def _is_complete(snapshot: Path, with_weights: bool) -> bool:
     names = {path.name for path in snapshot.iterdir()}
     if not with_weights:
         return any(name.startswith("tokenizer.") for name in names)
-    for index in (path for ending in WEIGHTS for path in snapshot.glob(f"*{ending}.index.json")):
-        weight_map = read_json(index).get("weight_map")
+    indices = [path for ending in WEIGHTS for path in snapshot.glob(f"*{ending}.index.json")]
+    if indices:
+        weight_map = read_json(indices[0]).get("weight_map")
         shards = weight_map.values() if isinstance(weight_map, dict) else ()
         return all(isinstance(file, str) and file in names for file in ("config.json", *shards))
     endings = {ending for ending in WEIGHTS if any(name.endswith(ending) for name in names)}
