@@ -44,6 +44,9 @@ GGUF_ARCHITECTURES = {
     "ernie4_5": "Ernie4_5ForCausalLM",
     "ernie4_5-moe": "Ernie4_5_MoeForCausalLM",
 }
+# Names of the fields that `_sizes` reads.
+HUGGINGFACE_SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+GGUF_SIZES = ("embedding_length", "attention.head_count", "attention.head_count_kv", "attention.key_length")
 INTERLEAVED = ("Ernie4_5ForCausalLM", "Ernie4_5_MoeForCausalLM")  # whose rotary pairs are neighbours
 # Where "quantization_config" names its method: Hugging Face's key, then Paddle's and ModelOpt's.
 QUANTISATION_NAMES = (
@@ -133,9 +136,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
-    bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-    pad_token_id: int | None
     dtype: str
     mixture: MixtureConfig | None = None
     sliding_window: int | None = None
@@ -147,15 +148,13 @@ class ModelConfig:
         Linear and yarn scaling stretch the original positions, as many times as their factor says; llama3's form states
         the stretched number. Within a sliding window, attention to all tokens is the same.
         """
-        positions = self.max_position_embeddings
-        if (self.rope_scaling or {}).get("rope_type") in ("linear", "yarn"):
-            original = self.rope_scaling.get("original_max_position_embeddings", positions)  # type: ignore[union-attr]
-            positions = int(min(original * self.rope_scaling["factor"], MAX_POSITIONS))  # type: ignore[index]
+        positions, scaling = self.max_position_embeddings, self.rope_scaling or {}
+        if scaling.get("rope_type") in ("linear", "yarn"):
+            original = scaling.get("original_max_position_embeddings", positions)
+            positions = int(min(original * scaling["factor"], MAX_POSITIONS))
         if self.sliding_window is not None and self.sliding_window < positions:
-            return (
-                self.sliding_window,
-                "the sliding window of this model's attention, as attention here is to all tokens",
-            )
+            why = "the sliding window of this model's attention, as attention here is to all tokens"
+            return self.sliding_window, why
         return positions, "the positions this model was made for"
 
 
@@ -167,20 +166,15 @@ def config_from_json(
     `dtype` is what the tensors have, used where config.json doesn't say; `source` names the file in errors.
     Raises ValueError for an architecture we don't have, a missing or mistyped field, or a feature we don't have.
     """
-    name = _huggingface_architecture(Fields(config, source))
-    architecture = SAME_ARCHITECTURES.get(name, name)
-    fields = Fields({**HUGGINGFACE_ARCHITECTURES[name], **config}, source)
-    refuse_quantised(fields.values, fields.source)
-    hidden_size, vocab_size = fields.integer("hidden_size"), fields.integer("vocab_size")
-    num_heads, num_kv_heads = _heads(fields, "num_attention_heads", "num_key_value_heads")
-    head_dim = _head_dim(fields, "head_dim", hidden_size, num_heads)
+    architecture, fields = _huggingface_architecture(Fields(config, source))
+    refuse_quantised(config, source)
+    hidden_size, num_heads, num_kv_heads, head_dim = _sizes(fields, *HUGGINGFACE_SIZES)
+    vocab_size = fields.integer("vocab_size")
     rope = fields.object("rope_parameters") or fields.object("rope_scaling") or {}
     everything = Fields({**fields.values, **rope}, source)
     check_features(everything, HUGGINGFACE_FIELDS, HUGGINGFACE_OWN.get(architecture, {}), head_dim)
     rope_theta, rope_scaling = _rope_from_json(everything, rope)
-    # generate() in transformers stops at the generation config's ids where it has any; so do we.
-    generation = Fields(generation_config, f"{source}: generation config")
-    eos_token_ids = generation.token_ids("eos_token_id", vocab_size) or fields.token_ids("eos_token_id", vocab_size)
+    generation = Fields(generation_config, f"{source}: generation config")  # its ends come first, as in transformers
     return ModelConfig(
         architecture=architecture,
         vocab_size=vocab_size,
@@ -198,9 +192,7 @@ def config_from_json(
         tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
         attention_bias=fields.flag("attention_bias", default=fields.flag("use_bias", default=False)),
         mlp_bias=fields.flag("mlp_bias", default=fields.flag("use_bias", default=False)),
-        bos_token_id=fields.token_id("bos_token_id", vocab_size),
-        eos_token_ids=eos_token_ids,
-        pad_token_id=fields.token_id("pad_token_id", vocab_size),
+        eos_token_ids=generation.token_ids("eos_token_id", vocab_size) or fields.token_ids("eos_token_id", vocab_size),
         dtype=_dtype(fields) or dtype,
         mixture=MIXTURES[architecture](fields) if architecture in MIXTURES else None,
         sliding_window=_sliding_window(fields),
@@ -226,13 +218,12 @@ def _ernie_mixture(fields: Fields) -> MixtureConfig:
     count, step = fields.integer("num_hidden_layers"), fields.integer("moe_layer_interval", default=1)
     first = fields.integer("moe_layer_start_index", default=1, least=0)
     last = fields.integer("moe_layer_end_index", default=-1, least=-1)
+    stop = count if last < 0 else min(last + 1, count)
     if fields.flag("use_bias", default=False):
         raise fields.error("use_bias", "mixtures of experts are available without biases")
     num_experts, size = fields.integer("moe_num_experts", default=64), fields.integer("moe_intermediate_size")
     return MixtureConfig(
-        layers=frozenset(
-            index for index in range(first, count if last < 0 else min(last + 1, count)) if (index + 1) % step == 0
-        ),
+        layers=frozenset(index for index in range(first, stop) if (index + 1) % step == 0),
         num_experts=num_experts,
         experts_per_token=_experts_per_token(fields, "moe_k", num_experts, default=6),
         intermediate_size=size,
@@ -252,21 +243,18 @@ def _experts_per_token(fields: Fields, key: str, num_experts: int, default: int 
 MIXTURES = {"Qwen3MoeForCausalLM": _qwen3_mixture, "Ernie4_5_MoeForCausalLM": _ernie_mixture}
 
 
-def _heads(fields: Fields, heads_key: str, kv_heads_key: str) -> tuple[int, int]:
-    num_heads = fields.integer(heads_key)
-    num_kv_heads = fields.integer(kv_heads_key, default=num_heads)
+def _sizes(fields: Fields, hidden: str, heads: str, kv_heads: str, head: str) -> tuple[int, int, int, int]:
+    """(hidden_size, num_heads, num_kv_heads, head_dim), of the fields of these names."""
+    hidden_size, num_heads = fields.integer(hidden), fields.integer(heads)
+    num_kv_heads = fields.integer(kv_heads, default=num_heads)
     if num_heads % num_kv_heads:
-        raise fields.error(kv_heads_key, f"the {num_heads} heads must share KV heads evenly")
-    return num_heads, num_kv_heads
-
-
-def _head_dim(fields: Fields, key: str, hidden_size: int, num_heads: int) -> int:
-    head_dim = fields.integer(key, default=max(hidden_size // num_heads, 1))
-    if fields.values.get(key) is None and hidden_size % num_heads:
-        raise fields.error(key, f"it must be given, as hidden size {hidden_size} is no multiple of {num_heads} heads")
+        raise fields.error(kv_heads, f"the {num_heads} heads must share KV heads evenly")
+    head_dim = fields.integer(head, default=max(hidden_size // num_heads, 1))
+    if fields.values.get(head) is None and hidden_size % num_heads:
+        raise fields.error(head, f"it must be given, as hidden size {hidden_size} is no multiple of {num_heads} heads")
     if head_dim % 2:
-        raise fields.error(key, f"rotary embeddings need an even head size, not {head_dim}")
-    return head_dim
+        raise fields.error(head, f"rotary embeddings need an even head size, not {head_dim}")
+    return hidden_size, num_heads, num_kv_heads, head_dim
 
 
 def _dtype(fields: Fields) -> str | None:
@@ -279,16 +267,17 @@ def _dtype(fields: Fields) -> str | None:
     return None
 
 
-def _huggingface_architecture(fields: Fields) -> str:
-    """The first of "architectures" or, where there are none, what "model_type" means."""
-    model_type = fields.text("model_type")
-    if fields.values.get("architectures") is None and model_type in MODEL_TYPES:
-        return MODEL_TYPES[model_type]
-    architectures = fields.required("architectures")
-    name = architectures[0] if isinstance(architectures, list) and architectures else architectures
+def _huggingface_architecture(config: Fields) -> tuple[str, Fields]:
+    """Our name of the architecture, which is the first of "architectures" or, where there are none, what "model_type"
+    means; and all fields, with what it has where config.json doesn't give them."""
+    name = MODEL_TYPES.get(config.text("model_type") or "")
+    if name is None or config.values.get("architectures") is not None:
+        architectures = config.required("architectures")
+        name = architectures[0] if isinstance(architectures, list) and architectures else architectures
     if not isinstance(name, str) or name not in HUGGINGFACE_ARCHITECTURES:
-        raise fields.error("architectures", f"the architectures we have are {', '.join(HUGGINGFACE_ARCHITECTURES)}")
-    return name
+        raise config.error("architectures", f"the architectures we have are {', '.join(HUGGINGFACE_ARCHITECTURES)}")
+    fields = Fields({**HUGGINGFACE_ARCHITECTURES[name], **config.values}, config.source)
+    return SAME_ARCHITECTURES.get(name, name), fields
 
 
 def refuse_quantised(config: Mapping[str, Any], source: str) -> None:
@@ -296,12 +285,10 @@ def refuse_quantised(config: Mapping[str, Any], source: str) -> None:
     quantised. They have formats of their own, and tensors that an unquantised checkpoint doesn't."""
     for key in ("quantization_config", "compression_config", "quantization"):
         said = config.get(key)
-        if not said:
+        methods = [said[name] for name in QUANTISATION_NAMES if name in said] if isinstance(said, dict) else []
+        if not said or (methods and not any(methods)):  # "quant_method": null
             continue
-        named = [said[name] for name in QUANTISATION_NAMES if name in said] if isinstance(said, dict) else []
-        if named and not any(named):  # "quant_method": null
-            continue
-        names = [name[:40] for name in named if isinstance(name, str)]
+        names = [name[:40] for name in methods if isinstance(name, str)]
         method = names[0] if names else f"a method without a name ({reprlib.repr(said)})"
         raise ValueError(
             f"{source}: {key!r} says that the weights are quantised, by {method}, which is not available; use the"
@@ -316,9 +303,9 @@ def _sliding_window(fields: Fields) -> int | None:
         raise fields.error("layer_types", "only full and sliding attention are available")
     first = fields.integer("max_window_layers", default=0, least=0)
     slides = fields.flag("use_sliding_window", default=True) and first < fields.integer("num_hidden_layers")
-    if fields.values.get("sliding_window") is None or not ("sliding_attention" in layers if layers else slides):
-        return None
-    return fields.integer("sliding_window")
+    if layers:
+        slides = "sliding_attention" in layers
+    return fields.integer("sliding_window") if slides and fields.values.get("sliding_window") is not None else None
 
 
 def _rope_from_json(fields: Fields, rope: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
@@ -367,12 +354,7 @@ def config_from_gguf(
     """
     general = Fields(metadata, source)
     architecture, fields = _gguf_architecture(general)
-    hidden_size = fields.integer("embedding_length")
-    num_heads, num_kv_heads = _heads(fields, "attention.head_count", "attention.head_count_kv")
-    head_dim = _head_dim(fields, "attention.key_length", hidden_size, num_heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if fields.integer(key, default=head_dim) != head_dim:
-            raise fields.error(key, f"only the head size, {head_dim}, is available")
+    hidden_size, num_heads, num_kv_heads, head_dim = _sizes(fields, *GGUF_SIZES)
     check_features(fields, GGUF_FIELDS, {}, head_dim)
     vocab_size = fields.integer("vocab_size", default=len(general.list_of(str, "tokenizer.ggml.tokens") or ()))
     return ModelConfig(
@@ -392,9 +374,7 @@ def config_from_gguf(
         tie_word_embeddings="lm_head.weight" not in tensor_names,
         attention_bias="model.layers.0.self_attn.q_proj.bias" in tensor_names,
         mlp_bias="model.layers.0.mlp.gate_proj.bias" in tensor_names,
-        bos_token_id=general.token_id("tokenizer.ggml.bos_token_id", vocab_size),
         eos_token_ids=gguf_eos_token_ids(general, vocab_size),
-        pad_token_id=general.token_id("tokenizer.ggml.padding_token_id", vocab_size),
         dtype=dtype,
         mixture=_mixture_from_gguf(architecture, fields, tensor_names),
         sliding_window=fields.integer("attention.sliding_window", default=0, least=0) or None,

@@ -14,7 +14,8 @@ from typing import Any
 from fastdeploy.fields import Fields
 
 ABSENT: tuple[Any, ...] = ()  # nothing but null is neutral
-OFF, ZERO, ONE = (False,), (0, False), (1,)
+OFF, ON, ZERO, ONE, ZERO_OR_ONE = (False,), (True,), (0, False), (1,), (0, 1)
+SILU = ("silu", "swish")
 
 
 def _table(*groups: tuple[tuple[Any, ...], str]) -> dict[str, tuple[Any, ...]]:
@@ -25,8 +26,7 @@ def _table(*groups: tuple[tuple[Any, ...], str]) -> dict[str, tuple[Any, ...]]:
 # config.json, by the classes of transformers
 HUGGINGFACE_FIELDS = _table(
     # activations, and what clamps or caps values: Gemma, gpt-oss, Grok
-    (("silu", "swish"), "hidden_act hidden_activation activation_function mlp_hidden_act activation"),
-    (("silu", "swish"), "moe_gate_activation"),
+    (SILU, "hidden_act hidden_activation activation_function mlp_hidden_act activation moe_gate_activation"),
     (ZERO, "attn_logit_softcapping final_logit_softcapping logits_soft_cap logit_softcapping router_logit_softcapping"),
     (ZERO, "attention_logit_cap moe_router_logit_softcapping swiglu_limit mlp_gate_softcap mlp_up_softcap softcap"),
     (ZERO, "output_logit_soft_cap swiglu_limits swiglu_limits_shared"),
@@ -40,11 +40,9 @@ HUGGINGFACE_FIELDS = _table(
     (OFF, "scale_embedding normalize_embedding mup_enabled use_mup scale_attn_by_inverse_layer_idx"),
     (ABSENT, "scale_depth softmax_scale mlp_multipliers"),
     # routing of experts: DeepSeek, GLM, Hunyuan
-    (
-        ONE,
-        "routed_scaling_factor router_scaling_factor route_scale moe_routed_scaling_factor moe_router_scaling_factor",
-    ),
-    ((0, 1), "n_group topk_group num_expert_group"),
+    (ONE, "routed_scaling_factor router_scaling_factor route_scale"),
+    (ONE, "moe_routed_scaling_factor moe_router_scaling_factor"),
+    (ZERO_OR_ONE, "n_group topk_group num_expert_group"),
     (("softmax",), "scoring_func expert_selection_fn moe_gate_act score_func"),
     (OFF, "moe_apply_router_weight_on_input"),
     (ZERO, "zero_expert_num"),
@@ -52,7 +50,7 @@ HUGGINGFACE_FIELDS = _table(
     (ONE, "rotary_pct rope_pct attn_factor extrapolation_factor"),
     (OFF, "rope_interleave rope_interleaved use_mem_rope use_mrope alibi attn_temperature_tuning"),
     (ZERO, "no_rope_layer_interval log_scaling_alpha llama_4_scaling_beta"),
-    ((True,), "use_rotary_embedding"),
+    (ON, "use_rotary_embedding"),
     (("rope", "rotary", "default"), "position_embedding_type position_encoding_type"),
     (ABSENT, "no_rope_layers rope_local_base_freq layer_rope_theta rope_scaling_layers"),
     # attention and blocks: Falcon's parallel ones, OLMo 2's norms, Gemma 3n, encoders
@@ -60,37 +58,35 @@ HUGGINGFACE_FIELDS = _table(
     (OFF, "norm_after use_post_norm use_sandwich_norm do_layer_norm_after use_attention_gate"),
     (OFF, "use_qk_norm qk_layernorm qk_norm attention_k_eq_v"),
     (OFF, "prefix_lm use_bidirectional_attention is_encoder_decoder add_cross_attention"),
-    ((True,), "is_causal causal use_rmsnorm scale_attn_weights"),
+    (ON, "is_causal causal use_rmsnorm scale_attn_weights"),
     (("rms_norm", "rmsnorm", "rms"), "norm_type normalization_type"),
     (ZERO, "num_kv_shared_layers attn_layer_period"),
     (ABSENT, "attention_chunk_size local_attention_window_len sliding_window_size"),
     (ABSENT, "altup_num_inputs laurel_rank activation_sparsity_pattern"),
 )
 # What a family always does, where others need a switch.
-NORMALISES_HEADS = dict.fromkeys(("use_qk_norm", "qk_layernorm", "qk_norm"), (True,))
-NEIGHBOURS = dict.fromkeys(("rope_interleave", "rope_interleaved"), (True,))
+NORMALISES_HEADS = dict.fromkeys(("use_qk_norm", "qk_layernorm", "qk_norm"), ON)
+NEIGHBOURS = dict.fromkeys(("rope_interleave", "rope_interleaved"), ON)
 HUGGINGFACE_OWN: dict[str, dict[str, tuple[Any, ...]]] = {
     "Qwen3ForCausalLM": NORMALISES_HEADS,
     "Qwen3MoeForCausalLM": NORMALISES_HEADS,
     "Ernie4_5ForCausalLM": NEIGHBOURS,
-    "Ernie4_5_MoeForCausalLM": {**NEIGHBOURS, "norm_topk_prob": (True,)},
+    "Ernie4_5_MoeForCausalLM": {**NEIGHBOURS, "norm_topk_prob": ON},
 }
 # GGUF, without the architecture's prefix, by the constants of the gguf package
 GGUF_FIELDS = _table(
-    (("silu", "swish"), "hidden_activation"),
+    (SILU, "hidden_activation"),
     (ZERO, "attn_logit_softcapping router_logit_softcapping final_logit_softcapping swiglu_limit"),
     (ZERO, "attention.max_alibi_bias attention.clamp_kqv attention.temperature_length attention.temperature_scale"),
     (ZERO, "swiglu_clamp_exp swiglu_clamp_shexp attention.shared_kv_layers num_loops"),
     (ZERO, "rescale_every_n_layers full_attention_interval rope.scaling.yarn_log_multiplier attention.chunk_size"),
-    (
-        (0, 1),
-        "logit_scale residual_scale embedding_scale attention.output_scale attention.value_scale expert_group_scale",
-    ),
+    (ZERO_OR_ONE, "logit_scale residual_scale embedding_scale attention.output_scale attention.value_scale"),
+    (ZERO_OR_ONE, "expert_group_scale expert_group_count expert_group_used_count expert_gating_func"),
+    (ZERO_OR_ONE, "expert_weights_scale rope.scaling.alpha"),
     (ONE, "rope.scaling.yarn_attn_factor"),
-    ((0, 1), "expert_weights_scale expert_group_count expert_group_used_count expert_gating_func rope.scaling.alpha"),
     ((-1, 1), "rope.scaling.yarn_ext_factor"),
     (OFF, "use_parallel_residual swin_norm"),
-    ((True,), "attention.causal expert_weights_norm"),
+    (ON, "attention.causal expert_weights_norm"),
 )
 
 
@@ -99,18 +95,20 @@ def check_features(
 ) -> None:
     """Raises ValueError, naming field and value, unless the fields of `table` are neutral; `own` goes before it.
 
-    The factor of attention's scores, under whatever name, is neutral where it says 1 / sqrt(head_dim).
+    The factor of attention's scores, under whatever name, is neutral where it says 1 / sqrt(head_dim). All elements of
+    a head are rotated, and those of values are as many.
     """
-    factors = {
+    of_heads = {
         "query_pre_attn_scalar": (head_dim,),
         "rotary_dim": (head_dim,),
+        "rope.dimension_count": (head_dim,),
+        "attention.value_length": (head_dim,),
         "attention_multiplier": (head_dim**-0.5,),
         "attention.scale": (head_dim**-0.5, 0),
     }
-    neutral_values = {**table, **factors, **own}
-    for name, value in fields.values.items():
-        neutral = neutral_values.get(name)
-        if neutral is None or value is None or value == {} or _is_neutral(value, neutral):
+    for name, neutral in {**table, **of_heads, **own}.items():
+        value = fields.values.get(name)
+        if value is None or value == {} or _is_neutral(value, neutral):
             continue
         must = f"only {' or '.join(map(repr, neutral))} is available" if neutral else "it is not available"
         raise fields.error(name, f"{must} for this architecture, whose results it would change")

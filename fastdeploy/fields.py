@@ -95,8 +95,8 @@ def known_ids(ids: Iterable[int], vocab_size: int, source: str) -> tuple[int, ..
 
     Every token id that a file names goes through here: the sampler writes to the logit of an id without looking again.
     """
-    found = dict.fromkeys(ids)
-    unknown = [token_id for token_id in found if not 0 <= token_id < vocab_size]
+    found, known = dict.fromkeys(ids), range(vocab_size)
+    unknown = [token_id for token_id in found if token_id not in known]
     if unknown:
         logger.warning("%s: dropped %s, as token ids run from 0 to %d", source, reprlib.repr(unknown), vocab_size - 1)
-    return tuple(token_id for token_id in found if 0 <= token_id < vocab_size)
+    return tuple(token_id for token_id in found if token_id in known)

@@ -49,18 +49,13 @@ class Flight:
 
 @dataclass
 class Call:
-    """What a call of `Engine.run` is to hear of.
+    """A call of `Engine.run`, and what it is to hear of."""
 
-    partial: of every new token, not of finished requests alone. source: the requests to come. arrival: when it began.
-    queued: its requests under way, until it has heard of their end; news: those of them who have changed since it last
-    heard; both as keys.
-    """
-
-    partial: bool
-    source: Iterator[Request]
-    arrival: float
-    queued: dict[Request, None] = field(default_factory=dict)
-    news: dict[Request, None] = field(default_factory=dict)
+    partial: bool  # of every new token, not of finished requests alone
+    source: Iterator[Request]  # its requests to come
+    arrival: float  # when it began, by `now`
+    queued: dict[Request, None] = field(default_factory=dict)  # those under way, until it has heard of their end
+    news: dict[Request, None] = field(default_factory=dict)  # those that have changed since it last heard
 
 
 class Engine:

@@ -185,8 +185,8 @@ def limit_silence(pipe: Connection) -> None:
 
 
 def silence(error: BaseException, running: dict[int, int]) -> list[str]:
-    """What there is to say of ranks that are there and don't answer, if `error` is for want of an answer. running: the
-    processes of those that have not ended, by rank."""
+    """What there is to say of ranks that are there and don't answer, if `error` is for want of an answer; most telling
+    first. running: the processes of those that have not ended, by rank."""
     from fastdeploy.device import PeerLost
 
     names = {pid: f"rank {rank} (process {pid})" for rank, pid in running.items()}

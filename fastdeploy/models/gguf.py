@@ -91,8 +91,9 @@ class GGUFFile:
             if twice is not None:
                 raise ValueError(f"{part.path}: tensor {twice!r} is in a part before it, too; {OTHER_SPLIT}")
             tensors |= part.tensors
-        for part in parts if len(parts) > 1 else ():
-            part.check_count(len(tensors))
+        if len(parts) > 1:
+            for part in parts:
+                part.check_count(len(tensors))
         self.tensors = dict(_one_matrix_each(self.path, tensors))
 
     def stored_tensors(self, row_order: dict[str, tuple[int, int]]) -> dict[str, StoredTensor]:
@@ -126,12 +127,11 @@ class _Part:
     def check_place(self, index: int, count: int) -> None:
         """Raises ValueError unless the metadata say, too, that this is part `index`, from 0, of `count`."""
         said_count, said_index = self.metadata.get("split.count", 1), self.metadata.get("split.no", 0)
-        if said_count in (0, 1) if count == 1 else (said_count, said_index) == (count, index):
-            return
-        said = f"it is one of {reprlib.repr(said_count)} parts, number {reprlib.repr(said_index)} from 0"
-        if count == 1:
-            raise ValueError(f"{self.path}: {said}; give all parts their names back, like model-00001-of-00003.gguf")
-        raise ValueError(f"{self.path}: {said}, but by its name number {index} of {count}; {OTHER_SPLIT}")
+        said = f"{self.path}: it is one of {reprlib.repr(said_count)} parts, number {reprlib.repr(said_index)} from 0"
+        if count == 1 and said_count not in (0, 1):
+            raise ValueError(f"{said}; give all parts their names back, like model-00001-of-00003.gguf")
+        if count > 1 and (said_count, said_index) != (count, index):
+            raise ValueError(f"{said}, but by its name number {index} of {count}; {OTHER_SPLIT}")
 
     def check_count(self, count: int) -> None:
         """Raises ValueError unless all parts together have, as the metadata say, `count` tensors."""

@@ -21,6 +21,10 @@ from fastdeploy.models.storage import gguf_parts, read_json
 logger = logging.getLogger("fastdeploy")
 
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# Files that describe a model. The index of .bin files is none: nobody asks for those.
+DESCRIPTION = re.compile(
+    r"(additional_chat_templates/)?[^/]+\.jinja|[^/]+(?<!\.bin\.index)\.json|tokenizer\.model|merges\.txt"
+)
 WEIGHTS = (".safetensors", ".pdparams", ".gguf")  # the first of which a model has any is what is downloaded
 # Names without an owner, of the families we have -> the owner, and what the owner's name for it ends in. ERNIE comes
 # in Hugging Face's layout and in Paddle's.
@@ -57,14 +61,22 @@ def published_name(name: str) -> str | None:
 def from_hub(name: str, with_weights: bool = True) -> Path:
     """The directory of a model's files; without weights, of the others at least.
 
-    name: "owner/name", or the name alone of a model in one of PUBLISHERS' families.
+    name: "owner/name", or the name alone of a model in one of PUBLISHERS' families; no path or installed package.
 
-    Raises FileNotFoundError, saying where it looked and what to do, if the model is neither in the cache nor to be had
-    from the Hub, and ValueError if it isn't clear which of its files are meant, or it is a model that we don't have.
+    Raises FileNotFoundError, saying where it looked and what to do, if it is no such name or the model is neither in
+    the cache nor to be had from the Hub. Raises ValueError if it isn't clear which of its files are meant, or it is a
+    model that we don't have.
     """
     if not is_hub_name(name):
-        given, name = name, published_name(name) or name
-        logger.info("%s is no path and no package here; taken for %s on the Hugging Face Hub", given, name)
+        published = published_name(name)
+        if published is None:
+            raise FileNotFoundError(
+                f"model {name!r} was not found: it is no file or directory here ({os.getcwd()}), nor an installed"
+                " Python package; give a .gguf file, a checkpoint directory, the name of a model on the Hugging Face"
+                ' Hub ("owner/name"), or of a package that carries a .gguf'
+            )
+        logger.info("%s is no path and no package here; taken for %s on the Hugging Face Hub", name, published)
+        name = published
     cached = _cached(name)
     if cached is not None and _is_complete(cached, with_weights):
         return cached
@@ -99,8 +111,9 @@ def _is_complete(snapshot: Path, with_weights: bool) -> bool:
     names = {path.name for path in snapshot.iterdir()}
     if not with_weights:
         return any(name.startswith("tokenizer.") for name in names)
-    for index in (path for ending in WEIGHTS for path in snapshot.glob(f"*{ending}.index.json")):
-        weight_map = read_json(index).get("weight_map")
+    indices = [path for ending in WEIGHTS for path in snapshot.glob(f"*{ending}.index.json")]
+    if indices:
+        weight_map = read_json(indices[0]).get("weight_map")
         shards = weight_map.values() if isinstance(weight_map, dict) else ()
         return all(isinstance(file, str) and file in names for file in ("config.json", *shards))
     endings = {ending for ending in WEIGHTS if any(name.endswith(ending) for name in names)}
@@ -113,17 +126,12 @@ def _is_complete(snapshot: Path, with_weights: bool) -> bool:
 def _wanted(name: str, files: Sequence[str], with_weights: bool) -> tuple[list[str], list[str]]:
     """Which of a model's files are needed, those that describe it and its weights; many carry the same weights in
     several formats."""
-    templates = [file for file in files if re.fullmatch(r"additional_chat_templates/[^/]+\.jinja", file)]
-    files = [file for file in files if "/" not in file and not file.startswith("consolidated")]  # Mistral's own format
-    described = [
-        file for file in files if file.endswith((".json", ".jinja")) or file in ("tokenizer.model", "merges.txt")
-    ]
-    described = [file for file in described if not file.endswith(".bin.index.json")]  # of weights that nobody asks for
-    described += templates
+    files = [file for file in files if not file.startswith("consolidated")]  # Mistral's own format
+    described = [file for file in files if DESCRIPTION.fullmatch(file)]
     if not with_weights:
         return described, []
     for ending in WEIGHTS:
-        weights = [file for file in files if file.endswith(ending)]
+        weights = [file for file in files if file.endswith(ending) and "/" not in file]
         models = list(dict.fromkeys(gguf_parts(Path(file))[0].name for file in weights))
         if ending == ".gguf" and len(models) > 1:
             raise ValueError(

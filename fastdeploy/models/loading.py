@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import prod
 from typing import Any
@@ -91,7 +91,7 @@ class WeightLoader:
         matrices = [name for name in checkpoint.names() if len(checkpoint.shape(name)) == 2]
         # What each weight becomes, first as if it were alone in its matrix: "q4", "q8", or None for floats.
         self._kinds = {name: self._kind([name]) for name in matrices}
-        self._check_memory(checkpoint.names())
+        self._refuse_above(sum(map(self._nbytes, checkpoint.names())))  # before any is read or allocated
 
     def vector(self, names: Sequence[str], sizes: Sequence[int], rows: Sequence[range] | None = None) -> TensorView:
         """The tensors [sizes[i]] one after the other, as float32: norm weights and biases are too small to round.
@@ -174,11 +174,9 @@ class WeightLoader:
     def load(self, progress: bool) -> None:
         """Read everything that was asked for, with a progress bar if `progress`.
 
-        Raises ValueError if the checkpoint lacks a tensor, has another shape of it, or has one that nobody asked for,
-        and MemoryError if they can't fit.
+        Raises ValueError if the checkpoint lacks a tensor, has another shape of it, or has one that nobody asked for.
         """
         self._checkpoint.check(self._shapes)
-        self._check_memory(self._shapes)  # again: now it is known what this rank takes of each tensor
         self._log_quantised()
         total = sum(map(self._nbytes, self._shapes))
         with progress_bar(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not progress) as bar:
@@ -230,9 +228,10 @@ class WeightLoader:
         return QuantisedWeight(*packed, out_features, in_features, bias, wide_inputs)
 
     def _empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        """Memory on the device. A checkpoint that makes its tensors up has none that could be counted before."""
+        """Memory on the device. A checkpoint that makes its tensors up has none that could be counted before, and what
+        this rank takes of each is only known now."""
         self._allocated += prod(shape) * DTYPE_BYTES.get(dtype, 1)
-        self._refuse_without(self._allocated, self._room)
+        self._refuse_above(self._allocated)
         return self.device.empty(shape, dtype)
 
     def _ask(self, name: str, shape: tuple[int, ...], share: float) -> None:
@@ -301,14 +300,11 @@ class WeightLoader:
             modules = ", ".join(dict.fromkeys(name.split(".")[-2] for name in names))
             logger.info("%s: %s, %d tensors (%s)", self._checkpoint.path, way, len(names), modules)
 
-    def _check_memory(self, names: Iterable[str]) -> None:
-        self._refuse_without(sum(map(self._nbytes, names)), self.device.free_memory())
-
-    def _refuse_without(self, needed: int, free: int) -> None:
-        if needed > free:
+    def _refuse_above(self, needed: int) -> None:
+        if needed > self._room:
             raise MemoryError(
                 f"{self._checkpoint.path}: the weights take {needed / GIB:.1f} GiB as {self.dtype}, "
-                f"{free / GIB:.1f} GiB are free; use a smaller model or free memory"
+                f"{self._room / GIB:.1f} GiB are free; use a smaller model or free memory"
                 + (', or dtype="bfloat16"' if self.dtype == "float32" else "")
             )
 

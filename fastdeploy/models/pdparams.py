@@ -245,7 +245,8 @@ class _Machine:
 
     def push_tuple(self, items: list[Any]) -> None:
         inner = [item for tuple_ in items if isinstance(tuple_, tuple) for item in tuple_]
-        if len(items) > TUPLE or any(isinstance(item, dict) for item in items) or any(map(_is_tuple, inner)):
+        is_flat = not any(isinstance(item, dict) for item in items) and not any(isinstance(i, tuple) for i in inner)
+        if len(items) > TUPLE or not is_flat:
             raise self.error(f"a flat tuple of at most {TUPLE} values", "a longer or deeper one")
         self.push(tuple(items))
 
@@ -257,9 +258,8 @@ class _Machine:
 
     def top(self, kind: type) -> Any:
         if not self.stack or not isinstance(self.stack[-1], kind):
-            raise self.error(
-                f"{KINDS.get(kind, f'a {kind.__name__}')} before it", _kind(self.stack[-1]) if self.stack else "nothing"
-            )
+            expected = KINDS.get(kind, f"a {kind.__name__}")
+            raise self.error(f"{expected} before it", _kind(self.stack[-1]) if self.stack else "nothing")
         return self.stack[-1]
 
     def pop(self) -> Any:
@@ -273,7 +273,3 @@ class _Machine:
         items = self.stack[height:]
         del self.stack[height:]
         return items
-
-
-def _is_tuple(value: Any) -> bool:
-    return isinstance(value, tuple)

@@ -45,44 +45,37 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         )
     header = parse_json(file.buffer[8 : 8 + length], f"{path}: its header", unique=True)
     header.pop("__metadata__", None)
-    places = {name: _Place(file, 8 + length, name, entry) for name, entry in header.items()}
-    refuse_overlaps(path, ((place.begin, place.end, name) for name, place in places.items()))
-    return {name: place.tensor(file) for name, place in places.items()}
+    places = {name: _placed(file, 8 + length, name, entry) for name, entry in header.items()}
+    refuse_overlaps(path, ((begin, begin + tensor.nbytes, name) for name, (begin, tensor) in places.items()))
+    return {name: tensor for name, (_, tensor) in places.items()}
 
 
 def _are_counts(*numbers: Any) -> bool:
     return all(type(number) is int and number >= 0 for number in numbers)
 
 
-class _Place:
-    """What the header says of a tensor: shape, dtype, and its bytes [begin, end) of the file."""
-
-    def __init__(self, file: MappedFile, data_start: int, name: str, entry: Any):
-        what = f"{file.path}: tensor {reprlib.repr(name)}"
-        match entry:
-            case {"dtype": str(dtype), "shape": [*sizes], "data_offsets": [begin, end]} if _are_counts(
-                *sizes, begin, end
-            ):
-                pass
-            case _:
-                raise ValueError(f"{what} needs dtype, shape and data_offsets, found {reprlib.repr(entry)}")
-        if dtype not in DTYPES:
-            raise ValueError(f"{what} has dtype {reprlib.repr(dtype)}; weights can be {', '.join(DTYPES)}")
-        self.dtype = dtype
-        self.shape = tensor_shape(sizes, what)
-        self.begin, self.end = data_start + begin, data_start + end
-        nbytes = math.prod(self.shape) * DTYPES[dtype][0].itemsize
-        if end - begin != nbytes:
-            raise ValueError(
-                f"{what} of shape {list(self.shape)} and dtype {dtype} takes {nbytes} bytes, but its data_offsets span"
-                f" {end - begin}; the file is corrupt, download it again"
-            )
-        if self.end > file.size:
-            raise ValueError(
-                f"{what} ends at byte {self.end}, but the file has {file.size} bytes; it is cut off, download it again"
-            )
-
-    def tensor(self, file: MappedFile) -> StoredTensor:
-        numpy_dtype, dtype = DTYPES[self.dtype]
-        rows = partial(mapped_rows, file, self.begin, self.shape, numpy_dtype)
-        return StoredTensor(self.shape, dtype, dtype, self.end - self.begin, rows)
+def _placed(file: MappedFile, data_start: int, name: str, entry: Any) -> tuple[int, StoredTensor]:
+    """A tensor by its entry in the header, and its first byte in the file."""
+    what = f"{file.path}: tensor {reprlib.repr(name)}"
+    match entry:
+        case {"dtype": str(stored), "shape": [*sizes], "data_offsets": [begin, end]} if _are_counts(*sizes, begin, end):
+            pass
+        case _:
+            raise ValueError(f"{what} needs dtype, shape and data_offsets, found {reprlib.repr(entry)}")
+    if stored not in DTYPES:
+        raise ValueError(f"{what} has dtype {reprlib.repr(stored)}; weights can be {', '.join(DTYPES)}")
+    numpy_dtype, dtype = DTYPES[stored]
+    shape = tensor_shape(sizes, what)
+    nbytes = math.prod(shape) * numpy_dtype.itemsize
+    if end - begin != nbytes:
+        raise ValueError(
+            f"{what} of shape {list(shape)} and dtype {stored} takes {nbytes} bytes, but its data_offsets span"
+            f" {end - begin}; the file is corrupt, download it again"
+        )
+    if data_start + end > file.size:
+        raise ValueError(
+            f"{what} ends at byte {data_start + end}, but the file has {file.size} bytes; it is cut off, download it"
+            " again"
+        )
+    rows = partial(mapped_rows, file, data_start + begin, shape, numpy_dtype)
+    return data_start + begin, StoredTensor(shape, dtype, dtype, nbytes, rows)

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -195,7 +195,7 @@ def parse_json(content: bytes, source: str, unique: bool = False) -> dict[str, A
             content,
             parse_int=_integer,
             parse_float=_finite,
-            parse_constant=_refuse_constant,
+            parse_constant=_finite,  # of "NaN", "Infinity" and "-Infinity"
             object_pairs_hook=_unique if unique else None,
         )
     except (ValueError, RecursionError) as error:
@@ -219,13 +219,9 @@ def _integer(digits: str) -> int:
 
 def _finite(digits: str) -> float:
     value = float(digits)
-    if math.isinf(value):
-        raise ValueError(f"{digits[:40]} is beyond the range of numbers")
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:40]} is no number, or beyond the range of numbers")
     return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from fastdeploy.config import DTYPES, ModelConfig, config_from_gguf
 from fastdeploy.models.configs import read_configs
-from fastdeploy.models.hub import from_hub, is_hub_name, published_name
+from fastdeploy.models.hub import from_hub
 from fastdeploy.models.paddle_layout import huggingface_layout, is_paddle_layout
 from fastdeploy.models.pdparams import read_pdparams
 from fastdeploy.models.safetensors import read_safetensors
@@ -156,12 +156,11 @@ def locate(name_or_path: str | os.PathLike, with_weights: bool = True) -> Path:
     """
     if not isinstance(name_or_path, (str, os.PathLike)):
         raise TypeError(f"a model is a path or a name, found {name_or_path!r} of type {type(name_or_path).__name__}")
-    path = Path(name_or_path)
-    if not os.fspath(name_or_path) or not any(map(os.path.exists, gguf_parts(path))):
-        name = str(name_or_path)
-        installed = _installed_ggufs(name)
-        if installed is not None:
-            return _only_gguf(installed, f"Python package {name!r}")
+    path, name = Path(name_or_path), os.fspath(name_or_path)
+    if not name or not any(map(os.path.exists, gguf_parts(path))):
+        ggufs = _installed_ggufs(name)
+        if ggufs is not None:
+            return _only_gguf(ggufs, f"Python package {name!r}")
         path = from_hub(name, with_weights)
         if not with_weights:
             return path
@@ -185,21 +184,14 @@ def _directory_or_gguf(path: Path) -> Path:
 
 
 def _installed_ggufs(name: str) -> list[Path] | None:
-    """The .gguf files of the installed Python package of this name, None if there is no such package and the name may
-    be one on the Hub. Raises FileNotFoundError if it can't be that either."""
+    """The .gguf files of the installed Python package of this name, None if there is no such package."""
     # Found by its file list: importing a package only to find a file in it may fail or run anything.
     try:
         if not name:  # for which Python 3.10 gives any package
-            raise ValueError
+            return None
         files = importlib.metadata.files(name) or []
     except (importlib.metadata.PackageNotFoundError, ValueError):
-        if is_hub_name(name) or published_name(name):
-            return None
-        raise FileNotFoundError(
-            f"model {name!r} was not found: it is no file or directory here ({os.getcwd()}), nor an installed Python"
-            " package; give a .gguf file, a checkpoint directory, the name of a model on the Hugging Face Hub"
-            ' ("owner/name"), or of a package that carries a .gguf'
-        ) from None
+        return None
     return [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
 
 

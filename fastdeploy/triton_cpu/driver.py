@@ -60,6 +60,7 @@ class CPULauncher:
         ]
         self.kernel = metadata.name
         self.format = struct.Struct("@" + "".join(codes))
+        # Where `pack` finds the values: among the arguments or, if there are tuples, among those picked by their paths.
         self.nested = any(len(path) > 1 for path in self.paths)
         self.positions = [number if self.nested else path[0] for number, path in enumerate(self.paths)]
         self.is_pointer = [code == "P" for code in codes]

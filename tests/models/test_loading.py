@@ -1,6 +1,7 @@
 """Loading: every tensor is read once, in slices, to its place and type; clear errors where it can't be."""
 
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
-from fastdeploy.device import open_device
+from fastdeploy.device import DTYPE_BYTES, open_device
 from fastdeploy.kernels.linear import LinearWeight, linear
 from fastdeploy.models import load_model, loading
 from fastdeploy.models.storage import StoredTensor
@@ -117,6 +118,22 @@ def test_weights_that_cannot_fit_are_an_error_that_names_the_sizes(monkeypatch):
     monkeypatch.setattr(device, "free_memory", lambda: 1000)
     with pytest.raises(MemoryError, match=r'the weights take .* GiB as float32, 0.0 GiB are free; .*dtype="bfloat16"'):
         load_model(checkpoint(TIED, random_tensors(TIED)), device, "float32", 64, progress=False)
+
+
+def test_a_model_may_take_more_than_half_of_the_free_memory(monkeypatch):
+    device, allocated = open_device(), []
+
+    def empty(shape, dtype):
+        allocated.append(math.prod(shape) * DTYPE_BYTES.get(dtype, 1))
+        return make_empty(shape, dtype)
+
+    make_empty = device.empty
+    monkeypatch.setattr(device, "empty", empty)
+    load_model(checkpoint(TIED, random_tensors(TIED)), device, "float32", 64, progress=False)
+    room = int(1.5 * sum(allocated))
+    allocated.clear()
+    monkeypatch.setattr(device, "free_memory", lambda: room - sum(allocated))
+    load_model(checkpoint(TIED, random_tensors(TIED)), device, "float32", 64, progress=False)
 
 
 # Quantised weights
