@@ -65,7 +65,7 @@ YARN_OPTIONS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_
 ENDS = frozenset(
     "<|im_end|> <|eot_id|> <|eom_id|> <|end|> <|return|> <|call|> <|calls|> <|flush|> <|end_of_turn|> <end_of_turn> "
     "<|endoftext|> <|end_of_text|> <|eot|> <|eom|> <EOT> _<EOT> [EOT] [EOS] <eos> <|eos|> <end_of_utterance> "
-    "<｜end▁of▁sentence｜> <|endofturn|> <turn|> </s> [e~[".split()
+    "<｜end▁of▁sentence｜> <|end_of_sentence|> <|END_OF_TURN_TOKEN|> <|endofturn|> <turn|> </s> [e~[".split()
 )
 CONTROL, USER_DEFINED = 3, 4  # types of tokens in GGUF; chat files have their ends in either
 
@@ -136,7 +136,9 @@ class ModelConfig:
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
+    bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
     dtype: str
     mixture: MixtureConfig | None = None
     sliding_window: int | None = None
@@ -192,7 +194,9 @@ def config_from_json(
         tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
         attention_bias=fields.flag("attention_bias", default=fields.flag("use_bias", default=False)),
         mlp_bias=fields.flag("mlp_bias", default=fields.flag("use_bias", default=False)),
+        bos_token_id=fields.token_id("bos_token_id", vocab_size),
         eos_token_ids=generation.token_ids("eos_token_id", vocab_size) or fields.token_ids("eos_token_id", vocab_size),
+        pad_token_id=fields.token_id("pad_token_id", vocab_size),
         dtype=_dtype(fields) or dtype,
         mixture=MIXTURES[architecture](fields) if architecture in MIXTURES else None,
         sliding_window=_sliding_window(fields),
@@ -374,7 +378,9 @@ def config_from_gguf(
         tie_word_embeddings="lm_head.weight" not in tensor_names,
         attention_bias="model.layers.0.self_attn.q_proj.bias" in tensor_names,
         mlp_bias="model.layers.0.mlp.gate_proj.bias" in tensor_names,
+        bos_token_id=general.token_id("tokenizer.ggml.bos_token_id", vocab_size),
         eos_token_ids=gguf_eos_token_ids(general, vocab_size),
+        pad_token_id=general.token_id("tokenizer.ggml.padding_token_id", vocab_size),
         dtype=dtype,
         mixture=_mixture_from_gguf(architecture, fields, tensor_names),
         sliding_window=fields.integer("attention.sliding_window", default=0, least=0) or None,

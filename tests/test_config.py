@@ -281,12 +281,12 @@ def test_what_changes_no_token_is_accepted(changes):
 
 
 def test_ids_that_the_vocabulary_lacks_are_dropped_with_a_warning(caplog):
-    changes = {"eos_token_id": [2, VOCABULARY, -7, 10**12]}
+    changes = {"eos_token_id": [2, VOCABULARY, -7, 10**12], "bos_token_id": VOCABULARY, "pad_token_id": 10**6}
     config = config_from_json(CONFIG_JSON | changes, {"eos_token_id": [10**6]}, "float32", "c.json")
-    assert config.eos_token_ids == (2,)
+    assert (config.eos_token_ids, config.bos_token_id, config.pad_token_id) == ((2,), None, None)
     dropped = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert any("c.json: eos_token_id: dropped" in line and str(VOCABULARY) in line for line in dropped)
-    assert len(dropped) == 2
+    assert len(dropped) == 4
 
 
 # --- GGUF ---------------------------------------------------------------------------------------------------------

@@ -254,7 +254,7 @@ def test_gguf_metadata_becomes_the_config(tmp_path):
     assert (config.architecture, config.vocab_size, config.hidden_size) == ("LlamaForCausalLM", VOCABULARY, HIDDEN)
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (2, 3, 1, 8)
     assert (config.rope_theta, config.rope_scaling) == (5e5, {"rope_type": "linear", "factor": 4.0})
-    assert config.eos_token_ids == (2, 7)
+    assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (1, (2, 7), 0)
     assert config.tie_word_embeddings is False and config.max_position_embeddings == 128
 
 
@@ -715,7 +715,11 @@ def test_smollm2_config(smollm2):
     assert (config.num_heads, config.num_kv_heads, config.head_dim, config.vocab_size) == (9, 3, 64, 49152)
     assert (config.rope_theta, config.max_position_embeddings) == (100000.0, 8192)
     assert math.isclose(config.rms_norm_eps, 1e-5, rel_tol=1e-6)
-    assert config.eos_token_ids == (2, 0)  # <|im_end|> and <|endoftext|>
+    assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (
+        1,
+        (2, 0),
+        2,
+    )  # <|im_end|> and <|endoftext|>
     assert config.tie_word_embeddings and config.dtype == "bfloat16"
     assert config.rope_scaling is None and not config.rope_interleaved
 

@@ -29,7 +29,9 @@ TIED = ModelConfig(
     tie_word_embeddings=True,
     attention_bias=False,
     mlp_bias=False,
+    bos_token_id=None,
     eos_token_ids=(),
+    pad_token_id=None,
     dtype="float32",
 )
 UNTIED = replace(TIED, tie_word_embeddings=False, num_heads=9, num_kv_heads=3, head_dim=16, hidden_size=80)
