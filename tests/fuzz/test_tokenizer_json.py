@@ -54,7 +54,7 @@ GOOD = [
 ]  # fmt: skip
 
 
-@settings(max_examples=400)
+@settings(max_examples=settings().max_examples * 2)
 @given(content=st.sampled_from(GOOD).flatmap(mutated_json))
 def test_a_mutated_tokenizer_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, content: Any) -> None:
     directory = tmp_path_factory.getbasetemp()
