@@ -18,6 +18,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fastdeploy.device.host import open_standard_streams, tell
 from fastdeploy.engine_config import EngineConfig
 from fastdeploy.sampling_params import SamplingParams
 
@@ -27,6 +28,7 @@ SIMPLE = (int, float, str, bool)  # what one word of a command line can say
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status. arguments: None for those of the process."""
+    open_standard_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     is_batch = words[:1] == ["run"]
     given = vars(batch_parser().parse_args(words[1:]) if is_batch else chat_parser().parse_args(words))
@@ -43,10 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return chat(engine, sampling, **given)
     except KeyboardInterrupt:
-        print("\nstopped" + (": the same command goes on from here" if is_batch else ""), file=sys.stderr)
+        tell("\nstopped" + (": the same command goes on from here" if is_batch else ""))
         return INTERRUPTED
     except (OSError, ValueError, TypeError, MemoryError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         return 1
 
 

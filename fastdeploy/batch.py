@@ -29,13 +29,13 @@ import hashlib
 import itertools
 import json
 import logging
-import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fastdeploy.device.host import progress_bar, tell
 from fastdeploy.engine.request import INTERNAL_ERROR, UNSERVABLE, Request, RequestOutput
 from fastdeploy.intake import Requests
 from fastdeploy.llm import LLM
@@ -64,15 +64,12 @@ def answer_file(engine: Mapping[str, Any], sampling: Mapping[str, Any], input: s
         lock(file)
         done = finished_lines(file, lines)
         missing = [line for line in lines if line.number not in done]
-        print(f"{input}: {len(lines)} lines, {len(done)} of them answered in {output}", file=sys.stderr)
+        tell(f"{input}: {len(lines)} lines, {len(done)} of them answered in {output}")
         if not missing:
             return 0
         with LLM(**engine) as llm:
             num_errors = BatchRun(llm, sampling, file).answer(missing, len(lines))
-    print(
-        f"{output}: all lines answered" + (f", {num_errors} of them with an error" if num_errors else ""),
-        file=sys.stderr,
-    )
+    tell(f"{output}: all lines answered" + (f", {num_errors} of them with an error" if num_errors else ""))
     return 0
 
 
@@ -188,8 +185,6 @@ class BatchRun:
 
     def answer(self, lines: list[Line], num_lines: int) -> int:
         """Answer `lines`, which are what is left of `num_lines`; returns how many got an error."""
-        from fastdeploy.device.host import progress_bar
-
         with progress_bar(total=num_lines, initial=num_lines - len(lines), desc="Lines", dynamic_ncols=True) as bar:
             for task in self._finished(iter(lines)):
                 self._write(task)

@@ -389,3 +389,13 @@ def test_a_line_may_say_how_its_prompt_ends(tmp_path: Path) -> None:
     ]
     assert "both True" in found[4]["error"]["message"]
     assert "continue_final_message must be True or False" in found[5]["error"]["message"]
+
+
+@needs_smollm2
+@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-"])
+def test_a_run_needs_no_standard_error(tmp_path: Path, redirection: str) -> None:
+    source, results = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write_lines(source, [{"prompt": "hi", "max_tokens": 1}])
+    command = f"{sys.executable} -m fastdeploy run {MODEL} --max-model-len 64 --input {source} --output {results}"
+    assert subprocess.run(f"{command} {redirection}", shell=True, timeout=300).returncode == 0
+    assert answers(results)[1]["error"] is None

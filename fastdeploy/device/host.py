@@ -88,6 +88,11 @@ def progress_bar(**settings: Any) -> Any:
     return tqdm(file=_Dropping(sys.stderr), **settings)
 
 
+def tell(text: str) -> None:
+    """A line on standard error; dropped where that can't be written to."""
+    print(text, file=_Dropping(sys.stderr))
+
+
 class _Dropping:
     """A stream that drops what can't be written: to a full disk, to a pipe that nobody reads."""
 
