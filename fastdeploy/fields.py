@@ -93,7 +93,8 @@ class Fields:
 def known_ids(ids: Iterable[int], vocab_size: int, source: str) -> tuple[int, ...]:
     """Those of `ids` that a vocabulary of `vocab_size` has, each once; a warning names `source` and the others.
 
-    Every token id that a file names goes through here: the sampler writes to the logit of an id without looking again.
+    Every token id that a file names goes through here. One without a logit can end nothing, and the sampler, which
+    leaves it out, would have an edit fewer for the request.
     """
     found, known = dict.fromkeys(ids), range(vocab_size)
     unknown = [token_id for token_id in found if token_id not in known]
