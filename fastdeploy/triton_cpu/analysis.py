@@ -13,53 +13,15 @@ one inside another block, would evaluate it; and if it loads memory that is writ
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
+from typing import TypeVar
 
+from .operations import Kind, operation
 from .ttir import Block, Function, Op, Value
-
-_LAZY_PREFIXES = ("arith.", "math.", "tt.precise", "ub.")
-_LAZY = {
-    "tt.splat",
-    "tt.broadcast",
-    "tt.expand_dims",
-    "tt.make_range",
-    "tt.addptr",
-    "tt.load",
-    "tt.bitcast",
-    "tt.trans",
-    "tt.reshape",
-    "tt.join",
-    "tt.split",
-    "tt.cat",
-    "tt.extern_elementwise",
-    "tt.clampf",
-    "tt.fp_to_fp",
-    "tt.int_to_ptr",
-    "tt.ptr_to_int",
-    "tt.mulhiui",
-    "tt.gather",
-}
-_EXPENSIVE = {
-    "tt.load",
-    "tt.gather",
-    "tt.extern_elementwise",
-    "tt.precise_sqrt",
-    "tt.precise_divf",
-    "arith.divf",
-    "arith.divsi",
-    "arith.divui",
-    "arith.remsi",
-    "arith.remui",
-    "arith.remf",
-}
-_CHEAP_MATH = {"math.absf", "math.absi", "math.fma", "math.floor", "math.ceil"}
-_SCATTERED = {"tt.reshape", "tt.cat", "tt.join", "tt.split", "tt.gather"}
-_REPEATS = {"tt.broadcast", "tt.expand_dims"}  # bigger than their operand, which is stored in their stead
-_WRITES = ("tt.store", "tt.atomic", "tt.call", "scf.")
 
 
 def is_lazy(op: Op) -> bool:
-    return op.name in _LAZY or op.name.startswith(_LAZY_PREFIXES)
+    return operation(op).lazy
 
 
 _Root = tuple[Op, tuple[int, ...]]  # a user, and the shape it takes: the end of a loop has a nest for each shape
@@ -106,8 +68,8 @@ class StoragePlan:
         self._roots[value], self._escapes[value] = roots, escapes
 
     def _must_store(self, value: Value, position: int) -> bool:
-        if not is_expensive(value, self) or value.op.name in _REPEATS:  # type: ignore[union-attr]
-            return False
+        if not is_expensive(value, self) or operation(value.op).kind is Kind.REPEATS:  # type: ignore[arg-type]
+            return False  # a repeated one is bigger than what it repeats, which is stored in its stead
         if self._escapes[value] or len(self._roots[value]) > 1:
             return True
         return value.op.name == "tt.load" and self._overwritten(value, position)  # type: ignore[union-attr]
@@ -123,7 +85,7 @@ class StoragePlan:
                         or any(rearranges(operand, {value}, self._stored) for operand in op.operands[1:])
                     )
                 )
-            if op.name.startswith(_WRITES):
+            if operation(op).writes:
                 return True
         return False
 
@@ -137,13 +99,50 @@ def is_expensive(value: Value, plan: StoragePlan, cheap: set[Value] | None = Non
     op = value.op
     if op is None or value in cheap or value in plan or not value.type.is_tensor or not is_lazy(op):
         return False
-    if op.name in _EXPENSIVE or (op.name.startswith("math.") and op.name not in _CHEAP_MATH):
+    if operation(op).expensive:
         return True
     # What another block has made is stored there if it is expensive, because it escapes.
     if any(operand.block is value.block and is_expensive(operand, plan, cheap) for operand in op.operands):
         return True
     cheap.add(value)
     return False
+
+
+class LiveRows:
+    """Answers, for one function, which rows of a tensor end up in memory."""
+
+    def __init__(self) -> None:
+        self._known: dict[Value, frozenset[Value]] = {}
+
+    def conditions(self, value: Value) -> frozenset[Value]:
+        """Masks [M], one element for each row of `value`: a row is of use only where all of them hold."""
+        if value not in self._known:
+            self._known[value] = frozenset()  # of a value that is reached again on its own way: a loop's
+            uses = [self._of_use(user, value) for user in value.uses]
+            self._known[value] = frozenset.intersection(*uses) if uses else frozenset()
+        return self._known[value]
+
+    def _of_use(self, user: Op, value: Value) -> frozenset[Value]:
+        if user.name == "tt.store":
+            return row_masks(user.operands[2]) if len(user.operands) > 2 else frozenset()
+        keeps_rows = is_lazy(user) and not operation(user).moves_elements
+        if user.name in ("tt.expand_dims", "tt.reduce"):
+            keeps_rows = user.attribute("axis") > 0
+        if not keeps_rows or any(result.type.shape[:1] != value.type.shape[:1] for result in user.results):
+            return frozenset()
+        return frozenset.intersection(*map(self.conditions, user.results))
+
+
+def row_masks(mask: Value) -> frozenset[Value]:
+    """The parts of a conjunction that are the same in a whole row, as masks [M]."""
+    op = mask.op
+    if op is not None and op.name == "arith.andi":
+        return frozenset.union(*map(row_masks, op.operands))
+    if op is not None and op.name == "tt.broadcast" and op.operands[0].type.shape[1:] == (1,):
+        return row_masks(op.operands[0])
+    if op is not None and op.name == "tt.expand_dims" and op.attribute("axis") == 1:
+        return row_masks(op.operands[0])
+    return frozenset([mask]) if len(mask.type.shape) == 1 else frozenset()
 
 
 def _shifted(source: Value, target: Value) -> bool:
@@ -166,7 +165,7 @@ def _bases(pointer: Value, seen: set[Value]) -> set[Value | None]:
         return _bases(loop.operands[3 + number], seen) | _bases(yielded, seen)
     if op is not None and op.name == "scf.for":
         return _bases(op.regions[0].arguments[1 + op.results.index(pointer)], seen)
-    if op is not None and op.name in ("tt.addptr", "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.bitcast"):
+    if op is not None and operation(op).in_place:
         return _bases(op.operands[0], seen)
     return {None}
 
@@ -203,12 +202,35 @@ def unit_reshape(op: Op) -> list[int] | None:
 
 def scatters(op: Op) -> bool:
     """Does `op` evaluate its operand at computed indices, element by element?"""
-    return op.name in _SCATTERED and unit_reshape(op) is None
+    return operation(op).kind is Kind.SCATTERS and unit_reshape(op) is None
 
 
 def moves_elements(op: Op) -> bool:
     """Does `op` read elements of its operand at other indices than its own?"""
-    return op.name == "tt.trans" or scatters(op)
+    return operation(op).kind is Kind.PERMUTES or scatters(op)
+
+
+_I = TypeVar("_I")
+
+
+def operand_index(op: Op, index: Sequence[_I], zero: _I) -> tuple[_I, ...] | None:
+    """Where in its operand `op` finds the element at `index`, if it does but repeat elements and rename dimensions.
+
+    An index has an entry of any type for each dimension; `zero` is the one for an extent of 1.
+    """
+    if op.name == "tt.splat":
+        return ()
+    if op.name == "tt.broadcast":
+        return tuple(zero if extent == 1 else i for extent, i in zip(op.operands[0].type.shape, index))
+    if op.name == "tt.expand_dims":
+        axis = op.attribute("axis")
+        return (*index[:axis], *index[axis + 1 :])
+    if op.name == "tt.trans":
+        source = dict(zip(permutation(op), index))
+        return tuple(source[d] for d in range(len(index)))
+    if axes := unit_reshape(op):
+        return tuple(index[d] if d >= 0 else zero for d in axes)
+    return None
 
 
 def uniform(value: Value) -> bool:
@@ -241,19 +263,15 @@ def stride(value: Value, dimension: int, origins: Mapping[Value, Value]) -> int 
         return None
     if op.name == "tt.make_range":
         return 1
-    if op.name == "tt.expand_dims":
-        axis = op.attribute("axis")
-        return stride(op.operands[0], dimension - (dimension > axis), origins)
-    if axes := unit_reshape(op):
-        return stride(op.operands[0], axes.index(dimension), origins) if dimension in axes else 0
-    if op.name == "tt.trans":
-        return stride(op.operands[0], permutation(op)[dimension], origins)
+    dimensions = operand_index(op, range(len(value.type.shape)), -1)
+    if dimensions is not None:
+        return stride(op.operands[0], dimensions.index(dimension), origins) if dimension in dimensions else 0
     if op.name == "arith.trunci" and value.type.element != "i32":
         return None  # a range of 300 does not fit into i8
-    if op.name in ("tt.broadcast", "arith.extsi", "arith.extui", "arith.trunci", "arith.index_cast"):
+    if op.name in ("arith.extsi", "arith.extui", "arith.trunci", "arith.index_cast"):
         return stride(op.operands[0], dimension, origins)
     if op.name not in ("arith.addi", "tt.addptr", "arith.subi", "arith.muli"):
-        elementwise = is_lazy(op) and op.name not in _SCATTERED and op.operands
+        elementwise = operation(op).kind in (Kind.LANEWISE, Kind.LOADS) and op.operands
         return 0 if elementwise and all(stride(v, dimension, origins) == 0 for v in op.operands) else None
     left, right = (stride(operand, dimension, origins) for operand in op.operands)
     if left is None or right is None:

@@ -17,7 +17,8 @@ from triton._C.libtriton import ir, passes
 from triton.backends.compiler import BaseBackend, GPUTarget
 
 from . import ttir
-from .emitter import Optimisations, argument_format, generate_c
+from .context import Optimisations
+from .emitter import argument_format, generate_c
 from .toolchain import toolchain
 
 _HERE = Path(__file__).parent

@@ -21,18 +21,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
-from . import control_flow
-from . import expressions as c
 from .analysis import is_zero, stride
+from .arrays import as_array, materialise
+from .carried import in_next_turn
+from .context import Array, Context, NotATile
+from .elements import FUSED, SMALL_FLOATS, from_memory, rounded, value_type
 from .live_rows import columns_let_through, rows_let_through
-from .loops import ZERO, Array, Index, LoopNest, Term
+from .loops import ZERO, Index, LoopNest, Term
 from .ttir import Op, Type, Value
-from .vectors import PREFETCH_BYTES, Place, Vectors, attempt, has_vectors, is_splat
-
-if TYPE_CHECKING:
-    from .emitter import KernelEmitter
+from .vectors import PREFETCH_BYTES, Place, Vectors, has_vectors, is_splat
 
 # The vector loads of prelude.h, by the element type in memory.
 _VECTOR_LOADS = {"f32": "vec_from_float", "bf16": "vec_from_bf16", "f16": "vec_from_f16", "i8": "vec_from_int8_t"}
@@ -42,59 +40,53 @@ _WIDENING = ("arith.extf", "arith.sitofp")
 FEW_BLOCKS = 4
 
 
-def emit_dot(emitter: KernelEmitter, op: Op) -> None:
-    """Register tiles for 2-D products of floats at least a vector wide, plain loops for the rest."""
+def blocks(context: Context, op: Op) -> None:
+    """2-D products of floats at least a vector wide."""
     a, b = op.operands[:2]
-    if (
-        len(op.result.type.shape) != 2
-        or a.type.element not in ("f32", "bf16", "f16", "f8E4M3FN", "f8E5M2")
-        or op.result.type.element == "f64"
-    ):
-        _emit_plain_dot(emitter, op)
-        return
-    if op.result.type.shape[1] < emitter.lanes:
-        _emit_plain_dot(emitter, op)
-        return
-    in_place = _VectorRows.of(emitter, b)
-    block = _block_size(emitter, op.result.type, in_place is not None and in_place.element_type != "f32")
+    if len(op.result.type.shape) != 2 or op.result.type.shape[1] < context.lanes:
+        raise NotATile
+    if a.type.element not in ("f32", *SMALL_FLOATS) or op.result.type.element == "f64":
+        raise NotATile
+    in_place = _VectorRows.of(context, b)
+    block = _block_size(context, op.result.type, in_place is not None and in_place.element_type != "f32")
     if op.result.type.shape[0] > FEW_BLOCKS * block[0]:
-        in_place, block = None, _block_size(emitter, op.result.type, converts=False)
-    left = _RowPointers.of(emitter, a) or _LocalRows(emitter, a)
-    right = in_place or _LocalRows(emitter, b)
-    target = emitter.destinations.get(op.result) or emitter.array(op.result.type, op.result.name)
-    blocks = functools.partial(_emit_blocks, emitter, op, left, right, target, block)
-    if not (emitter.wanted.register_tiles and attempt(emitter, lambda: blocks(op.operands[2]))):
-        _accumulator(emitter, op, target)
-        blocks(None)
-    emitter.storage[op.result] = Array(target)
-    _round(emitter, op.result.type, target)
+        in_place, block = None, _block_size(context, op.result.type, converts=False)
+    left = _RowPointers.of(context, a) or _LocalRows(context, a)
+    right = in_place or _LocalRows(context, b)
+    target = context.destinations.get(op.result) or context.array(op.result.type, op.result.name)
+    write = functools.partial(_emit_blocks, context, op, left, right, target, block)
+    if not (context.wanted.register_tiles and context.attempt(lambda: write(op.operands[2]))):
+        _accumulator(context, op, target)
+        write(None)
+    context.storage[op.result] = Array(target)
+    _round(context, op.result.type, target)
 
 
-def _round(emitter: KernelEmitter, type_: Type, target: str) -> None:
+def _round(context: Context, type_: Type, target: str) -> None:
     """Sums are kept in floats; a result of a smaller type is rounded once, at the end."""
-    if type_.element in c.SMALL_FLOATS:
-        element = c.rounded(type_.element, f"{target}[i]")
-        emitter.line(f"for (int i = 0; i < {type_.size}; i++) {target}[i] = {element};")
+    if type_.element in SMALL_FLOATS:
+        element = rounded(type_.element, f"{target}[i]")
+        context.line(f"for (int i = 0; i < {type_.size}; i++) {target}[i] = {element};")
 
 
-def _block_size(emitter: KernelEmitter, type_: Type, converts: bool) -> tuple[int, int]:
+def _block_size(context: Context, type_: Type, converts: bool) -> tuple[int, int]:
     """(rows, vectors) of a register block for an accumulator of this type: powers of two, as all extents are.
 
     Many rows that convert their vectors of `b` take one vector at a time: each is converted for as many rows as can be.
     (Attention of a prompt of 512, bf16 keys: 3.1 ms a layer, with 8 x 2 blocks 3.4; Intel, one core.)
     """
     m, n = type_.shape
-    registers = 16 if emitter.lanes == 16 else 8  # AVX-512 has 32 vector registers, its elders 16
+    registers = 16 if context.lanes == 16 else 8  # AVX-512 has 32 vector registers, its elders 16
     if converts and m >= registers:
         return registers, 1
-    vectors = min(n // emitter.lanes, 2 if m >= 8 else 4 if m >= 4 else 8, registers)
+    vectors = min(n // context.lanes, 2 if m >= 8 else 4 if m >= 4 else 8, registers)
     return min(m, max(1, registers // vectors)), vectors
 
 
-def _accumulator(emitter: KernelEmitter, op: Op, name: str) -> None:
+def _accumulator(context: Context, op: Op, name: str) -> None:
     """The initial accumulator in the array that will receive the result."""
-    if emitter.storage.get(op.operands[2]) != Array(name):
-        emitter.materialise(op.operands[2], into=name)
+    if context.storage.get(op.operands[2]) != Array(name):
+        materialise(context, op.operands[2], into=name)
 
 
 class _LocalRows:
@@ -102,13 +94,13 @@ class _LocalRows:
 
     row_count = column_mask = None  # all
 
-    def __init__(self, emitter: KernelEmitter, value: Value):
-        self.name, self.width = emitter.as_array(value), value.type.shape[-1]
+    def __init__(self, context: Context, value: Value):
+        self.name, self.width = as_array(context, value), value.type.shape[-1]
 
-    def prepare(self, emitter: KernelEmitter, rows: list[str]) -> None:
+    def prepare(self, context: Context, rows: list[str]) -> None:
         if rows:  # one pointer: every other row is at a constant distance from it
-            self.first = emitter.name("rows")
-            emitter.line(f"const float *const {self.first} = {self.name} + (long){rows[0]} * {self.width};")
+            self.first = context.name("rows")
+            context.line(f"const float *const {self.first} = {self.name} + (long){rows[0]} * {self.width};")
 
     def element(self, row: int, k: str) -> str:
         return f"{self.first}[{row * self.width} + {k}]"
@@ -127,18 +119,18 @@ class _RowPointers:
         self.pointers, self.element_type = load.operands[0], load.result.type.element
 
     @classmethod
-    def of(cls, emitter: KernelEmitter, value: Value) -> _RowPointers | None:
-        load = _plain_load(emitter, value)
+    def of(cls, context: Context, value: Value) -> _RowPointers | None:
+        load = _plain_load(context, value)
         if load is None or load.result.type.element not in ("f32", "bf16"):
             return None
-        contiguous = value.type.shape[1] == 1 or stride(load.operands[0], 1, emitter.origins) == 1
+        contiguous = value.type.shape[1] == 1 or stride(load.operands[0], 1, context.origins) == 1
         return cls(load) if contiguous else None
 
-    def prepare(self, emitter: KernelEmitter, rows: list[str]) -> None:
-        self.rows = [_address(emitter, self.pointers, (Term(row, 0), Term("0", 0))) for row in rows]
+    def prepare(self, context: Context, rows: list[str]) -> None:
+        self.rows = [_address(context, self.pointers, (Term(row, 0), Term("0", 0))) for row in rows]
 
     def element(self, row: int, k: str) -> str:
-        return c.from_memory(self.element_type, f"{self.rows[row]}[{k}]")
+        return from_memory(self.element_type, f"{self.rows[row]}[{k}]")
 
 
 class _VectorRows:
@@ -148,47 +140,47 @@ class _VectorRows:
     through nor such columns are multiplied, or fetched in advance.
     """
 
-    def __init__(self, emitter: KernelEmitter, load: Op, row_masks: list[Value], column_mask: Value | None):
-        self.emitter, self.load, self.element_type = emitter, load, load.result.type.element
+    def __init__(self, context: Context, load: Op, row_masks: list[Value], column_mask: Value | None):
+        self.context, self.load, self.element_type = context, load, load.result.type.element
         self.row_masks, self.column_mask = row_masks, column_mask
         self.pointers, self.other = load.operands[0], load.operands[2:]
-        self.step = stride(self.pointers, 0, emitter.origins) if load.result.type.shape[0] > 1 else 0
-        self.row_count = rows_let_through(emitter, load)
+        self.step = stride(self.pointers, 0, context.origins) if load.result.type.shape[0] > 1 else 0
+        self.row_count = rows_let_through(context, load)
         self.next_counts: list[str | None] = [None, None]  # of rows and columns
-        wanted = emitter.wanted.prefetch
-        self.next = control_flow.in_next_turn(emitter, self.pointers, self._next) if wanted else None
+        wanted = context.wanted.prefetch
+        self.next = in_next_turn(context, self.pointers, self._next) if wanted else None
 
     @classmethod
-    def of(cls, emitter: KernelEmitter, value: Value) -> _VectorRows | None:
+    def of(cls, context: Context, value: Value) -> _VectorRows | None:
         """`value`, if it is a load that can be read so."""
-        load = _plain_load(emitter, value, masked=True)
+        load = _plain_load(context, value, masked=True)
         if load is None or load.result.type.element not in _VECTOR_LOADS:
             return None
         masks = _masks(load)
         rows = [mask for mask in masks if is_splat(mask)]
         columns = [_of_columns(mask) for mask in masks if not is_splat(mask)]
-        if len(columns) > 1 or not all(mask and has_vectors(emitter, mask) for mask in columns):
+        if len(columns) > 1 or not all(mask and has_vectors(context, mask) for mask in columns):
             return None
         if not all(map(is_zero if columns else is_splat, load.operands[2:])):
             return None
-        contiguous = stride(load.operands[0], 1, emitter.origins) == 1
-        return cls(emitter, load, rows, columns[0] if columns else None) if contiguous else None
+        contiguous = stride(load.operands[0], 1, context.origins) == 1
+        return cls(context, load, rows, columns[0] if columns else None) if contiguous else None
 
-    def prepare(self, emitter: KernelEmitter, rows: list[str]) -> None:
+    def prepare(self, context: Context, rows: list[str]) -> None:
         self.base = self._first()
 
     def _first(self) -> str:
-        return _address(self.emitter, self.pointers, (Term("0", 0), Term("0", 0)))
+        return _address(self.context, self.pointers, (Term("0", 0), Term("0", 0)))
 
     def _next(self) -> str:
-        columns = columns_let_through(self.emitter, self.column_mask) if self.column_mask else None
-        self.next_counts = [rows_let_through(self.emitter, self.load), columns]
+        columns = columns_let_through(self.context, self.column_mask) if self.column_mask else None
+        self.next_counts = [rows_let_through(self.context, self.load), columns]
         return self._first()
 
     def _row(self, k: str) -> str:
         if self.step is not None:
             return f"{self.base} + {self.step} * {k}"
-        return _address(self.emitter, self.pointers, (Term(k, 0), Term("0", 0)))
+        return _address(self.context, self.pointers, (Term(k, 0), Term("0", 0)))
 
     def vector(self, k: str, column: str, some: str | None = None) -> str:
         """some: the columns that there are, if not all of them."""
@@ -196,12 +188,12 @@ class _VectorRows:
         text = f"{load.replace('from', 'from_some')}({place}, {some})" if some else f"{load}({place})"
         if not self.row_masks:
             return text
-        masks = " && ".join(_scalar(self.emitter, value, (Term(k, 0), ZERO)) for value in self.row_masks)
-        other = [_scalar(self.emitter, value, (Term(k, 0), ZERO)) for value in self.other]
+        masks = " && ".join(_scalar(self.context, value, (Term(k, 0), ZERO)) for value in self.row_masks)
+        other = [_scalar(self.context, value, (Term(k, 0), ZERO)) for value in self.other]
         return f"{masks} ? {text} : vec_splat({other[0] if other else '0'})"
 
     def prefetch(self, k: str, column: str) -> str | None:
-        if self.step is None or not self.emitter.wanted.prefetch:
+        if self.step is None or not self.context.wanted.prefetch:
             return None
         # The next turn's tile may lie elsewhere (a KV cache in blocks). It is fetched into the second cache: the first
         # has few places for lines under way. (Reading tiles of 8 KB in disorder: 15 GB/s instead of 10. Decode, 8
@@ -228,108 +220,108 @@ def _of_columns(mask: Value) -> Value | None:
     return mask if mask.type.shape[0] == 1 else None
 
 
-def _plain_load(emitter: KernelEmitter, value: Value, masked: bool = False) -> Op | None:
+def _plain_load(context: Context, value: Value, masked: bool = False) -> Op | None:
     """The load behind `value`, if it is lazy, unmasked unless `masked`, and only widened since."""
-    while value.op is not None and value.op.name in _WIDENING and value not in emitter.storage:
+    while value.op is not None and value.op.name in _WIDENING and value not in context.storage:
         value = value.op.operands[0]
     op = value.op
-    if op is None or op.name != "tt.load" or value in emitter.storage or (len(op.operands) > 1 and not masked):
+    if op is None or op.name != "tt.load" or value in context.storage or (len(op.operands) > 1 and not masked):
         return None
-    return None if emitter.holds_addresses(op.operands[0]) else op
+    return None if context.holds_addresses(op.operands[0]) else op
 
 
-def _address(emitter: KernelEmitter, pointers: Value, index: Index) -> str:
+def _address(context: Context, pointers: Value, index: Index) -> str:
     """Evaluates a pointer at one index, writing the temporaries that it needs here and now."""
-    return _written(emitter, lambda nest: nest.address(pointers, index))
+    return _written(context, lambda nest: nest.address(pointers, index))
 
 
-def _scalar(emitter: KernelEmitter, value: Value, index: Index) -> str:
-    return _written(emitter, lambda nest: nest.evaluate(value, index))
+def _scalar(context: Context, value: Value, index: Index) -> str:
+    return _written(context, lambda nest: nest.evaluate(value, index))
 
 
-def _written(emitter: KernelEmitter, evaluate: Callable[[LoopNest], Term]) -> str:
-    nest = LoopNest(emitter, (), [])
+def _written(context: Context, evaluate: Callable[[LoopNest], Term]) -> str:
+    nest = LoopNest(context, (), [])
     term = evaluate(nest)
     for text in nest.lines[0]:
-        emitter.line(text)
+        context.line(text)
     return term.text
 
 
 def _emit_blocks(  # type: ignore[no-untyped-def]
-    emitter: KernelEmitter, op: Op, left, right, target: str, block: tuple[int, int], initial: Value | None
+    context: Context, op: Op, left, right, target: str, block: tuple[int, int], initial: Value | None
 ) -> None:
     """`initial`: what the sums begin with, evaluated in registers; None: what lies in the target."""
     (m, n), k_extent = op.result.type.shape, op.operands[0].type.shape[1]
     rows, vectors = block
-    row, column, k = emitter.name("m"), emitter.name("n"), emitter.name("k")
+    row, column, k = context.name("m"), context.name("n"), context.name("k")
     with (
-        emitter.braces(f"for (long {row} = 0; {row} < {m}; {row} += {rows})"),
-        emitter.braces(f"for (long {column} = 0; {column} < {n}; {column} += {vectors * emitter.lanes})"),
+        context.braces(f"for (long {row} = 0; {row} < {m}; {row} += {rows})"),
+        context.braces(f"for (long {column} = 0; {column} < {n}; {column} += {vectors * context.lanes})"),
     ):
         row_names = [f"({row} + {r})" for r in range(rows)] if m > rows else [str(r) for r in range(rows)]
-        columns = [f"{column} + {v * emitter.lanes}" for v in range(vectors)]
-        left.prepare(emitter, row_names)
-        right.prepare(emitter, [])
+        columns = [f"{column} + {v * context.lanes}" for v in range(vectors)]
+        left.prepare(context, row_names)
+        right.prepare(context, [])
         sums = [[f"sum{r}x{v}" for v in range(vectors)] for r in range(rows)]
         places = [[f"{target} + ({name}) * {n} + {col}" for col in columns] for name in row_names]
-        begin = Vectors(emitter, [Term(name, 0) for name in row_names], [Term(f"({col})", 0) for col in columns], False)
+        begin = Vectors(context, [Term(name, 0) for name in row_names], [Term(f"({col})", 0) for col in columns], False)
         for place in begin.places:
             r, v = place.register  # type: ignore[misc]
             first = begin.vector(initial, place) if initial else f"vec_from_float({places[r][v]})"
-            emitter.line(f"vec {sums[r][v]} = {first};")
+            context.line(f"vec {sums[r][v]} = {first};")
         turns = f"for (long {k} = 0; {k} < {right.row_count or k_extent}; {k}++)"
         if right.column_mask is None:
-            with emitter.braces(turns):
-                _emit_step(emitter, left, right, sums, columns, k)
+            with context.braces(turns):
+                _emit_step(context, left, right, sums, columns, k)
         else:
             some = [begin.vector(right.column_mask, Place(ZERO, Term(f"(int)({col})", 0))) for col in columns]
-            with emitter.braces(f"if (ivec_all({' & '.join(some)})) {turns}"):
-                _emit_step(emitter, left, right, sums, columns, k)
-            there_are_some = f"if (ivec_any({' | '.join(some)})) " if emitter.wanted.live_rows else ""
-            with emitter.braces(f"else {there_are_some}{turns}"):
-                _emit_step(emitter, left, right, sums, columns, k, some)
+            with context.braces(f"if (ivec_all({' & '.join(some)})) {turns}"):
+                _emit_step(context, left, right, sums, columns, k)
+            there_are_some = f"if (ivec_any({' | '.join(some)})) " if context.wanted.live_rows else ""
+            with context.braces(f"else {there_are_some}{turns}"):
+                _emit_step(context, left, right, sums, columns, k, some)
         for r in range(rows):
             for v in range(vectors):
-                emitter.line(f"*(vec *)({places[r][v]}) = {sums[r][v]};")
+                context.line(f"*(vec *)({places[r][v]}) = {sums[r][v]};")
 
 
 def _emit_step(  # type: ignore[no-untyped-def]
-    emitter: KernelEmitter, left, right, sums: list[list[str]], columns: list[str], k: str, some: Sequence[str] = ()
+    context: Context, left, right, sums: list[list[str]], columns: list[str], k: str, some: Sequence[str] = ()
 ) -> None:
     """One k: a rank-one update of the register block. some: masks, for the columns that there are of each vector."""
     elements_per_line = 64 // 2
     for v, column in enumerate(columns):
-        if v * emitter.lanes % elements_per_line == 0 and (line := right.prefetch(k, column)):
-            emitter.line(line)
-        emitter.line(f"const vec rhs{v} = {right.vector(k, column, *some[v : v + 1])};")
+        if v * context.lanes % elements_per_line == 0 and (line := right.prefetch(k, column)):
+            context.line(line)
+        context.line(f"const vec rhs{v} = {right.vector(k, column, *some[v : v + 1])};")
     for r, accumulators in enumerate(sums):
-        emitter.line(f"const vec lhs{r} = vec_splat({left.element(r, k)});")
+        context.line(f"const vec lhs{r} = vec_splat({left.element(r, k)});")
         for v, name in enumerate(accumulators):
-            emitter.line(f"{name} = vec_fused(lhs{r}, rhs{v}, {name});")
+            context.line(f"{name} = vec_fused(lhs{r}, rhs{v}, {name});")
 
 
-def _emit_plain_dot(emitter: KernelEmitter, op: Op) -> None:
+def plain(context: Context, op: Op) -> None:
     """Any shape and type, batched ones too: three loops, the innermost along n."""
     a, b = op.operands[:2]
     *batch, m, n = op.result.type.shape
     k_extent, element = a.type.shape[-1], op.result.type.element
     if a.type.element == "i1" or a.type.element != b.type.element:
-        raise emitter.unsupported(op, f"of {a.type.element} and {b.type.element}")
-    left, right = emitter.as_array(a), emitter.as_array(b)
-    target = emitter.destinations.get(op.result) or emitter.array(op.result.type, op.result.name)
-    _accumulator(emitter, op, target)
-    emitter.storage[op.result] = Array(target)
-    kind = c.value_type(element)
+        raise context.unsupported(op, f"of {a.type.element} and {b.type.element}")
+    left, right = as_array(context, a), as_array(context, b)
+    target = context.destinations.get(op.result) or context.array(op.result.type, op.result.name)
+    _accumulator(context, op, target)
+    context.storage[op.result] = Array(target)
+    kind = value_type(element)
     batches = batch[0] if batch else 1
-    call = {"f64": "fused"}.get(element, "fusedf")
+    call = FUSED.get(element, "fusedf")
     product = "{t} + x * y" if element.startswith("i") else f"{call}(x, y, {{t}})"
     place = f"{target}[(z * {m} + m) * {n} + n]"
-    with emitter.braces(
+    with context.braces(
         f"for (int z = 0; z < {batches}; z++) for (int m = 0; m < {m}; m++) for (int k = 0; k < {k_extent}; k++)"
     ):
-        emitter.line(f"const {kind} x = {left}[(z * {m} + m) * {k_extent} + k];")
-        emitter.line("#pragma omp simd")
-        with emitter.braces(f"for (int n = 0; n < {n}; n++)"):
-            emitter.line(f"const {kind} y = {right}[(z * {k_extent} + k) * {n} + n];")
-            emitter.line(f"{place} = {product.format(t=place)};")
-    _round(emitter, op.result.type, target)
+        context.line(f"const {kind} x = {left}[(z * {m} + m) * {k_extent} + k];")
+        context.line("#pragma omp simd")
+        with context.braces(f"for (int n = 0; n < {n}; n++)"):
+            context.line(f"const {kind} y = {right}[(z * {k_extent} + k) * {n} + n];")
+            context.line(f"{place} = {product.format(t=place)};")
+    _round(context, op.result.type, target)

@@ -20,9 +20,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .analysis import is_lazy
-from .ttir import Block, Op, Value
-
-_SAME_ARGUMENT = {"tt.addptr", "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.bitcast"}
+from .operations import operation
+from .ttir import Op, Value, walk
 
 
 class Ending(NamedTuple):
@@ -56,21 +55,18 @@ def ending_of(loop: Op) -> Ending | None:
     written, kernel = _argument(ending.store.operands[0]), loop.block
     while kernel.parent is not None:
         kernel = kernel.parent.block
-    if written is None or any(_argument(load.operands[0]) in (None, written) for load in _loads(kernel)):
+    if written is None or any(
+        _argument(load.operands[0]) in (None, written) for load in walk(kernel) if load.name == "tt.load"
+    ):
         return None  # all loads: one from before the loop may be evaluated in it
     return ending
-
-
-def _loads(block: Block) -> list[Op]:
-    inner = [op for outer in block.ops for region in outer.regions for op in _loads(region)]
-    return [op for op in block.ops if op.name == "tt.load"] + inner
 
 
 def _argument(pointers: Value) -> Value | None:
     """The kernel's argument that pointers are computed from, if that is plain to see."""
     while True:
         op, parent = pointers.op, pointers.block.parent
-        if op is not None and op.name in _SAME_ARGUMENT:
+        if op is not None and operation(op).in_place:
             pointers = op.operands[0]
         elif op is not None:
             return None

@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import expressions as c
-from .analysis import permutation, unit_reshape
+from .analysis import operand_index
+from .elements import constant
 from .ttir import Op, Value
 
 
@@ -81,7 +81,7 @@ class _Evaluation:
             return exactly(self.zeros + _integer(op, value.type.element))
         if op.name == "tt.make_range":
             return self._sum(index[0], exactly(self.zeros + op.attribute("start", 0)))
-        if moved := self._index_of_operand(op, index):
+        if moved := operand_index(op, index, exactly(self.zeros)):
             return self.of(op.operands[0], moved)
         if op.name in ("tt.splat", "arith.extsi", "arith.index_cast"):
             return self.of(op.operands[0], index)
@@ -95,21 +95,6 @@ class _Evaluation:
 
     def _pointwise(self, op: Op) -> bool:
         return op.name.startswith("arith.") or op.name == "tt.load"
-
-    def _index_of_operand(self, op: Op, index: tuple[Lanes, ...]) -> tuple[Lanes, ...] | None:
-        """Where in its operand an operation that only moves elements finds them."""
-        if op.name == "tt.broadcast":
-            zero = exactly(self.zeros)
-            return tuple(i if extent > 1 else zero for extent, i in zip(op.operands[0].type.shape, index))
-        if op.name == "tt.expand_dims":
-            axis = op.attribute("axis")
-            return index[:axis] + index[axis + 1 :]
-        if op.name == "tt.trans":
-            source = dict(zip(permutation(op), index))
-            return tuple(source[d] for d in range(len(index)))
-        if axes := unit_reshape(op):
-            return tuple(index[d] if d >= 0 else exactly(self.zeros) for d in axes)
-        return None
 
     # ---- arithmetic; None where the result has no such form -----------------------------------------------------
     def _sum(self, a: Lanes, b: Lanes) -> Lanes:
@@ -169,7 +154,7 @@ class _Evaluation:
 
 def _integer(op: Op, element: str) -> int:
     try:
-        return int(c.constant(op, element).removeprefix("INT64_C(").strip("()"))
+        return int(constant(op, element).removeprefix("INT64_C(").strip("()"))
     except ValueError:
         raise Unknown(f"{op.text} is no integer") from None
 

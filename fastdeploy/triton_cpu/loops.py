@@ -14,14 +14,13 @@ indices allow, so that `x / row_sum[:, None]` divides per element but reads row_
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from . import expressions as c
-from .analysis import is_lazy, permutation, scatters, stride, uniform, unit_reshape
+from .analysis import is_lazy, operand_index, scatters, stride, uniform
+from .context import Array, Context, MovingPointers, Scalar
+from .elements import FUSED, constant, constant_declaration, from_memory, value_type
+from .operations import element
 from .ttir import Op, Value
-
-if TYPE_CHECKING:
-    from .emitter import KernelEmitter
 
 
 class Term(NamedTuple):
@@ -35,32 +34,61 @@ ZERO = Term("0", 0)
 Index = tuple[Term, ...]
 
 
-class Array(NamedTuple):
-    """Storage of a tensor: a local C array in row-major order."""
+class Contraction(NamedTuple):
+    """a * b + c in one rounding; `signs` go before a and c."""
 
-    name: str
+    values: tuple[Value, Value, Value]
+    signs: tuple[str, str]
 
-
-class Scalar(NamedTuple):
-    """Storage of a scalar, or of a tensor whose elements are all equal: a C expression."""
-
-    text: str
+    def text(self, call: str, a: str, b: str, x: str) -> str:
+        return f"{call}({self.signs[0]}{a}, {b}, {self.signs[1]}{x})"
 
 
-class MovingPointers(NamedTuple):
-    """Storage of a loop-carried pointer tensor: the tensor it started as, and how far it has moved (elements)."""
+def contraction(context: Context, op: Op) -> Contraction | None:
+    """How `op`, an addition, takes in a product beside it: by one rule, the left one first, not at gcc's taste."""
+    if (
+        not context.unit.target.contract
+        or op.name not in ("arith.addf", "arith.subf")
+        or op.result.type.element not in FUSED
+    ):
+        return None
 
-    origin: Value
-    moved: str
+    def is_open_product(value: Value) -> bool:
+        return (
+            value.op is not None
+            and value.op.name == "arith.mulf"
+            and value.block is op.block
+            and value not in context.unit.plan
+        )
+
+    minus = "-" if op.name == "arith.subf" else ""
+    left, right = op.operands
+    if is_open_product(left):
+        a, b = left.op.operands  # type: ignore[union-attr]
+        return Contraction((a, b, right), ("", minus))
+    if is_open_product(right):
+        a, b = right.op.operands  # type: ignore[union-attr]
+        return Contraction((a, b, left), (minus, ""))
+    return None
+
+
+def computed(context: Context, op: Op, arguments: list[str]) -> str:
+    """C for one element of a lazy operation that computes."""
+    target = op.results[0].type.element
+    source = op.operands[1 if op.name == "arith.select" else 0].type.element if op.operands else target
+    try:
+        return element(op, arguments, source, target)
+    except NotImplementedError as error:
+        raise context.unsupported(op, f"({error})") from None
 
 
 class LoopNest:
     """Collects the code of one nest. `order` lists the tile's dimensions from the outermost loop to the innermost."""
 
-    def __init__(self, emitter: KernelEmitter, shape: tuple[int, ...], order: list[int]):
-        self.emitter, self.shape, self.order = emitter, shape, order
+    def __init__(self, context: Context, shape: tuple[int, ...], order: list[int]):
+        self.context, self.shape, self.order = context, shape, order
         self.lines: list[list[str]] = [[] for _ in range(len(order) + 1)]
-        self.variables = [emitter.name("i") for _ in order]
+        self.variables = [context.name("i") for _ in order]
         self.index: Index = tuple(
             Term(self.variables[order.index(d)], order.index(d) + 1) if extent > 1 else ZERO
             for d, extent in enumerate(shape)
@@ -77,7 +105,7 @@ class LoopNest:
 
     def write(self, vectorise: bool = True) -> None:
         """Writes the nest into the kernel."""
-        emit = self.emitter.line
+        emit = self.context.line
         loops = [level for level, d in enumerate(self.order) if self.shape[d] > 1]
         for text in self.lines[0]:
             emit(text)
@@ -94,8 +122,8 @@ class LoopNest:
             emit("}")
 
     def temporary(self, element: str, text: str, level: int, hint: str = "t") -> Term:
-        name = self.emitter.name(hint)
-        self.put(f"{c.constant_declaration(element, name)} = {text};", level)
+        name = self.context.name(hint)
+        self.put(f"{constant_declaration(element, name)} = {text};", level)
         return Term(name, level)
 
     # ---- evaluation ---------------------------------------------------------------------------------------------
@@ -109,19 +137,19 @@ class LoopNest:
         return self.memo[key]
 
     def _evaluate(self, value: Value, index: Index) -> Term:
-        storage = self.emitter.storage.get(value)
+        storage = self.context.storage.get(value)
         if isinstance(storage, Scalar):
             return Term(storage.text, 0)
         if isinstance(storage, Array):
             position = linear(value.type.shape, index)
             return self.temporary(value.type.element, f"{storage.name}[{position.text}]", position.level, storage.name)
-        if value.type.is_pointer and not self.emitter.holds_addresses(value):
+        if value.type.is_pointer and not self.context.holds_addresses(value):
             return self.address(value, index)
         op = value.op
         if op is None or not is_lazy(op):
             raise AssertionError(f"{value} has neither storage nor an expression")  # a bug here, not a user's error
         if op.name == "arith.constant":
-            return Term(c.constant(op, value.type.element), 0)
+            return Term(constant(op, value.type.element), 0)
         moved = self._index_map(op, value, index)
         if moved is not None:
             return moved
@@ -129,12 +157,12 @@ class LoopNest:
             return self._load(op, index)
         arguments = [self.evaluate(operand, index) for operand in op.operands]
         level = max([term.level for term in arguments], default=0)
-        fused = self.emitter.contraction(op)
+        fused = contraction(self.context, op)
         if fused is not None:
             terms = [self.evaluate(v, index) for v in fused.values]
-            text = fused.text(c.FUSED[value.type.element], *[t.text for t in terms])
+            text = fused.text(FUSED[value.type.element], *[t.text for t in terms])
             return self.temporary(value.type.element, text, max(t.level for t in terms), value.name)
-        text = self.emitter.scalar_expression(op, [term.text for term in arguments])
+        text = computed(self.context, op, [term.text for term in arguments])
         return self.temporary(value.type.element, text, level, value.name)
 
     def _index_map(self, op: Op, value: Value, index: Index) -> Term | None:
@@ -145,7 +173,7 @@ class LoopNest:
         if op.name == "tt.make_range":
             start = op.attribute("start", 0)
             return Term(f"({index[0].text} + {start})", index[0].level) if start else index[0]
-        stored = self.emitter.storage.get(first) if first is not None else None
+        stored = self.context.storage.get(first) if first is not None else None
         if op.name == "tt.reshape" and isinstance(stored, Array):  # its elements are in the same order
             position = linear(value.type.shape, index)
             return self.temporary(value.type.element, f"{stored.name}[{position.text}]", position.level, stored.name)
@@ -169,20 +197,12 @@ class LoopNest:
 
     def source_index(self, op: Op, value: Value, index: Index) -> Index:
         """Where in the operand of a broadcast, expand_dims, trans, reshape or split the element `index` comes from."""
-        shape = op.operands[0].type.shape
-        if op.name == "tt.broadcast":
-            return tuple(ZERO if extent == 1 else term for extent, term in zip(shape, index))
-        if op.name == "tt.expand_dims":
-            axis = op.attribute("axis")
-            return index[:axis] + index[axis + 1 :]
+        source = operand_index(op, index, ZERO)
+        if source is not None:
+            return source
         if op.name == "tt.split":
             return (*index, Term(str(op.results.index(value)), 0))
-        if op.name == "tt.trans":
-            source = dict(zip(permutation(op), index))
-            return tuple(source[d] for d in range(len(shape)))
-        if axes := unit_reshape(op):
-            return tuple(index[d] if d >= 0 else ZERO for d in axes)
-        return self._delinearised(linear(value.type.shape, index), shape)
+        return self._delinearised(linear(value.type.shape, index), op.operands[0].type.shape)
 
     def _delinearised(self, position: Term, shape: tuple[int, ...]) -> Index:
         if len(shape) == 1:
@@ -209,7 +229,7 @@ class LoopNest:
         pointers, value = op.operands[0], op.result
         element = value.type.element
         place = self.place(pointers, index)
-        text, level = c.from_memory(element, place.text), place.level
+        text, level = from_memory(element, place.text), place.level
         if len(op.operands) > 1:
             mask = self.evaluate(op.operands[1], index)
             other = self.evaluate(op.operands[2], index) if len(op.operands) > 2 else ZERO
@@ -224,7 +244,7 @@ class LoopNest:
         """
         inner = self._innermost_dimension(pointers, index)
         if inner is not None:
-            step = stride(pointers, inner, self.emitter.origins)
+            step = stride(pointers, inner, self.context.origins)
             if step is not None:
                 start = (*index[:inner], ZERO, *index[inner + 1 :])
                 row = self.address(pointers, start)
@@ -242,7 +262,7 @@ class LoopNest:
 
     def address(self, pointers: Value, index: Index, named: bool = True) -> Term:
         """A C pointer to what element `index` of a pointer tensor points at."""
-        if self.emitter.holds_addresses(pointers):
+        if self.context.holds_addresses(pointers):
             return self.evaluate(pointers, index)
         base, offset = self._base_and_offset(pointers, index)
         if offset is None:
@@ -252,12 +272,12 @@ class LoopNest:
 
     def _base_and_offset(self, pointers: Value, index: Index) -> tuple[Term, Term | None]:
         """Follows a pointer tensor to the scalar pointer that it is based on, adding up offsets in 64 bits."""
-        storage = self.emitter.storage.get(pointers)
+        storage = self.context.storage.get(pointers)
         if isinstance(storage, MovingPointers):
             base, offset = self._base_and_offset(storage.origin, index)
             return base, _sum(offset, Term(storage.moved, 0))
         op = pointers.op
-        if isinstance(storage, Scalar) or not pointers.type.is_tensor or self.emitter.holds_addresses(pointers):
+        if isinstance(storage, Scalar) or not pointers.type.is_tensor or self.context.holds_addresses(pointers):
             return self.evaluate(pointers, index), None
         if op.name == "tt.splat":  # type: ignore[union-attr]
             return self._base_and_offset(op.operands[0], ())  # type: ignore[union-attr]
@@ -267,7 +287,7 @@ class LoopNest:
             return base, _sum(offset, Term(f"(int64_t){step.text}", step.level))
         if op.name == "tt.bitcast":  # type: ignore[union-attr]
             base = self.address(op.operands[0], index)  # type: ignore[union-attr]
-            return Term(f"(({c.value_type(pointers.type.element)}){base.text})", base.level), None
+            return Term(f"(({value_type(pointers.type.element)}){base.text})", base.level), None
         return self._base_and_offset(op.operands[0], self.source_index(op, pointers, index))  # type: ignore
 
 
@@ -288,28 +308,26 @@ def linear(shape: tuple[int, ...], index: Index) -> Term:
     return Term(" + ".join(reversed(parts)) or "0", max([term.level for term in index], default=0))
 
 
-def best_order(emitter: KernelEmitter, values: list[Value], shape: tuple[int, ...]) -> list[int]:
+def best_order(context: Context, values: list[Value], shape: tuple[int, ...]) -> list[int]:
     """Loop order for evaluating `values`: innermost the dimension along which most loads and stores are contiguous."""
     votes = [0.0] * len(shape)
     if shape:
         votes[-1] += 0.5
     seen: set[Value] = set()
     for value in values:
-        _vote(emitter, value, list(range(len(shape))), votes, seen)
+        _vote(context, value, list(range(len(shape))), votes, seen)
     candidates = [d for d in range(len(shape)) if shape[d] > 1] or list(range(len(shape)))
     inner = max(candidates, key=lambda d: votes[d]) if shape else None
     return [d for d in range(len(shape)) if d != inner] + ([inner] if inner is not None else [])
 
 
-def _vote(
-    emitter: KernelEmitter, value: Value, dimensions: list[int | None], votes: list[float], seen: set[Value]
-) -> None:
+def _vote(context: Context, value: Value, dimensions: list[int | None], votes: list[float], seen: set[Value]) -> None:
     """Walks an expression; dimensions[d] is the nest's dimension that the value's dimension d runs along."""
     if value in seen or uniform(value):
         return
     seen.add(value)
     op = value.op
-    if isinstance(emitter.storage.get(value), Array):
+    if isinstance(context.storage.get(value), Array):
         if value.type.shape[-1] > 1 and dimensions[-1] is not None:
             votes[dimensions[-1]] += value.type.size
         return
@@ -320,19 +338,12 @@ def _vote(
             if (
                 nest_dimension is not None
                 and value.type.shape[d] > 1
-                and stride(op.operands[0], d, emitter.origins) == 1
+                and stride(op.operands[0], d, context.origins) == 1
             ):
                 votes[nest_dimension] += value.type.size
-    if op.name == "tt.expand_dims":
-        axis = op.attribute("axis")
-        dimensions = dimensions[:axis] + dimensions[axis + 1 :]
-    elif op.name == "tt.trans":
-        order = permutation(op)
-        dimensions = [dimensions[order.index(d)] for d in range(len(order))]
-    elif axes := unit_reshape(op):
-        dimensions = [dimensions[d] if d >= 0 else None for d in axes]
-    elif scatters(op):
+    if scatters(op):
         return
+    inner = operand_index(op, dimensions, None)
     for operand in op.operands:
         if operand.type.is_tensor:
-            _vote(emitter, operand, dimensions, votes, seen)
+            _vote(context, operand, dimensions if inner is None else list(inner), votes, seen)

@@ -10,84 +10,52 @@ nothing else: not on the tile's other extents, the vector width or the C compile
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING
-
-from . import expressions as c
-from . import vectors
+from .arrays import as_array
+from .context import Array, Context, NotATile, Scalar
+from .elements import value_type
 from .live_rows import number_of_live_rows
-from .loops import Array, LoopNest, Scalar, Term, best_order, linear
+from .loops import LoopNest, Term, best_order, linear
+from .operations import operation, vector_form
 from .ttir import Op
-
-if TYPE_CHECKING:
-    from .emitter import KernelEmitter
+from .vectors import VECTOR_TYPES, rows_of
 
 LANES_OF_A_SUM = 16
 
-# Combiners with an identity need no first element to start from: lanes begin with it. max and min ignore NaN (so NaN is
-# their identity) unless they are the propagating kind. Adding -0.0 changes nothing, not even the sign of zero.
-_IDENTITIES = {
-    "arith.addf": "-0.0f",
-    "arith.addi": "0",
-    "arith.ori": "0",
-    "arith.xori": "0",
-    "arith.andi": "-1",
-    "arith.maxnumf": "NAN",
-    "arith.minnumf": "NAN",
-    "arith.maximumf": "-INFINITY",
-    "arith.minimumf": "INFINITY",
-}
 
-
-def emit_reduce(emitter: KernelEmitter, op: Op) -> None:
-    """Declares the results and writes the loops that fill them."""
-    axis, shape = op.attribute("axis"), op.operands[0].type.shape
-    identity = _identity(op)
-    if identity is None:  # a combiner we know nothing of reads its operands twice: give it arrays
-        for operand in op.operands:
-            emitter.as_array(operand)
-    if axis == len(shape) - 1:
-        _reduce_last_axis(emitter, op, identity)
-    else:
-        _reduce_outer_axis(emitter, op, axis, identity)
+def _along_last_axis(op: Op) -> bool:
+    return op.attribute("axis") == len(op.operands[0].type.shape) - 1
 
 
 def _identity(op: Op) -> str | None:
-    """What a combiner of one operation leaves unchanged; None for a combiner that we know nothing of."""
+    """What a combiner of one operation leaves unchanged; None for a combiner that we know nothing of.
+
+    Lanes begin with it, so they need no first element. max and min ignore NaN (so NaN is their identity) unless they
+    are the propagating kind. Adding -0.0 changes nothing, not even the sign of zero.
+    """
     body = op.regions[0].ops
     if len(op.operands) != 1 or len(body) != 2 or set(body[0].operands) != set(op.regions[0].arguments):
         return None
     element = body[0].operands[0].type.element
-    if element in ("i8", "i16", "i32", "i64"):
-        extremes = {
-            "arith.maxsi": f"INT{element[1:]}_MIN",
-            "arith.minsi": f"INT{element[1:]}_MAX",
-            "arith.maxui": "0",
-            "arith.minui": "-1",
-        }
-        return extremes.get(body[0].name) or _IDENTITIES.get(body[0].name)
-    return _IDENTITIES.get(body[0].name) if element != "i1" else None
+    return operation(body[0]).identity.format(bits=element[1:]) or None if element != "i1" else None
 
 
-def _combine(emitter: KernelEmitter, op: Op, left: list[str], right: list[str]) -> tuple[list[str], list[str]]:
+def _combine(context: Context, op: Op, left: list[str], right: list[str]) -> tuple[list[str], list[str]]:
     """The combiner on C expressions: (lines of code, the results)."""
     region = op.regions[0]
     for argument, text in zip(region.arguments, left + right):
-        emitter.storage[argument] = Scalar(text)
-    outer, depth = emitter.lines, emitter.depth
-    emitter.lines, emitter.depth = [], 0
-    emitter.block(region, skip_terminator=True)
-    lines, emitter.lines, emitter.depth = emitter.lines, outer, depth
-    return lines, [emitter.scalar(value) for value in region.terminator.operands]  # type: ignore[union-attr]
+        context.storage[argument] = Scalar(text)
+    with context.aside() as lines:
+        context.block(region, skip_terminator=True)
+    return lines, [context.scalar(value) for value in region.terminator.operands]  # type: ignore[union-attr]
 
 
-def _update(emitter: KernelEmitter, op: Op, targets: list[str], operands: list[str]) -> list[str]:
+def _update(context: Context, op: Op, targets: list[str], operands: list[str]) -> list[str]:
     """C lines for targets = combine(targets, operands)."""
-    lines, results = _combine(emitter, op, targets, operands)
+    lines, results = _combine(context, op, targets, operands)
     if len(targets) == 1:
         return [*lines, f"{targets[0]} = {results[0]};"]
-    fresh = [emitter.name("next") for _ in targets]
-    kinds = [c.value_type(v.type.element) for v in op.operands]
+    fresh = [context.name("next") for _ in targets]
+    kinds = [value_type(v.type.element) for v in op.operands]
     return (
         lines
         + [f"const {kind} {name} = {text};" for kind, name, text in zip(kinds, fresh, results)]
@@ -95,28 +63,58 @@ def _update(emitter: KernelEmitter, op: Op, targets: list[str], operands: list[s
     )
 
 
-def _declare_results(emitter: KernelEmitter, op: Op) -> list[str]:
+def _declare_results(context: Context, op: Op) -> list[str]:
     """Names of the results: a scalar each, or an array without the reduced axis."""
     names = []
     for value in op.results:
         if value.type.is_tensor:
-            name = emitter.array(value.type, value.name)
-            emitter.storage[value] = Array(name)
+            name = context.array(value.type, value.name)
+            context.storage[value] = Array(name)
         else:
-            name = emitter.name(value.name)
-            emitter.line(f"{c.value_type(value.type.element)} {name};")
-            emitter.storage[value] = Scalar(name)
+            name = context.name(value.name)
+            context.line(f"{value_type(value.type.element)} {name};")
+            context.storage[value] = Scalar(name)
         names.append(name)
     return names
 
 
-def _reduce_last_axis(emitter: KernelEmitter, op: Op, identity: str | None) -> None:
-    results = _declare_results(emitter, op)
-    if identity is not None and emitter.vectors:
-        write = functools.partial(vectors.reduce_last_axis, emitter, op, identity, LANES_OF_A_SUM, results[0])
-        if vectors.attempt(emitter, write):
-            return
-    lanes = _Lanes(emitter, op)
+def vectors(context: Context, op: Op) -> None:
+    """tt.reduce along the last axis whose partial results are C vectors."""
+    identity, count = _identity(op), LANES_OF_A_SUM
+    if identity is None or not _along_last_axis(op) or not context.vectors:
+        raise NotATile
+    value, combiner = op.operands[0], op.regions[0].ops[0]
+    form = vector_form(combiner)
+    if form is None or combiner.operands != op.regions[0].arguments:
+        raise NotATile(f"{combiner.name} of {value.type.element}")
+    if value.type.shape[-1] < count:
+        raise NotATile("less than one element for each partial result")
+    [result] = _declare_results(context, op)
+    kind = VECTOR_TYPES[value.type.element]
+    with rows_of(context, value, number_of_live_rows(context, op.result)) as (block, row):
+        partial = [context.name("lane") for _ in range(count // context.lanes)]
+        for name in partial:
+            context.line(f"{kind} {name} = {kind}_splat({identity});")
+        with block.columns_of(value, count, row) as places:
+            for name, place in zip(partial, places):
+                context.line(f"{name} = {form.format(name, block.vector(value, place))};")
+        while len(partial) > 1:
+            half = len(partial) // 2
+            for left, right in zip(partial[:half], partial[half:]):
+                context.line(f"{left} = {form.format(left, right)};")
+            partial = partial[:half]
+        for bit in (context.lanes >> shift for shift in range(1, context.lanes.bit_length())):
+            context.line(f"{partial[0]} = {form.format(partial[0], f'{kind}_exchanged({partial[0]}, {bit})')};")
+        target = f"{result}[{row.text}]" if len(value.type.shape) == 2 else result
+        context.line(f"{target} = {partial[0]}[0];")
+
+
+def last_axis(context: Context, op: Op) -> None:
+    if not _along_last_axis(op):
+        raise NotATile
+    identity = _arrays_or_identity(context, op)
+    results = _declare_results(context, op)
+    lanes = _Lanes(context, op)
     nest = lanes.nest
     lines = lanes.start(identity) + lanes.steps(0 if identity is not None else lanes.count) + lanes.tree()
     for value, name, lane in zip(op.results, results, lanes.partial):
@@ -125,32 +123,40 @@ def _reduce_last_axis(emitter: KernelEmitter, op: Op, identity: str | None) -> N
     for text in lines:
         nest.put(text, nest.depth - 1)
     nest.shape = (*nest.shape[:-1], 1)  # the last axis has its own loops, among the lines
-    with emitter.braces(""):
+    with context.braces(""):
         nest.write(vectorise=False)
+
+
+def _arrays_or_identity(context: Context, op: Op) -> str | None:
+    """The combiner's identity. One that we know nothing of reads its operands twice: they go into arrays."""
+    identity = _identity(op)
+    for operand in op.operands if identity is None else []:
+        as_array(context, operand)
+    return identity
 
 
 class _Lanes:
     """Code that reduces one row of a tensor: partial results side by side, then a tree over them."""
 
-    def __init__(self, emitter: KernelEmitter, op: Op):
+    def __init__(self, context: Context, op: Op):
         shape = op.operands[0].type.shape
-        self.emitter, self.op, self.shape = emitter, op, shape
+        self.context, self.op, self.shape = context, op, shape
         self.count = min(LANES_OF_A_SUM, shape[-1])
-        self.nest = LoopNest(emitter, shape, list(range(len(shape))))
-        self.nest.rows = number_of_live_rows(emitter, op.result) if len(shape) > 1 else None
+        self.nest = LoopNest(context, shape, list(range(len(shape))))
+        self.nest.rows = number_of_live_rows(context, op.result) if len(shape) > 1 else None
         self.row = self.nest.index[:-1]
-        self.partial = [emitter.name("lane") for _ in op.operands]
-        self.block, self.lane = emitter.name("block"), emitter.name("l")
+        self.partial = [context.name("lane") for _ in op.operands]
+        self.block, self.lane = context.name("block"), context.name("l")
 
     def start(self, identity: str | None) -> list[str]:
         """The lanes, holding the identity or, of a combiner without one, the row's first elements."""
         lines = [
-            f"{c.value_type(operand.type.element)} {name}[{self.count}];"
+            f"{value_type(operand.type.element)} {name}[{self.count}];"
             for operand, name in zip(self.op.operands, self.partial)
         ]
         first = linear(self.shape, (*self.row, Term(self.lane, self.nest.depth))).text
         for operand, name in zip(self.op.operands, self.partial):
-            initial = identity or f"{self.emitter.as_array(operand)}[{first}]"
+            initial = identity or f"{as_array(self.context, operand)}[{first}]"
             lines.append(
                 f"for (int {self.lane} = 0; {self.lane} < {self.count}; {self.lane}++) {name}[{self.lane}] = {initial};"
             )
@@ -183,25 +189,25 @@ class _Lanes:
         return lines
 
     def _update(self, lane: str, elements: list[str]) -> list[str]:
-        return _update(self.emitter, self.op, [f"{name}[{lane}]" for name in self.partial], elements)
+        return _update(self.context, self.op, [f"{name}[{lane}]" for name in self.partial], elements)
 
     def _over_lanes(self, count: int, body: list[str]) -> list[str]:
         opening = f"for (int {self.lane} = 0; {self.lane} < {count}; {self.lane}++) {{"
         return ["#pragma omp simd", opening, *body, "}"]
 
 
-def _reduce_outer_axis(emitter: KernelEmitter, op: Op, axis: int, identity: str | None) -> None:
-    shape = op.operands[0].type.shape
-    results = _declare_results(emitter, op)
+def outer_axis(context: Context, op: Op) -> None:
+    axis, shape, identity = op.attribute("axis"), op.operands[0].type.shape, _arrays_or_identity(context, op)
+    results = _declare_results(context, op)
     kept = [d for d in range(len(shape)) if d != axis]
     if identity is not None:
-        emitter.line(f"for (int i = 0; i < {op.result.type.size}; i++) {results[0]}[i] = {identity};")
+        context.line(f"for (int i = 0; i < {op.result.type.size}; i++) {results[0]}[i] = {identity};")
         start = 0
     else:
-        _copy_first(emitter, op, axis, results)
+        _copy_first(context, op, axis, results)
         start = 1
-    inner = [d for d in best_order(emitter, op.operands, shape) if d != axis]
-    nest = LoopNest(emitter, shape, [axis, *inner])
+    inner = [d for d in best_order(context, op.operands, shape) if d != axis]
+    nest = LoopNest(context, shape, [axis, *inner])
     target = linear(op.result.type.shape, tuple(nest.index[d] for d in kept)).text
     if start:
         step = Term(f"({nest.index[axis].text} + 1)", nest.index[axis].level)
@@ -213,36 +219,36 @@ def _reduce_outer_axis(emitter: KernelEmitter, op: Op, axis: int, identity: str 
             one = Term("1", 0)
             nest.index = (*nest.index[:axis], one, *nest.index[axis + 1 :])
     elements = [nest.evaluate(operand, nest.index).text for operand in op.operands]
-    for text in _update(emitter, op, [f"{name}[{target}]" for name in results], elements):
+    for text in _update(context, op, [f"{name}[{target}]" for name in results], elements):
         nest.put(text)
     nest.write()
 
 
-def _copy_first(emitter: KernelEmitter, op: Op, axis: int, results: list[str]) -> None:
+def _copy_first(context: Context, op: Op, axis: int, results: list[str]) -> None:
     shape = op.operands[0].type.shape
     for operand, value, name in zip(op.operands, op.results, results):
-        nest = LoopNest(emitter, (*shape[:axis], 1, *shape[axis + 1 :]), list(range(len(shape))))
+        nest = LoopNest(context, (*shape[:axis], 1, *shape[axis + 1 :]), list(range(len(shape))))
         element = nest.evaluate(operand, nest.index).text
         kept = tuple(term for d, term in enumerate(nest.index) if d != axis)
         nest.put(f"{name}[{linear(value.type.shape, kept).text}] = {element};")
         nest.write()
 
 
-def emit_scan(emitter: KernelEmitter, op: Op) -> None:
+def scan(context: Context, op: Op) -> None:
     """Each element becomes the combination of all up to it, one after the other along the axis."""
     axis, shape = op.attribute("axis"), op.operands[0].type.shape
     reverse = "reverse = true" in op.text
-    sources = [emitter.as_array(operand) for operand in op.operands]
-    targets = [emitter.array(value.type, value.name) for value in op.results]
+    sources = [as_array(context, operand) for operand in op.operands]
+    targets = [context.array(value.type, value.name) for value in op.results]
     order = [d for d in range(len(shape)) if d != axis] + [axis]
-    nest = LoopNest(emitter, shape, order)
+    nest = LoopNest(context, shape, order)
     step = nest.index[axis].text
     here = f"({shape[axis] - 1} - {step})" if reverse else step
-    running = [emitter.name("running") for _ in sources]
+    running = [context.name("running") for _ in sources]
     position = linear(shape, (*nest.index[:axis], Term(here, nest.depth), *nest.index[axis + 1 :])).text
     for value, name in zip(op.operands, running):
-        nest.put(f"{c.value_type(value.type.element)} {name} = 0;", nest.depth - 1)
-    updates = _update(emitter, op, running, [f"{source}[{position}]" for source in sources])
+        nest.put(f"{value_type(value.type.element)} {name} = 0;", nest.depth - 1)
+    updates = _update(context, op, running, [f"{source}[{position}]" for source in sources])
     nest.put(f"if ({step} == 0) {{")
     for name, source in zip(running, sources):
         nest.put(f"{name} = {source}[{position}];")
@@ -252,12 +258,12 @@ def emit_scan(emitter: KernelEmitter, op: Op) -> None:
     nest.put("}")
     for target, name, value in zip(targets, running, op.results):
         nest.put(f"{target}[{position}] = {name};")
-        emitter.storage[value] = Array(target)
+        context.storage[value] = Array(target)
     nest.write(vectorise=False)
 
 
-def emit_unsplat(emitter: KernelEmitter, op: Op) -> None:
+def unsplat(context: Context, op: Op) -> None:
     """The only element of a one-element tensor."""
-    name = emitter.name(op.result.name)
-    emitter.line(f"const {c.value_type(op.result.type.element)} {name} = {emitter.as_array(op.operands[0])}[0];")
-    emitter.storage[op.result] = Scalar(name)
+    name = context.name(op.result.name)
+    context.line(f"const {value_type(op.result.type.element)} {name} = {as_array(context, op.operands[0])}[0];")
+    context.storage[op.result] = Scalar(name)

@@ -23,7 +23,7 @@ right one is not known to be (as nibbles are), the left one is taken as x + 128 
 right one's column is subtracted, which costs as much as one more row. Where the kernel stores x ^ 128 and undoes it
 after the load, the two exclusive-ors cancel; else the block's rows are flipped into an array first.
 
-The arithmetic is that of the general path (control_flow.py, dot.py), bit by bit: a sum takes its terms in ascending k,
+The arithmetic is that of the general path (py, dot.py), bit by bit: a sum takes its terms in ascending k,
 one FMA each, and the same additions are contracted. Loops that do not fit (`NotATile` says why) are left to that path.
 """
 
@@ -31,21 +31,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from . import control_flow
 from .analysis import is_lazy, splat_constant
+from .carried import assign, carry, for_header, uniform_step
+from .context import Array, Context, NotATile
 from .endings import Ending, ending_of
 from .lanes import Lanes
 from .live_rows import number_of_live_rows
-from .loops import Array, LoopNest, Term, linear
+from .loops import LoopNest, Term, linear
 from .ttir import Op, Type, Value
-from .vectors import VECTOR_TYPES, NotATile, Place, Vectors, attempt, plus
-
-if TYPE_CHECKING:
-    from .emitter import KernelEmitter
+from .vectors import VECTOR_TYPES, Place, Vectors, plus
 
 MOST_VECTORS = 8  # of a row in a block
 LONGEST_RUN = 64  # bytes of k multiplied without a C loop around them
@@ -60,38 +58,47 @@ class _Sums(NamedTuple):
     result: Value
 
 
-def emit_loop(emitter: KernelEmitter, loop: Op) -> bool:
-    """Writes an scf.for in registers. Where that is not possible it writes nothing and returns False."""
-    ending = ending_of(loop) if emitter.wanted.direct_stores and not emitter.called else None
-    if ending is not None and attempt(emitter, lambda: _emit(emitter, loop, ending)):
-        return True
-    return attempt(emitter, lambda: _emit(emitter, loop))
+def loop_to_memory(context: Context, loop: Op) -> None:
+    """Writes an scf.for in registers, and the store of its sums."""
+    if not (context.wanted.register_tiles and context.wanted.direct_stores) or context.unit.called:
+        raise NotATile
+    ending = ending_of(loop)
+    if ending is None:
+        raise NotATile
+    _emit(context, loop, ending)
 
 
-def _emit(emitter: KernelEmitter, loop: Op, ending: Ending | None = None) -> None:
+def loop(context: Context, loop: Op) -> None:
+    """Writes an scf.for in registers; its sums go into arrays at the end."""
+    if not context.wanted.register_tiles:
+        raise NotATile
+    _emit(context, loop)
+
+
+def _emit(context: Context, loop: Op, ending: Ending | None = None) -> None:
     """The loop and, where it is given, what follows up to the store of the sums."""
     tiles = _carried_tiles(loop)
     if ending is not None:
         for op in ending.before:
-            emitter.op(op)
-        emitter.written |= {*ending.before, *ending.after}
+            context.op(op)
+        context.written |= {*ending.before, *ending.after}
     (m, n), dots = tiles[0].argument.type.shape, [op for op in loop.regions[0].ops if op.name == "tt.dot"]
-    rows, vectors = _block_size(emitter.lanes, m, n, dots, tiles)
-    arrays = [] if ending else [emitter.array(tile.result.type, tile.result.name) for tile in tiles]
-    row, column = emitter.name("m"), emitter.name("n")
-    width = vectors * emitter.lanes
-    counts = {number_of_live_rows(emitter, tile.result) for tile in tiles}
+    rows, vectors = _block_size(context.lanes, m, n, dots, tiles)
+    arrays = [] if ending else [context.array(tile.result.type, tile.result.name) for tile in tiles]
+    row, column = context.name("m"), context.name("n")
+    width = vectors * context.lanes
+    counts = {number_of_live_rows(context, tile.result) for tile in tiles}
     live = counts.pop() if len(counts) == 1 else None
     with (
-        emitter.braces(f"for (int {column} = 0; {column} < {n}; {column} += {width})"),
-        emitter.braces(f"for (int {row} = 0; {row} < {live or m}; {row} += {rows})"),
+        context.braces(f"for (int {column} = 0; {column} < {n}; {column} += {width})"),
+        context.braces(f"for (int {row} = 0; {row} < {live or m}; {row} += {rows})"),
     ):
         if m % rows:  # the last block begins earlier and computes some rows again
-            emitter.line(f"{row} = {row} < {m - rows} ? {row} : {m - rows};")
+            context.line(f"{row} = {row} < {m - rows} ? {row} : {m - rows};")
         block = _Block(
-            emitter,
+            context,
             [plus(row if m > rows else "0", r) for r in range(rows)],
-            [plus(column if n > width else "0", v * emitter.lanes) for v in range(vectors)],
+            [plus(column if n > width else "0", v * context.lanes) for v in range(vectors)],
             read_once=m == rows,
         )
         _emit_block(block, loop, tiles)
@@ -102,7 +109,7 @@ def _emit(emitter: KernelEmitter, loop: Op, ending: Ending | None = None) -> Non
             for place in block.places:
                 block.store(ending.store, place)
     for tile, name in zip(tiles, arrays):
-        emitter.storage[tile.result] = Array(name)
+        context.storage[tile.result] = Array(name)
 
 
 def _carried_tiles(loop: Op) -> list[_Sums]:
@@ -116,7 +123,7 @@ def _carried_tiles(loop: Op) -> list[_Sums]:
             tiles.append(sums)
         elif sums.result.uses:
             raise NotATile("a pointer or scalar is used behind the loop")
-        elif sums.argument.type.is_tensor and control_flow.uniform_step(sums.argument, sums.new) is None:
+        elif sums.argument.type.is_tensor and uniform_step(sums.argument, sums.new) is None:
             raise NotATile("pointers that do not move as a whole")
     for op in body.ops[:-1]:
         if op.name != "tt.dot" and not _only_computes(op):
@@ -173,26 +180,26 @@ def _is_read_as_floats(dot: Op) -> bool:
 
 def _emit_block(block: _Block, loop: Op, tiles: list[_Sums]) -> None:
     """The kernel's whole loop for one block of registers."""
-    emitter, body = block.emitter, loop.regions[0]
+    context, body = block.context, loop.regions[0]
     for tile in tiles:
         block.registers[tile.argument] = block.variables(tile.initial, tile.argument.name)
     everything = zip(body.arguments[1:], loop.operands[3:], body.terminator.operands)  # type: ignore[union-attr]
     others = [(argument, first, new) for argument, first, new in everything if argument not in block.registers]
-    carried = [control_flow.carry(emitter, argument, first, new) for argument, first, new in others]
-    with block.scope(control_flow.for_header(emitter, loop)):
+    carried = [carry(context, argument, first, new) for argument, first, new in others]
+    with block.scope(for_header(context, loop)):
         for op in body.ops[:-1]:
             if op.name == "tt.dot":
                 block.dot(op)
             elif not op.result.type.is_tensor:
-                emitter.op(op)
+                context.op(op)
         for place in block.places:
             new = [block.vector(tile.new, place) for tile in tiles]
             if len(tiles) > 1:  # one may be another's old sums
                 kinds = [VECTOR_TYPES[tile.new.type.element] for tile in tiles]
                 new = [block.constant(kind, text, "next") for kind, text in zip(kinds, new)]
             for tile, text in zip(tiles, new):
-                emitter.line(f"{block.vector(tile.argument, place)} = {text};")
-        control_flow.assign(emitter, carried, [new for *_, new in others])
+                context.line(f"{block.vector(tile.argument, place)} = {text};")
+        assign(context, carried, [new for *_, new in others])
 
 
 def _to_arrays(block: _Block, tiles: list[_Sums], arrays: list[str]) -> None:
@@ -200,7 +207,7 @@ def _to_arrays(block: _Block, tiles: list[_Sums], arrays: list[str]) -> None:
         for place in block.places:
             where = linear(tile.result.type.shape, (place.row, place.column)).text
             kind = VECTOR_TYPES[tile.result.type.element]
-            block.emitter.line(f"*({kind} *)({name} + {where}) = {block.vector(tile.argument, place)};")
+            block.context.line(f"*({kind} *)({name} + {where}) = {block.vector(tile.argument, place)};")
 
 
 _BYTEWISE = {"andi": "&", "ori": "|", "xori": "^"}
@@ -209,18 +216,18 @@ _BYTEWISE = {"andi": "&", "ori": "|", "xori": "^"}
 class _Block(Vectors):
     """Writes the products of a loop for ROWS x VECTORS places, into variables."""
 
-    def __init__(self, emitter: KernelEmitter, rows: list[Term], columns: list[Term], read_once: bool):
-        super().__init__(emitter, rows, columns, read_once)
+    def __init__(self, context: Context, rows: list[Term], columns: list[Term], read_once: bool):
+        super().__init__(context, rows, columns, read_once)
         self.column_sums: dict[Value, list[str]] = {}  # of right operands, as far as products have needed them
 
     def variables(self, initial: Value, hint: str) -> list[list[str]]:
         """A tile in variables that may change, with their first values."""
         kind = VECTOR_TYPES[initial.type.element]
-        name = self.emitter.name(hint)
+        name = self.context.name(hint)
         names = [[f"{name}_{r}x{v}" for v in range(len(self.columns))] for r in range(len(self.rows))]
         for place in self.places:
             r, v = place.register  # type: ignore[misc]
-            self.emitter.line(f"{kind} {names[r][v]} = {self.vector(initial, place)};")
+            self.context.line(f"{kind} {names[r][v]} = {self.vector(initial, place)};")
         return names
 
     # ---- products -----------------------------------------------------------------------------------------------
@@ -238,7 +245,7 @@ class _Block(Vectors):
         self.registers[op.result] = sums
 
     def _dot_of_floats(self, a: Value, b: Value, sums: list[list[str]]) -> None:
-        name, step = self.emitter.name("k"), min(4, a.type.shape[1])
+        name, step = self.context.name("k"), min(4, a.type.shape[1])
         copied = None if self._is_cheap(a) else self._copy_of_rows(a)
         with self.scope(f"for (int {name} = 0; {name} < {a.type.shape[1]}; {name} += {step})"):
             for k in (plus(name, number) for number in range(step)):
@@ -247,11 +254,11 @@ class _Block(Vectors):
                     element = f"{copied}[{r * a.type.shape[1]} + {k.text}]" if copied else self.scalar(a, (row, k))
                     left = self.constant("vec", f"vec_splat({element})", "left")
                     for total, factor in zip(of_row, right):
-                        self.emitter.line(f"{total} = vec_fused({left}, {factor}, {total});")
+                        self.context.line(f"{total} = vec_fused({left}, {factor}, {total});")
 
     def _is_cheap(self, a: Value) -> bool:
         """Can an element of the left operand be broadcast from where it lies?"""
-        if isinstance(self.emitter.storage.get(a), Array):
+        if isinstance(self.context.storage.get(a), Array):
             return True
         return a.op is not None and a.op.name == "tt.load" and len(a.op.operands) == 1 and a.type.element == "f32"
 
@@ -260,8 +267,8 @@ class _Block(Vectors):
         if self._reads_registers(a):
             raise NotATile(f"{a} is computed from sums")
         shape = (len(self.rows), a.type.shape[1])
-        name = self.emitter.array(Type(shape, "f32"), a.name)
-        nest = LoopNest(self.emitter, shape, [0, 1])
+        name = self.context.array(Type(shape, "f32"), a.name)
+        nest = LoopNest(self.context, shape, [0, 1])
         row, k = nest.index
         element = nest.evaluate(a, (Term(f"({self.rows[0].text} + {row.text})", row.level), k))
         nest.put(f"{name}[{linear(shape, nest.index).text}] = {element.text};")
@@ -272,7 +279,7 @@ class _Block(Vectors):
     def _words_of(self, extent: int) -> Iterator[list[Term]]:
         """A C loop over `extent` bytes of k; yields where the words of a turn begin. For few there is no loop, and
         the next product finds the bytes that this one has loaded."""
-        run, name = min(extent, LONGEST_RUN), self.emitter.name("k")
+        run, name = min(extent, LONGEST_RUN), self.context.name("k")
         if extent == run:
             yield [plus("0", number) for number in range(0, run, 4)]
             return
@@ -293,37 +300,37 @@ class _Block(Vectors):
                     left = self.constant("bytes", f"(bytes)ivec_splat({of_row[number]})", "left")
                     for total, factor in zip(total_of_row, right):
                         pair = f"{factor}, {left}" if unsigned else f"{left}, {factor}"
-                        self.emitter.line(f"{total} = add_dot4({total}, {pair});")
+                        self.context.line(f"{total} = add_dot4({total}, {pair});")
         for of_row in sums:
             for total, column in zip(of_row, columns):
-                self.emitter.line(f"{total} -= {column};")
+                self.context.line(f"{total} -= {column};")
 
     def _flipped(self, a: Value, steps: list[Term]) -> list[list[str]] | None:
         """The words of all rows with each byte's sign bit flipped, in an array, if they lie in memory in order.
 
         From there a load broadcasts one, for nothing; from a register it takes an instruction, of those that multiply.
         """
-        count, name = 4 * len(steps), self.emitter.name("flipped")
-        if a.op is None or a in self.emitter.storage or a.op.name != "tt.load":
+        count, name = 4 * len(steps), self.context.name("flipped")
+        if a.op is None or a in self.context.storage or a.op.name != "tt.load":
             return None
         self._expect_plain(a.op, (Lanes(1, np.zeros(count, np.int64)), Lanes(count, np.arange(count))))
-        self.emitter.line(f"int32_t {name}[{len(self.rows) * len(steps)}] __attribute__((aligned(64)));")
+        self.context.line(f"int32_t {name}[{len(self.rows) * len(steps)}] __attribute__((aligned(64)));")
         for r, row in enumerate(self.rows):
             address = self.address(a.op.operands[0], (row, steps[0]))
-            self.emitter.line(f"flip_bytes({name} + {r * len(steps)}, {address}, {len(steps)});")
-        self.emitter.line(f"IN_MEMORY({name});")
+            self.context.line(f"flip_bytes({name} + {r * len(steps)}, {address}, {len(steps)});")
+        self.context.line(f"IN_MEMORY({name});")
         return [[f"{name}[{r * len(steps) + n}]" for n in range(len(steps))] for r in range(len(self.rows))]
 
     def _column_sums(self, b: Value) -> list[str]:
         """128 times the sum of each column of bytes."""
         if b not in self.column_sums:
-            names = self.column_sums[b] = [self.emitter.name("column") for _ in self.columns]
-            self.emitter.line(f"ivec {' = {0}, '.join(names)} = {{0}};")
+            names = self.column_sums[b] = [self.context.name("column") for _ in self.columns]
+            self.context.line(f"ivec {' = {0}, '.join(names)} = {{0}};")
             with self._words_of(b.type.shape[0]) as steps:
                 for k in steps:
                     for total, column in zip(names, self.columns):
                         factor = self._quads(b, k, column)
-                        self.emitter.line(f"{total} = add_dot4({total}, (bytes)ivec_splat(0x80808080), {factor});")
+                        self.context.line(f"{total} = add_dot4({total}, (bytes)ivec_splat(0x80808080), {factor});")
         return self.column_sums[b]
 
     def _expect_plain(self, load: Op, index: tuple[Lanes, ...]) -> None:
@@ -334,7 +341,7 @@ class _Block(Vectors):
     def _four(self, value: Value, row: Term, k: Term) -> str:
         """The bytes k to k + 3 of a row as one word."""
         op = value.op
-        if op is None or value in self.emitter.storage:
+        if op is None or value in self.context.storage:
             raise NotATile(f"bytes of {value}")
         sign = _BYTEWISE.get(op.name.removeprefix("arith."))
         if sign and (constant := splat_constant(op.operands[1])) is not None:
@@ -350,8 +357,8 @@ class _Block(Vectors):
         return self.memo[key]
 
     def _quads_text(self, value: Value, k: Term, column: Term) -> str:
-        op, count = value.op, self.emitter.lanes
-        if op is None or value in self.emitter.storage:
+        op, count = value.op, self.context.lanes
+        if op is None or value in self.context.storage:
             raise NotATile(f"bytes of {value}")
         name = op.name.removeprefix("arith.")
         constant = splat_constant(op.operands[1]) if name in _BYTEWISE or name == "shrui" else None

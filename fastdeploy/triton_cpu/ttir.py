@@ -12,6 +12,7 @@ Triton 3.6 to 3.9 in what we read). One operation is one line, except those with
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 
@@ -98,6 +99,14 @@ class Function:
     @property
     def parameters(self) -> list[Value]:
         return self.body.arguments
+
+
+def walk(block: Block) -> Iterator[Op]:
+    """All operations of a block and of the regions in it, in the order of the text."""
+    for op in block.ops:
+        yield op
+        for region in op.regions:
+            yield from walk(region)
 
 
 def parse(text: str) -> list[Function]:

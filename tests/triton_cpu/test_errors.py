@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from fastdeploy.triton_cpu.emitter import UnsupportedOperation
+from fastdeploy.triton_cpu.context import UnsupportedOperation
 
 from .arrays import Tensor, empty, run_python
 

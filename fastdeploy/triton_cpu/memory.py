@@ -1,0 +1,94 @@
+"""Stores, atomics and histograms: the loop nests in which most of a kernel's lazy expressions end up."""
+
+from __future__ import annotations
+
+from .analysis import stride
+from .arrays import as_array
+from .context import Array, Context, Scalar
+from .elements import memory_type, to_memory, value_type
+from .live_rows import number_of_live_rows
+from .loops import LoopNest, best_order, linear
+from .ttir import Op, Value
+
+# The atomic updates of prelude.h
+_INTEGER_ATOMICS = ("add", "max", "min", "umax", "umin", "and", "or", "xor", "exch")
+_ATOMICS = {"i32": _INTEGER_ATOMICS, "i64": _INTEGER_ATOMICS, "f32": ("fadd", "max", "min", "exch")}
+_ATOMICS |= {"f64": _ATOMICS["f32"], "f16": ("fadd", "exch"), "bf16": ("fadd", "exch")}
+
+
+def store(context: Context, op: Op) -> None:
+    """tl.store: the loop nest in which most of a kernel's lazy expressions end up."""
+    pointers, value = op.operands[:2]
+    mask = op.operands[2] if len(op.operands) > 2 else None
+    element = pointers.type.pointee
+    if not value.type.is_tensor:
+        condition = f"if ({context.scalar(mask)}) " if mask else ""
+        context.line(f"{condition}*{context.scalar(pointers)} = {to_memory(element, context.scalar(value))};")
+        return
+    nest = LoopNest(context, value.type.shape, _store_order(context, pointers, value))
+    nest.rows = number_of_live_rows(context, pointers)
+    text = to_memory(element, nest.evaluate(value).text)
+    condition = f"if ({nest.evaluate(mask).text}) " if mask else ""
+    nest.put(f"{condition}{nest.place(pointers, nest.index).text} = {text};")
+    nest.write()
+
+
+def _store_order(context: Context, pointers: Value, value: Value) -> list[int]:
+    """Innermost the dimension along which the store is contiguous: scattered stores cost more than loads."""
+    shape = value.type.shape
+    contiguous = [d for d in range(len(shape)) if shape[d] > 1 and stride(pointers, d, context.origins) == 1]
+    if contiguous:
+        inner = contiguous[-1]
+        return [d for d in range(len(shape)) if d != inner] + [inner]
+    return best_order(context, [value], shape)
+
+
+def atomic_update(context: Context, op: Op) -> None:
+    """Read-modify-write by compare-and-swap, which serves every operation and type alike."""
+    kind = op.text.split()[1].rstrip(",")
+    pointers, value = op.operands[:2]
+    mask = op.operands[2] if len(op.operands) > 2 else None
+    result, element = op.result, value.type.element
+    update = f"atomic_{kind}_{element}"
+    if kind not in _ATOMICS.get(element, ()):
+        raise context.unsupported(op, f"{kind} of {element}")
+    if not value.type.is_tensor:
+        name = context.name(result.name)
+        context.line(f"{value_type(element)} {name} = 0;")
+        condition = f"if ({context.scalar(mask)}) " if mask else ""
+        context.line(f"{condition}{name} = {update}({context.scalar(pointers)}, {context.scalar(value)});")
+        context.storage[result] = Scalar(name)
+        return
+    old = context.array(result.type, result.name) if result.uses else None
+    nest = LoopNest(context, value.type.shape, list(range(len(value.type.shape))))
+    place, operand = nest.place(pointers, nest.index).text, nest.evaluate(value).text
+    condition = f"if ({nest.evaluate(mask).text}) " if mask else ""
+    target = f"{old}[{linear(value.type.shape, nest.index).text}] = " if old else ""
+    nest.put(f"{condition}{target}{update}(&{place}, {operand});")
+    nest.write(vectorise=False)
+    if old:
+        context.storage[result] = Array(old)
+
+
+def compare_and_swap(context: Context, op: Op) -> None:
+    """tl.atomic_cas of a scalar; its result is the old value."""
+    pointer, expected, desired = op.operands
+    if expected.type.is_tensor:
+        raise context.unsupported(op, "on a tensor")
+    name, kind = context.name(op.result.name), memory_type(expected.type.element)
+    context.line(f"{kind} {name} = {context.scalar(expected)}, {name}_desired = {context.scalar(desired)};")
+    context.line(
+        f"__atomic_compare_exchange({context.scalar(pointer)}, &{name}, &{name}_desired, 0, "
+        "__ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);"
+    )
+    context.storage[op.result] = Scalar(name)
+
+
+def histogram(context: Context, op: Op) -> None:
+    values, result = op.operands[0], op.result
+    source, counts = as_array(context, values), context.array(result.type, result.name)
+    mask = as_array(context, op.operands[1]) if len(op.operands) > 1 else None
+    condition = f"if ((uint64_t){source}[i] < {result.type.size}{f' && {mask}[i]' if mask else ''}) "
+    context.line(f"memset({counts}, 0, sizeof {counts});")
+    context.line(f"for (int i = 0; i < {values.type.size}; i++) {condition}{counts}[{source}[i]]++;")
+    context.storage[result] = Array(counts)
