@@ -21,8 +21,8 @@ from .loops import computed, contraction
 from .operations import OPERATIONS, operation
 from .ttir import Function, Op, Value
 
-_MODULES: tuple[ModuleType, ...] = (calls, control_flow, dot, memory, programs, reductions, registers)
-_BY_NAME = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
+MODULES: tuple[ModuleType, ...] = (calls, control_flow, dot, memory, programs, reductions, registers)
+_BY_NAME = {module.__name__.rpartition(".")[2]: module for module in MODULES}
 LOWERINGS: dict[str, list[Callable[[Context, Op], None]]] = {
     name: [getattr(_BY_NAME[module], function) for module, function in (text.split(".") for text in row.lowerings)]
     for name, row in OPERATIONS.items()
