@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from .context import Array, Context, NotATile
 from .live_rows import number_of_live_rows
 from .loops import LoopNest, best_order, linear
@@ -21,7 +23,8 @@ def as_array(context: Context, value: Value) -> str:
 def materialise(context: Context, value: Value, into: str | None = None) -> str:
     """Evaluates a tensor into a local array; returns its name."""
     name = into or context.array(value.type, value.name)
-    if not (context.vectors and context.attempt(lambda: _as_vectors(context, value, name))):
+    as_vectors = functools.partial(_as_vectors, context, value, name)
+    if not (context.vectors and context.attempt(as_vectors, f"{name} has no vectors")):
         nest = LoopNest(context, value.type.shape, best_order(context, [value], value.type.shape))
         nest.rows = number_of_live_rows(context, value)
         element = nest.evaluate(value)

@@ -150,9 +150,9 @@ class Context:
         yield self.lines
         self.lines, self.depth = outer, depth
 
-    def attempt(self, write: Callable[[], object], keep: bool = True) -> bool:
+    def attempt(self, write: Callable[[], object], what: str, keep: bool = True) -> bool:
         """Runs `write`; the answer is False if it raises NotATile. What it has written is forgotten then, and unless
-        `keep` in any case; the reason stands as a comment in the C."""
+        `keep` in any case. `what` was attempted and the reason stand as a comment in the C."""
         before = {name: copy(value) for name, value in vars(self).items()}
         reason = None
         try:
@@ -162,7 +162,7 @@ class Context:
         if reason is not None or not keep:
             vars(self).update(before)
         if reason and keep:
-            self.line(f"// {reason}")
+            self.line(f"// {what}: {reason}")
         return reason is None
 
     # ---- values -------------------------------------------------------------------------------------------------

@@ -55,7 +55,10 @@ def blocks(context: Context, op: Op) -> None:
     right = in_place or _LocalRows(context, b)
     target = context.destinations.get(op.result) or context.array(op.result.type, op.result.name)
     write = functools.partial(_emit_blocks, context, op, left, right, target, block)
-    if not (context.wanted.register_tiles and context.attempt(lambda: write(op.operands[2]))):
+    if not (
+        context.wanted.register_tiles
+        and context.attempt(lambda: write(op.operands[2]), "what is added to has no vectors")
+    ):
         _accumulator(context, op, target)
         write(None)
     context.storage[op.result] = Array(target)

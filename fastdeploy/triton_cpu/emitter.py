@@ -11,6 +11,7 @@ a comment says why. See it with `compiled_kernel.asm["c"]`, or in Triton's cache
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 from . import calls, control_flow, dot, memory, programs, reductions, registers
@@ -35,14 +36,21 @@ def lower(context: Context, op: Op) -> None:
         if operation(op).lazy:
             _compute(context, op)
         elif lowerings := LOWERINGS.get(op.name):
-            if not any(context.attempt(lambda write=write: write(context, op)) for write in lowerings[:-1]):  # type: ignore[misc]
-                lowerings[-1](context, op)
+            _try_in_turn(context, op, lowerings)
         else:
             raise context.unsupported(op)
     except UnsupportedOperation:
         raise
     except NotImplementedError as error:
         raise context.unsupported(op, f"with {error}") from None
+
+
+def _try_in_turn(context: Context, op: Op, lowerings: list[Callable[[Context, Op], None]]) -> None:
+    *special, general = lowerings
+    for write, name in zip(special, operation(op).lowerings):
+        if context.attempt(lambda write=write: write(context, op), f"{Path(op.location).name}: not {name}"):  # type: ignore[misc]
+            return
+    general(context, op)
 
 
 def _compute(context: Context, op: Op) -> None:

@@ -54,7 +54,7 @@ def plus(variable: str, number: int) -> Term:
 def has_vectors(context: Context, row: Value) -> bool:
     """Can a tensor [1, N] be evaluated vector by vector?"""
     place = Place(ZERO, ZERO)
-    return context.attempt(lambda: Vectors(context, [ZERO], [ZERO], False).vector(row, place), keep=False)
+    return context.attempt(lambda: Vectors(context, [ZERO], [ZERO], False).vector(row, place), "", keep=False)
 
 
 @contextmanager
