@@ -29,6 +29,7 @@ class CPUOptions:
 
     register_tiles, live_rows, direct_stores, prefetch: see `Optimisations`. $FASTDEPLOY_REGISTER_TILES=0 makes the
         first False, and so on.
+    debug: tl.device_assert is checked.  sanitize_overflow: so are integer sums and products; by default, where debug is.
     """
 
     num_warps: int = 1
@@ -87,6 +88,7 @@ class CPUBackend(BaseBackend):
         chosen = {key: value for key, value in options.items() if key in known and value is not None}
         if "TRITON_DEFAULT_FP_FUSION" in os.environ:
             chosen.setdefault("enable_fp_fusion", os.environ["TRITON_DEFAULT_FP_FUSION"] == "1")
+        chosen.setdefault("sanitize_overflow", chosen.get("debug", False))
         for name in Optimisations._fields:
             if (wanted := os.environ.get(f"FASTDEPLOY_{name.upper()}")) is not None:
                 chosen.setdefault(name, wanted != "0")
@@ -138,7 +140,9 @@ def make_c(module: Any, metadata: dict[str, Any], options: CPUOptions) -> str:
     metadata["shared"] = 0
     metadata["argument_format"] = argument_format(functions[0])
     wanted = Optimisations(*[getattr(options, name) for name in Optimisations._fields])
-    return generate_c(functions, _prelude(), toolchain().lanes, options.enable_fp_fusion, wanted)
+    source = generate_c(functions, _prelude(), toolchain().lanes, options.enable_fp_fusion, wanted)
+    metadata["can_fail"] = "#define USES_FAILURES" in source
+    return source
 
 
 @functools.lru_cache(None)

@@ -59,14 +59,16 @@ class CPULauncher:
             for code, kind in zip(metadata.argument_format[1:], kinds, strict=True)
         ]
         self.kernel = metadata.name
-        self.format = struct.Struct("@" + "".join(codes))
+        self.can_fail = metadata.can_fail
+        self.format = struct.Struct("@" + "".join(codes) + "P" * self.can_fail)
         # Where `pack` finds the values: among the arguments or, if there are tuples, among those picked by their paths.
         self.nested = any(len(path) > 1 for path in self.paths)
         self.positions = [number if self.nested else path[0] for number, path in enumerate(self.paths)]
         self.is_pointer = [code == "P" for code in codes]
 
-    def pack(self, arguments: Any) -> bytes:
-        """The bytes of the C struct that the kernel reads its arguments from. ValueError for memory it can't read."""
+    def pack(self, arguments: Any, *more: int) -> bytes:
+        """The bytes of the C struct that the kernel reads its arguments from, and what it has behind them. ValueError
+        for memory it can't read."""
         if self.nested:
             arguments = [functools.reduce(operator.getitem, path, arguments) for path in self.paths]
         try:
@@ -74,7 +76,8 @@ class CPULauncher:
                 *[
                     _pointer(arguments[i]) if pointer else arguments[i]
                     for i, pointer in zip(self.positions, self.is_pointer)
-                ]
+                ],
+                *more,
             )
         except _Unreadable as error:
             name = next(name for name, i in zip(self.names, self.positions) if arguments[i] is error.tensor)
@@ -95,7 +98,12 @@ class CPULauncher:
     ) -> None:
         if enter_hook is not None:
             enter_hook(launch_metadata)
-        runtime.launch(function, self.pack(arguments), (x, y, z), arguments)
+        if self.can_fail:
+            failure = runtime.Failure()
+            packed = self.pack(arguments, ctypes.addressof(failure))
+            runtime.launch(function, packed, (x, y, z), arguments, failure)
+        else:
+            runtime.launch(function, self.pack(arguments), (x, y, z), arguments)
         if exit_hook is not None:
             exit_hook(launch_metadata)
 

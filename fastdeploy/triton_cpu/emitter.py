@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import NamedTuple
 
 from . import control_flow, dot, reductions, registers, vectors
@@ -330,20 +331,26 @@ class KernelEmitter:
         self.storage[result] = Array(counts)
 
     def assertion(self, op: Op) -> None:
-        """tl.device_assert: a message with the source line, then abort(), which would lose what was printed before."""
-        message = f"{op.location}: assertion failed in a Triton kernel: {_quoted(op)}"
-        report = f'{{ fflush(stdout); fprintf(stderr, "%s\\n", "{message}"); abort(); }}'
-        condition = op.operands[0]
+        """tl.device_assert: of a tensor, the first element that is False is named."""
+        condition, text = op.operands[0], ": " + _quoted(op).replace("%", "%%")
         if not condition.type.is_tensor:
-            self.line(f"if (!{self.scalar(condition)}) {report}")
+            self.line(f"if (!{self.scalar(condition)}) {self.failure(op, 'assertion failed' + text)}")
             return
-        holds = self.as_array(condition)
-        self.line(f"for (int i = 0; i < {condition.type.size}; i++) if (!{holds}[i]) {report}")
+        holds, shape = self.as_array(condition), condition.type.shape
+        index = [f"i / {prod(shape[d + 1 :])} % {extent}" for d, extent in enumerate(shape)]
+        text = f"assertion failed at [{', '.join(['%d'] * len(shape))}]{text}"
+        self.line(f"for (int i = 0; i < {condition.type.size}; i++) if (!{holds}[i]) {self.failure(op, text, *index)}")
+
+    def failure(self, op: Op, text: str, *arguments: str) -> str:
+        """C that ends the program and has the launcher raise a RuntimeError: the source line, the program's place in
+        the grid, and `text`, a format of printf for `arguments`, which are C expressions."""
+        location = op.location.replace("%", "%%")
+        text = f"{location}: kernel {self.function.name!r}, program (%d, %d, %d): {text}"
+        return f"fail({_c_string(text)}, {', '.join(['pid_x', 'pid_y', 'pid_z', *arguments])});"
 
     def print_values(self, op: Op) -> None:
         """tl.device_print: a line for each element, behind the program's place in the grid."""
-        prefix = _quoted(op)
-        head = r'printf("pid (%d, %d, %d)' + prefix.replace("%", "%%")
+        head = "printf(" + _c_string("pid (%d, %d, %d)" + _quoted(op).replace("%", "%%"))[:-1]
         for value in op.operands:
             code, cast = (
                 ("%g", "(double)")
@@ -378,8 +385,16 @@ def _has_dot(block: Block) -> bool:
 
 
 def _quoted(op: Op) -> str:
+    """The text of a message, in which MLIR writes two hexadecimal digits behind a backslash for what it doesn't show."""
     found = re.search(r'"([^"]*)"', op.text)
-    return found.group(1) if found else ""
+    shown = (found.group(1) if found else "").encode()
+    plain = re.sub(rb"\\(\\|[0-9A-F]{2})", lambda m: b"\\" if m[1] == b"\\" else bytes.fromhex(m[1].decode()), shown)
+    return plain.decode(errors="replace")
+
+
+def _c_string(text: str) -> str:
+    plain = [chr(byte) if 32 <= byte < 127 and chr(byte) not in '"?\\' else f"\\{byte:03o}" for byte in text.encode()]
+    return f'"{"".join(plain)}"'
 
 
 def c_function_name(name: str) -> str:
@@ -441,7 +456,9 @@ def generate_c(functions: list[Function], prelude: str, lanes: int, contract: bo
         text = emitter.emit(control_flow.result_type(function))
         prototypes += [control_flow.result_struct(function), text.split(" {\n", 1)[0] + ";"]
         bodies.append(text)
+    can_fail = any("fail(" in body for body in bodies)
     fields = [f"{_field_type(p)} a{i};" for i, p in enumerate(kernel.parameters)]
+    fields += ["struct failure *failure;"] * can_fail
     arguments = ", ".join(
         [c.rounded(p.type.element, f"a->a{i}") for i, p in enumerate(kernel.parameters)]
         + ["i % grid[0]", "i / grid[0] % grid[1]", "i / grid[0] / grid[1]", "grid[0]", "grid[1]", "grid[2]"]
@@ -449,10 +466,11 @@ def generate_c(functions: list[Function], prelude: str, lanes: int, contract: bo
     entry = (
         f"struct arguments {{ {' '.join(fields)} }};\n"
         "void run_programs(const struct arguments *a, long begin, long end, const int *grid) {\n"
-        f"  for (long i = begin; i < end; i++) {c_function_name(kernel.name)}({arguments});\n}}\n"
+        + "  if (has_failed(a->failure) || setjmp(end_of_programs)) return;\n" * can_fail
+        + f"  for (long i = begin; i < end; i++) {c_function_name(kernel.name)}({arguments});\n}}\n"
     )
     code = "\n".join([p for p in prototypes if p] + bodies + [entry])
-    uses = {"USES_VECTORS": "vec ", "USES_ATOMICS": "atomic_"}
+    uses = {"USES_VECTORS": "vec ", "USES_ATOMICS": "atomic_", "USES_FAILURES": "fail("}
     parts += [f"#define {macro}" for macro, sign in uses.items() if sign in code]
     return "\n".join([*parts, prelude, code])
 
