@@ -27,9 +27,9 @@ _HERE = Path(__file__).parent
 class CPUOptions:
     """Launch options. The GPU ones are accepted, so that a kernel tuned for GPUs runs here, and mean nothing.
 
-    register_tiles, live_rows, direct_stores, prefetch: see `Optimisations`. $FASTDEPLOY_REGISTER_TILES=0 makes the
-        first False, and so on.
-    debug: tl.device_assert is checked.  sanitize_overflow: so are integer sums and products; by default, where debug is.
+    register_tiles, live_rows, direct_stores, prefetch, disjoint: see `Optimisations`. $FASTDEPLOY_REGISTER_TILES=0
+        makes the first False, and so on.
+    debug: tl.device_assert is checked.  sanitize_overflow: so are integer sums and products; by default as `debug`.
     """
 
     num_warps: int = 1
@@ -42,6 +42,7 @@ class CPUOptions:
     live_rows: bool = True
     direct_stores: bool = True
     prefetch: bool = True
+    disjoint: bool = True
     debug: bool = False
     sanitize_overflow: bool = False
     launch_cooperative_grid: bool = False
@@ -140,9 +141,10 @@ def make_c(module: Any, metadata: dict[str, Any], options: CPUOptions) -> str:
     metadata["shared"] = 0
     metadata["argument_format"] = argument_format(functions[0])
     wanted = Optimisations(*[getattr(options, name) for name in Optimisations._fields])
-    source = generate_c(functions, _prelude(), toolchain().lanes, options.enable_fp_fusion, wanted)
-    metadata["can_fail"] = "#define USES_FAILURES" in source
-    return source
+    generated = generate_c(functions, _prelude(), toolchain().lanes, options.enable_fp_fusion, wanted)
+    metadata["can_fail"] = "#define USES_FAILURES" in generated.text
+    metadata["apart"] = generated.apart
+    return generated.text
 
 
 @functools.lru_cache(None)

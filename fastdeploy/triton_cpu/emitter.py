@@ -49,12 +49,14 @@ class Optimisations(NamedTuple):
 
     register_tiles: loops around tl.dot as in registers.py, single ones as in dot.py, and vectors.py.
     live_rows: live_rows.py.  direct_stores: endings.py.  prefetch: what a loop reads next is asked for in advance.
+    disjoint: what comes by different arguments is taken not to overlap; the launcher looks whether that is so.
     """
 
     register_tiles: bool = True
     live_rows: bool = True
     direct_stores: bool = True
     prefetch: bool = True
+    disjoint: bool = True
 
 
 class KernelEmitter:
@@ -62,10 +64,11 @@ class KernelEmitter:
 
     def __init__(self, function: Function, lanes: int, contract: bool, wanted: Optimisations, called: bool = False):
         self.function, self.lanes, self.contract, self.wanted = function, lanes, contract, wanted
-        self.called = called  # by the kernel, perhaps with one of its arguments as two
+
         # Vectors cost the C compiler a header of 0.1 s, which kernels with a tl.dot pay anyway.
         self.vectors = wanted.register_tiles and _has_dot(function.body)
-        self.plan = StoragePlan(function)
+        # A function that is called may be given one of the kernel's arguments as two.
+        self.plan = StoragePlan(function, disjoint=wanted.disjoint and not called)
         self.live_rows = LiveRows()
         self.row_counts: dict[Value, str] = {}  # row masks -> C for how many rows they let through, in this C block
         self.storage: dict[Value, Scalar | Array | MovingPointers] = {}
@@ -385,7 +388,7 @@ def _has_dot(block: Block) -> bool:
 
 
 def _quoted(op: Op) -> str:
-    """The text of a message, in which MLIR writes two hexadecimal digits behind a backslash for what it doesn't show."""
+    """The text of a message, in which MLIR writes some characters as a backslash and two hexadecimal digits."""
     found = re.search(r'"([^"]*)"', op.text)
     shown = (found.group(1) if found else "").encode()
     plain = re.sub(rb"\\(\\|[0-9A-F]{2})", lambda m: b"\\" if m[1] == b"\\" else bytes.fromhex(m[1].decode()), shown)
@@ -446,8 +449,19 @@ _HANDLERS: dict[str, Callable[[KernelEmitter, Op], None]] = {
 }
 
 
-def generate_c(functions: list[Function], prelude: str, lanes: int, contract: bool, wanted: Optimisations) -> str:
-    """A C file whose `run_programs(arguments, begin, end, grid)` runs programs [begin, end) of the kernel's grid."""
+class Generated(NamedTuple):
+    """A C file whose `run_programs(arguments, begin, end, grid)` runs programs [begin, end) of the kernel's grid.
+
+    apart: what it takes for granted, as (argument read, argument written, may both be the same address): their memory
+        does not overlap.
+    """
+
+    text: str
+    apart: list[tuple[int, int, bool]]
+
+
+def generate_c(functions: list[Function], prelude: str, lanes: int, contract: bool, wanted: Optimisations) -> Generated:
+    """The C of a kernel, the first of `functions`, and of those it calls."""
     kernel, helpers = functions[0], functions[1:]
     parts = [f"#define LANES {lanes}"]
     prototypes, bodies = [], []
@@ -472,7 +486,9 @@ def generate_c(functions: list[Function], prelude: str, lanes: int, contract: bo
     code = "\n".join([p for p in prototypes if p] + bodies + [entry])
     uses = {"USES_VECTORS": "vec ", "USES_ATOMICS": "atomic_", "USES_FAILURES": "fail("}
     parts += [f"#define {macro}" for macro, sign in uses.items() if sign in code]
-    return "\n".join([*parts, prelude, code])
+    numbers = {parameter: number for number, parameter in enumerate(kernel.parameters)}
+    apart = sorted((numbers[read], numbers[written], same) for read, written, same in emitter.plan.apart)
+    return Generated("\n".join([*parts, prelude, code]), apart)
 
 
 def _field_type(parameter: Value) -> str:

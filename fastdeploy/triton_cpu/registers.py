@@ -62,8 +62,9 @@ class _Sums(NamedTuple):
 
 def emit_loop(emitter: KernelEmitter, loop: Op) -> bool:
     """Writes an scf.for in registers. Where that is not possible it writes nothing and returns False."""
-    ending = ending_of(loop) if emitter.wanted.direct_stores and not emitter.called else None
+    ending = ending_of(loop) if emitter.wanted.direct_stores and emitter.plan.disjoint else None
     if ending is not None and attempt(emitter, lambda: _emit(emitter, loop, ending)):
+        emitter.plan.apart |= ending.apart
         return True
     return attempt(emitter, lambda: _emit(emitter, loop))
 
