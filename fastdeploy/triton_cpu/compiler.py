@@ -17,7 +17,7 @@ from triton._C.libtriton import ir, passes
 from triton.backends.compiler import BaseBackend, GPUTarget
 
 from . import ttir
-from .context import Optimisations
+from .context import Optimisations, Target
 from .emitter import argument_format, generate_c
 from .toolchain import toolchain
 
@@ -28,8 +28,9 @@ _HERE = Path(__file__).parent
 class CPUOptions:
     """Launch options. The GPU ones are accepted, so that a kernel tuned for GPUs runs here, and mean nothing.
 
-    register_tiles, live_rows, direct_stores, prefetch: see `Optimisations`. $FASTDEPLOY_REGISTER_TILES=0 makes the
-        first False, and so on.
+    register_tiles, live_rows, direct_stores, prefetch, disjoint: see `Optimisations`. $FASTDEPLOY_REGISTER_TILES=0
+        makes the first False, and so on.
+    debug: tl.device_assert is checked.  sanitize_overflow: so are integer sums and products; by default as `debug`.
     """
 
     num_warps: int = 1
@@ -42,6 +43,7 @@ class CPUOptions:
     live_rows: bool = True
     direct_stores: bool = True
     prefetch: bool = True
+    disjoint: bool = True
     debug: bool = False
     sanitize_overflow: bool = False
     launch_cooperative_grid: bool = False
@@ -88,6 +90,7 @@ class CPUBackend(BaseBackend):
         chosen = {key: value for key, value in options.items() if key in known and value is not None}
         if "TRITON_DEFAULT_FP_FUSION" in os.environ:
             chosen.setdefault("enable_fp_fusion", os.environ["TRITON_DEFAULT_FP_FUSION"] == "1")
+        chosen.setdefault("sanitize_overflow", chosen.get("debug", False))
         for name in Optimisations._fields:
             if (wanted := os.environ.get(f"FASTDEPLOY_{name.upper()}")) is not None:
                 chosen.setdefault(name, wanted != "0")
@@ -139,7 +142,10 @@ def make_c(module: Any, metadata: dict[str, Any], options: CPUOptions) -> str:
     metadata["shared"] = 0
     metadata["argument_format"] = argument_format(functions[0])
     wanted = Optimisations(*[getattr(options, name) for name in Optimisations._fields])
-    return generate_c(functions, _prelude(), toolchain().lanes, options.enable_fp_fusion, wanted)
+    generated = generate_c(functions, _prelude(), Target(toolchain().lanes, options.enable_fp_fusion, wanted))
+    metadata["can_fail"] = "#define USES_FAILURES" in generated.text
+    metadata["apart"] = generated.apart
+    return generated.text
 
 
 @functools.lru_cache(None)

@@ -6,15 +6,20 @@ import ctypes
 import functools
 import operator
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import fields
+from math import prod
 from typing import Any
 
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 from . import runtime
 from .cache import use_checked_cache
+from .compiler import CPUOptions
 
 
 class CPUUtils:
@@ -58,27 +63,44 @@ class CPULauncher:
             code.upper() if code in "bhiq" and kind.startswith("u") else code
             for code, kind in zip(metadata.argument_format[1:], kinds, strict=True)
         ]
-        self.kernel = metadata.name
-        self.format = struct.Struct("@" + "".join(codes))
-        # Where `pack` finds the values: among the arguments or, if there are tuples, among those picked by their paths.
-        self.nested = any(len(path) > 1 for path in self.paths)
-        self.positions = [number if self.nested else path[0] for number, path in enumerate(self.paths)]
+        self.kernel, self.source, self.metadata = metadata.name, source, metadata
+        self.can_fail = metadata.can_fail
+        self.format = struct.Struct("@" + "".join(codes) + "P" * self.can_fail)
+        self.is_nested = any(len(path) > 1 for path in self.paths)
+        self.positions = [path[0] for path in self.paths]  # among the arguments, if no value is within a tuple
         self.is_pointer = [code == "P" for code in codes]
+        self.apart = metadata.apart  # as `generate_c` says
+        self.spanned = [(i, _item_size(kinds[i])) for i in sorted({i for *pair, _ in self.apart for i in pair})]
 
-    def pack(self, arguments: Any) -> bytes:
-        """The bytes of the C struct that the kernel reads its arguments from. ValueError for memory it can't read."""
-        if self.nested:
-            arguments = [functools.reduce(operator.getitem, path, arguments) for path in self.paths]
+    def values(self, arguments: Any) -> list[Any]:
+        """The arguments that are no constants, those in tuples, too."""
+        if self.is_nested:
+            return [functools.reduce(operator.getitem, path, arguments) for path in self.paths]
+        return [arguments[i] for i in self.positions]
+
+    def numbers(self, values: list[Any]) -> list[Any]:
+        """What the kernel's C struct has of them: of tensors the addresses. ValueError for memory it can't read."""
         try:
-            return self.format.pack(
-                *[
-                    _pointer(arguments[i]) if pointer else arguments[i]
-                    for i, pointer in zip(self.positions, self.is_pointer)
-                ]
-            )
+            return [_pointer(value) if pointer else value for value, pointer in zip(values, self.is_pointer)]
         except _Unreadable as error:
-            name = next(name for name, i in zip(self.names, self.positions) if arguments[i] is error.tensor)
+            name = next(name for name, value in zip(self.names, values) if value is error.tensor)
             raise ValueError(f"kernel {self.kernel!r}: argument {name!r} {error}") from None
+
+    def overlap(self, values: list[Any], numbers: list[Any]) -> bool:
+        """Do tensors overlap that the kernel's code takes to be apart?"""
+        spans = {i: _span(values[i], numbers[i], size) for i, size in self.spanned}
+        for read, written, in_place in self.apart:
+            (begin, end), (other, others_end) = spans[read], spans[written]
+            if begin < others_end and other < end and not (in_place and numbers[read] == numbers[written]):
+                return True
+        return False
+
+    @functools.cached_property
+    def careful(self) -> Any:
+        """The kernel, compiled for tensors that overlap."""
+        options = {field.name: getattr(self.metadata, field.name) for field in fields(CPUOptions)}
+        source = getattr(self.source, "path", self.source)  # of a file with IR
+        return triton.compile(source, self.metadata.target, options | {"disjoint": False})
 
     def __call__(
         self,
@@ -93,9 +115,19 @@ class CPULauncher:
         exit_hook: Callable | None,
         *arguments: Any,
     ) -> None:
+        values = self.values(arguments)
+        numbers = self.numbers(values)
+        if self.apart and self.overlap(values, numbers):
+            run = self.careful.run  # which loads it
+            hooks = enter_hook, exit_hook
+            run(x, y, z, stream, self.careful.function, packed_metadata, launch_metadata, *hooks, *arguments)
+            return
         if enter_hook is not None:
             enter_hook(launch_metadata)
-        runtime.launch(function, self.pack(arguments), (x, y, z), arguments)
+        failure = runtime.Failure() if self.can_fail else None
+        if failure is not None:
+            numbers.append(ctypes.addressof(failure))
+        runtime.launch(function, self.format.pack(*numbers), (x, y, z), arguments, failure)
         if exit_hook is not None:
             exit_hook(launch_metadata)
 
@@ -139,6 +171,32 @@ def _pointer(argument: Any) -> int:
 @functools.lru_cache(64)
 def _is_host(device: str) -> bool:
     return "cpu" in device.lower()
+
+
+def _item_size(kind: str) -> int:
+    """Bytes of what a pointer points to: "*fp32", "*ki8" (tl.const), "*i1", "*fp8e4nv"."""
+    return 8 if kind.startswith("**") else max(int(re.findall(r"\d+", kind)[0]) // 8, 1)
+
+
+def _span(tensor: Any, address: int, item_size: int) -> tuple[int, int]:
+    """The addresses that a tensor's elements lie at, as [begin, end). Of what has no shape, one element is known of."""
+    shape = getattr(tensor, "shape", None)
+    if shape is None:
+        return address, address + item_size * (address != 0)
+    strides = getattr(tensor, "strides", None)
+    if strides is None and hasattr(tensor, "stride"):
+        strides = tensor.stride()
+    below, above = _extent(tuple(shape), None if strides is None else tuple(strides))
+    return address + below * item_size, address + above * item_size
+
+
+@functools.lru_cache(1024)
+def _extent(shape: tuple[int, ...], strides: tuple[int, ...] | None) -> tuple[int, int]:
+    """Where a tensor's elements lie, counted from its first one: [below, above). No strides: row after row."""
+    if 0 in shape or strides is None:
+        return 0, prod(shape)
+    last = [(extent - 1) * stride for extent, stride in zip(shape, strides)]
+    return sum(min(step, 0) for step in last), sum(max(step, 0) for step in last) + 1
 
 
 class CPUDriver(DriverBase):

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import NamedTuple
 
 from . import calls, control_flow, dot, memory, programs, reductions, registers
 from .arrays import as_array, materialise
-from .context import Context, Optimisations, Scalar, Target, UnsupportedOperation
+from .context import Context, Scalar, Target, UnsupportedOperation
 from .elements import ELEMENTS, FUSED, constant, constant_declaration, from_memory, rounded, value_type
 from .loops import computed, contraction
 from .operations import OPERATIONS, operation
@@ -73,9 +74,9 @@ def _scalar(context: Context, op: Op) -> None:
     context.storage[value] = Scalar(name)
 
 
-def function_in_c(function: Function, target: Target, called: bool) -> str:
+def function_in_c(context: Context) -> str:
     """The C function, static, taking the kernel's arguments and the program's place in the grid."""
-    context = Context(function, target, lower, called)
+    function = context.unit.function
     for parameter in function.parameters:
         context.storage[parameter] = Scalar(context.name("arg_" + parameter.name.lstrip("%")))
     control_flow.declare_labels(context)
@@ -86,16 +87,30 @@ def function_in_c(function: Function, target: Target, called: bool) -> str:
     return "\n".join([f"static {result} {calls.function_name(function.name)}({signature}) {{", *context.lines, "}"])
 
 
-def generate_c(functions: list[Function], prelude: str, lanes: int, contract: bool, wanted: Optimisations) -> str:
-    """A C file whose `run_programs(arguments, begin, end, grid)` runs programs [begin, end) of the kernel's grid."""
+class Generated(NamedTuple):
+    """A C file whose `run_programs(arguments, begin, end, grid)` runs programs [begin, end) of the kernel's grid.
+
+    apart: what it takes for granted, as (argument read, argument written, may both be the same address): their memory
+        does not overlap.
+    """
+
+    text: str
+    apart: list[tuple[int, int, bool]]
+
+
+def generate_c(functions: list[Function], prelude: str, target: Target) -> Generated:
+    """The C of a kernel, the first of `functions`, and of those it calls."""
     kernel, helpers = functions[0], functions[1:]
-    parts = [f"#define LANES {lanes}"]
+    parts = [f"#define LANES {target.lanes}"]
     prototypes, bodies = [], []
     for function in [*reversed(helpers), kernel]:
-        text = function_in_c(function, Target(lanes, contract, wanted), called=function is not kernel)
+        context = Context(function, target, lower, called=function is not kernel)
+        text = function_in_c(context)
         prototypes += [calls.result_struct(function), text.split(" {\n", 1)[0] + ";"]
         bodies.append(text)
+    can_fail = any("fail(" in body for body in bodies)
     fields = [f"{_field_type(p)} a{i};" for i, p in enumerate(kernel.parameters)]
+    fields += ["struct failure *failure;"] * can_fail
     arguments = ", ".join(
         [rounded(p.type.element, f"a->a{i}") for i, p in enumerate(kernel.parameters)]
         + ["i % grid[0]", "i / grid[0] % grid[1]", "i / grid[0] / grid[1]", "grid[0]", "grid[1]", "grid[2]"]
@@ -103,12 +118,15 @@ def generate_c(functions: list[Function], prelude: str, lanes: int, contract: bo
     entry = (
         f"struct arguments {{ {' '.join(fields)} }};\n"
         "void run_programs(const struct arguments *a, long begin, long end, const int *grid) {\n"
-        f"  for (long i = begin; i < end; i++) {calls.function_name(kernel.name)}({arguments});\n}}\n"
+        + "  if (has_failed(a->failure) || setjmp(end_of_programs)) return;\n" * can_fail
+        + f"  for (long i = begin; i < end; i++) {calls.function_name(kernel.name)}({arguments});\n}}\n"
     )
     code = "\n".join([p for p in prototypes if p] + bodies + [entry])
-    uses = {"USES_VECTORS": "vec ", "USES_ATOMICS": "atomic_"}
+    uses = {"USES_VECTORS": "vec ", "USES_ATOMICS": "atomic_", "USES_FAILURES": "fail("}
     parts += [f"#define {macro}" for macro, sign in uses.items() if sign in code]
-    return "\n".join([*parts, prelude, code])
+    numbers = {parameter: number for number, parameter in enumerate(kernel.parameters)}
+    apart = sorted((numbers[read], numbers[written], same) for read, written, same in context.unit.plan.apart)
+    return Generated("\n".join([*parts, prelude, code]), apart)
 
 
 def _field_type(parameter: Value) -> str:

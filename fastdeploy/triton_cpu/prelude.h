@@ -406,3 +406,26 @@ SMALL_FLOAT_ATOMIC(exch, f16, operand)
 SMALL_FLOAT_ATOMIC(fadd, bf16, old + operand)
 SMALL_FLOAT_ATOMIC(exch, bf16, operand)
 #endif
+
+/* ---- failures: a program that finds something wrong says so and ends, and so do those that its thread has yet to run
+ * in this launch, whose `struct failure` (the same is in runtime.py) keeps the words of the first one. --------------- */
+#ifdef USES_FAILURES
+#include <setjmp.h>
+#include <stdarg.h>
+struct failure { int32_t occurred; char message[4092]; };
+static _Thread_local struct failure *failure_of_launch;
+static _Thread_local jmp_buf end_of_programs;
+static int has_failed(struct failure *failure) {
+  failure_of_launch = failure;
+  return __atomic_load_n(&failure->occurred, __ATOMIC_RELAXED);
+}
+__attribute__((cold, noinline, noreturn)) static void fail(const char *format, ...) {
+  struct failure *failure = failure_of_launch;
+  va_list values;
+  va_start(values, format);
+  if (!__atomic_exchange_n(&failure->occurred, 1, __ATOMIC_RELAXED))
+    vsnprintf(failure->message, sizeof failure->message, format, values);
+  va_end(values);
+  longjmp(end_of_programs, 1);
+}
+#endif

@@ -26,6 +26,17 @@ from .cgroups import control_groups
 from .toolchain import toolchain
 
 
+class Failure(ctypes.Structure):
+    """Where the programs of a launch say that one has failed, and how: `struct failure` of prelude.h."""
+
+    _fields_ = (("occurred", ctypes.c_int32), ("message", ctypes.c_char * 4092))
+
+    def check(self) -> None:
+        """RuntimeError if there was a failure."""
+        if self.occurred:
+            raise RuntimeError(self.message.decode(errors="replace"))
+
+
 class _Recorded(ctypes.Structure):
     _fields_ = (("run", ctypes.c_void_p), ("arguments", ctypes.c_void_p), ("grid", ctypes.c_int * 4))
 
@@ -35,16 +46,20 @@ class _Launches:
 
     def __init__(self) -> None:
         self._launches: list[tuple[int, Any, tuple[int, int, int], Any]] = []
+        self._failures: list[Failure] = []
         self._native: int | None = None
 
     def __len__(self) -> int:
         return len(self._launches)
 
-    def add(self, function: int, arguments: bytes, grid: tuple[int, int, int], keep: Any) -> None:
+    def add(
+        self, function: int, arguments: bytes, grid: tuple[int, int, int], keep: Any, failure: Failure | None
+    ) -> None:
         if grid[0] * grid[1] * grid[2] > 0:
             self._launches.append(
                 (function, ctypes.create_string_buffer(arguments, max(len(arguments), 1)), grid, keep)
             )
+            self._failures += [failure] if failure is not None else []
 
     def __call__(self) -> None:
         pool = thread_pool()
@@ -54,7 +69,11 @@ class _Launches:
                 entry.run, entry.arguments, entry.grid[:3] = function, ctypes.addressof(arguments), grid
             # Never freed: a worker that wakes late may still look at its counters. A plan is about 50 KB.
             self._native = pool.plan_new(array, len(self._launches))
+        for failure in self._failures:
+            failure.occurred = 0
         pool.plan_replay(self._native)
+        for failure in self._failures:
+            failure.check()
 
 
 class Plan:
@@ -67,10 +86,12 @@ class Plan:
         """The number of launches."""
         return sum(len(part) for part in self._parts if isinstance(part, _Launches))
 
-    def add(self, function: int, arguments: bytes, grid: tuple[int, int, int], keep: Any) -> None:
+    def add(
+        self, function: int, arguments: bytes, grid: tuple[int, int, int], keep: Any, failure: Failure | None = None
+    ) -> None:
         if not self._parts or not isinstance(self._parts[-1], _Launches):
             self._parts.append(_Launches())
-        self._parts[-1].add(function, arguments, grid, keep)  # type: ignore[attr-defined]
+        self._parts[-1].add(function, arguments, grid, keep, failure)  # type: ignore[attr-defined]
 
     def call(self, function: Callable[[], object]) -> None:
         self._parts.append(function)
@@ -96,13 +117,18 @@ def record() -> Iterator[Plan]:
         _recording.plan = None
 
 
-def launch(function: int, arguments: bytes, grid: tuple[int, int, int], keep: Any = None) -> None:
-    """Runs, or records, all programs of a grid. `arguments` is the kernel's packed argument struct."""
+def launch(
+    function: int, arguments: bytes, grid: tuple[int, int, int], keep: Any = None, failure: Failure | None = None
+) -> None:
+    """Runs, or records, all programs of a grid. `arguments` is the kernel's packed argument struct. If the kernel can
+    fail, it ends with the address of `failure`, and this, or the replay, raises RuntimeError when a program has."""
     plan = getattr(_recording, "plan", None)
     if plan is not None:
-        plan.add(function, arguments, grid, keep)
+        plan.add(function, arguments, grid, keep, failure)
     else:
         thread_pool().launch(function, arguments, *grid)
+        if failure is not None:
+            failure.check()
 
 
 def call(function: Callable[[], object]) -> None:
