@@ -97,7 +97,7 @@ class StoragePlan:
         target, is_store = writer.operands[0], writer.name == "tt.store"
         if source is target and is_store:
             return False
-        read, written = _bases(source, set()), _bases(target, set())
+        read, written = bases(source), bases(target)
         if not self.disjoint or None in read | written or read & written:
             return True
         in_place = is_store and _is_the_same_place(source, target)
@@ -176,23 +176,57 @@ def _is_the_same_place(first: Value, second: Value) -> bool:
     )
 
 
-def _bases(pointer: Value, seen: set[Value]) -> set[Value | None]:
-    """The arguments that a pointer may be based on; None among them where that is not known."""
+def bases(pointer: Value, seen: set[Value] | None = None) -> set[Value | None]:
+    """The function's arguments that a pointer may be based on; None among them where that is not known."""
+    seen = set() if seen is None else seen
     if pointer in seen:
         return set()
     seen.add(pointer)
-    op, loop = pointer.op, pointer.block.parent
-    if op is None and loop is None:
+    if pointer.op is None and pointer.block.parent is None:
         return {pointer}
-    if op is None and loop is not None and loop.name == "scf.for":
-        number = pointer.block.arguments.index(pointer) - 1
-        yielded = pointer.block.terminator.operands[number]  # type: ignore[union-attr]
-        return _bases(loop.operands[3 + number], seen) | _bases(yielded, seen)
-    if op is not None and op.name == "scf.for":
-        return _bases(op.regions[0].arguments[1 + op.results.index(pointer)], seen)
-    if op is not None and operation(op).in_place:
-        return _bases(op.operands[0], seen)
-    return {None}
+    sources = _sources(pointer)
+    return set().union(*[bases(source, seen) for source in sources]) if sources else {None}
+
+
+def _sources(pointer: Value) -> list[Value]:
+    """The pointers that one is computed from, or is one of; none where it is loaded, say, or was an integer."""
+    op = pointer.op
+    if op is None:
+        return _passed_to(pointer)
+    number = op.results.index(pointer)
+    if op.name == "scf.for":
+        return [op.regions[0].arguments[1 + number]]
+    if op.name == "scf.while":
+        return [op.regions[0].terminator.operands[1 + number]]  # type: ignore[union-attr]
+    if op.name == "scf.if":
+        return [region.terminator.operands[number] for region in op.regions]  # type: ignore[union-attr]
+    if op.name in ("arith.select", "tt.join", "tt.cat"):
+        return op.operands[op.name == "arith.select" :]
+    if op.name == "tt.addptr" and _holds_address(op.operands[1], set()):
+        return []
+    return op.operands[:1] if operation(op).in_place or op.name == "tt.gather" else []
+
+
+def _passed_to(argument: Value) -> list[Value]:
+    """The values that an argument of a loop's block may have."""
+    block, loop = argument.block, argument.block.parent
+    number = block.arguments.index(argument)
+    if loop is not None and loop.name == "scf.for":
+        return [loop.operands[2 + number], block.terminator.operands[number - 1]]  # type: ignore[union-attr]
+    if loop is None or loop.name != "scf.while":
+        return []
+    before, after = loop.regions
+    if block is after:
+        return [before.terminator.operands[1 + number]]  # type: ignore[union-attr]
+    return [loop.operands[number], after.terminator.operands[number]]  # type: ignore[union-attr]
+
+
+def _holds_address(offset: Value, seen: set[Value]) -> bool:
+    """Is an integer computed from a pointer?"""
+    if offset in seen or offset.op is None or offset.op.name == "tt.load":
+        return False
+    seen.add(offset)
+    return offset.op.name == "tt.ptr_to_int" or any(_holds_address(operand, seen) for operand in offset.op.operands)
 
 
 def rearranges(value: Value, sources: Container[Value], stored: Container[Value]) -> bool:

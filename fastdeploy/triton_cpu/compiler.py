@@ -17,6 +17,7 @@ from triton._C.libtriton import ir, passes
 from triton.backends.compiler import BaseBackend, GPUTarget
 
 from . import ttir
+from .bounds import Bounds
 from .context import Optimisations, Target
 from .emitter import argument_format, generate_c
 from .toolchain import toolchain
@@ -31,6 +32,7 @@ class CPUOptions:
     register_tiles, live_rows, direct_stores, prefetch, disjoint: see `Optimisations`. $FASTDEPLOY_REGISTER_TILES=0
         makes the first False, and so on.
     debug: tl.device_assert is checked.  sanitize_overflow: so are integer sums and products; by default as `debug`.
+    check: every access to memory is checked, as bounds.py says; by default where $FASTDEPLOY_CPU_CHECK is 1.
     """
 
     num_warps: int = 1
@@ -44,6 +46,7 @@ class CPUOptions:
     direct_stores: bool = True
     prefetch: bool = True
     disjoint: bool = True
+    check: bool = False
     debug: bool = False
     sanitize_overflow: bool = False
     launch_cooperative_grid: bool = False
@@ -91,6 +94,7 @@ class CPUBackend(BaseBackend):
         if "TRITON_DEFAULT_FP_FUSION" in os.environ:
             chosen.setdefault("enable_fp_fusion", os.environ["TRITON_DEFAULT_FP_FUSION"] == "1")
         chosen.setdefault("sanitize_overflow", chosen.get("debug", False))
+        chosen.setdefault("check", os.environ.get("FASTDEPLOY_CPU_CHECK", "0") not in ("", "0"))
         for name in Optimisations._fields:
             if (wanted := os.environ.get(f"FASTDEPLOY_{name.upper()}")) is not None:
                 chosen.setdefault(name, wanted != "0")
@@ -141,8 +145,9 @@ def make_c(module: Any, metadata: dict[str, Any], options: CPUOptions) -> str:
     metadata["name"] = functions[0].name
     metadata["shared"] = 0
     metadata["argument_format"] = argument_format(functions[0])
-    wanted = Optimisations(*[getattr(options, name) for name in Optimisations._fields])
-    generated = generate_c(functions, _prelude(), Target(toolchain().lanes, options.enable_fp_fusion, wanted))
+    wanted = Optimisations(*[getattr(options, name) and not options.check for name in Optimisations._fields])
+    bounds = Bounds(functions) if options.check else None
+    generated = generate_c(functions, _prelude(), Target(toolchain().lanes, options.enable_fp_fusion, wanted, bounds))
     metadata["can_fail"] = "#define USES_FAILURES" in generated.text
     metadata["apart"] = generated.apart
     return generated.text

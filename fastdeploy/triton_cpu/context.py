@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .analysis import LiveRows, StoragePlan
+from .bounds import Bounds
 from .elements import array_type, bytes_in_array
 from .operations import operation
 from .ttir import Block, Function, Op, Type, Value, walk
@@ -65,11 +66,15 @@ class Optimisations(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What code is written for: floats in a vector, whether products contract with additions, and what is wanted."""
+    """What code is written for: floats in a vector, whether products contract with additions, and what is wanted.
+
+    bounds: what accesses are checked against; None: they are not. The optimisations know of no checks.
+    """
 
     lanes: int
     contract: bool
     wanted: Optimisations
+    bounds: Bounds | None = None
 
 
 @dataclass(frozen=True)

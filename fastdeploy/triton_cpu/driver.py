@@ -65,7 +65,8 @@ class CPULauncher:
         ]
         self.kernel, self.source, self.metadata = metadata.name, source, metadata
         self.can_fail = metadata.can_fail
-        self.format = struct.Struct("@" + "".join(codes) + "P" * self.can_fail)
+        self.bounded = [(i, _item_size(kinds[i])) for i, code in enumerate(codes) if code == "P" and metadata.check]
+        self.format = struct.Struct("@" + "".join(codes) + "P" * (self.can_fail + 3 * len(self.bounded)))
         self.is_nested = any(len(path) > 1 for path in self.paths)
         self.positions = [path[0] for path in self.paths]  # among the arguments, if no value is within a tuple
         self.is_pointer = [code == "P" for code in codes]
@@ -94,6 +95,13 @@ class CPULauncher:
             if begin < others_end and other < end and not (in_place and numbers[read] == numbers[written]):
                 return True
         return False
+
+    def extents(self, values: list[Any], numbers: list[Any]) -> Iterator[int]:
+        """For the kernel's checks: where each pointer points, and the addresses that are its tensor's, or all."""
+        for i, size in self.bounded:
+            value, address = values[i], numbers[i]
+            is_known = value is None or hasattr(value, "shape")
+            yield from (address, *(_span(value, address, size) if is_known else (0, 2**64 - 1)))
 
     @functools.cached_property
     def careful(self) -> Any:
@@ -126,7 +134,7 @@ class CPULauncher:
             enter_hook(launch_metadata)
         failure = runtime.Failure() if self.can_fail else None
         if failure is not None:
-            numbers.append(ctypes.addressof(failure))
+            numbers += [ctypes.addressof(failure), *self.extents(values, numbers)]
         runtime.launch(function, self.format.pack(*numbers), (x, y, z), arguments, failure)
         if exit_hook is not None:
             exit_hook(launch_metadata)

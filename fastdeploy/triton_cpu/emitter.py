@@ -16,8 +16,10 @@ from typing import NamedTuple
 
 from . import calls, control_flow, dot, memory, programs, reductions, registers
 from .arrays import as_array, materialise
+from .bounds import Bounds
 from .context import Context, Scalar, Target, UnsupportedOperation
-from .elements import ELEMENTS, FUSED, constant, constant_declaration, from_memory, rounded, value_type
+from .elements import ELEMENTS, FUSED, constant, constant_declaration, from_memory, memory_type, rounded, value_type
+from .failures import checked
 from .loops import computed, contraction
 from .operations import OPERATIONS, operation
 from .ttir import Function, Op, Value
@@ -62,7 +64,7 @@ def _scalar(context: Context, op: Op) -> None:
         return
     arguments = [as_array(context, v) if v.type.is_tensor else context.scalar(v) for v in op.operands]
     if op.name == "tt.load":
-        text = from_memory(element, f"*{arguments[0]}")
+        text = from_memory(element, checked(context, op, f"*{arguments[0]}", ()))
         if len(arguments) > 1:
             text = f"{arguments[1]} ? {text} : {arguments[2] if len(arguments) > 2 else '0'}"
     elif fused := contraction(context, op):
@@ -108,25 +110,45 @@ def generate_c(functions: list[Function], prelude: str, target: Target) -> Gener
         text = function_in_c(context)
         prototypes += [calls.result_struct(function), text.split(" {\n", 1)[0] + ";"]
         bodies.append(text)
-    can_fail = any("fail(" in body for body in bodies)
-    fields = [f"{_field_type(p)} a{i};" for i, p in enumerate(kernel.parameters)]
-    fields += ["struct failure *failure;"] * can_fail
-    arguments = ", ".join(
-        [rounded(p.type.element, f"a->a{i}") for i, p in enumerate(kernel.parameters)]
-        + ["i % grid[0]", "i / grid[0] % grid[1]", "i / grid[0] / grid[1]", "grid[0]", "grid[1]", "grid[2]"]
-    )
-    entry = (
-        f"struct arguments {{ {' '.join(fields)} }};\n"
-        "void run_programs(const struct arguments *a, long begin, long end, const int *grid) {\n"
-        + "  if (has_failed(a->failure) || setjmp(end_of_programs)) return;\n" * can_fail
-        + f"  for (long i = begin; i < end; i++) {calls.function_name(kernel.name)}({arguments});\n}}\n"
-    )
-    code = "\n".join([p for p in prototypes if p] + bodies + [entry])
-    uses = {"USES_VECTORS": "vec ", "USES_ATOMICS": "atomic_", "USES_FAILURES": "fail("}
-    parts += [f"#define {macro}" for macro, sign in uses.items() if sign in code]
+    code = "\n".join([p for p in prototypes if p] + bodies)
+    code += _entry(kernel, can_fail="fail(ASSERTION" in code or target.bounds is not None, bounds=target.bounds)
+    parts += [f"#define {macro}" for macro, sign in _USES.items() if sign in code]
+    if target.bounds is not None:
+        known = [f'{{"{p.name[1:]}", sizeof({memory_type(p.type.pointee)})}}' for p in target.bounds.pointers]
+        prelude += f"\nstatic const struct argument known_arguments[] = {{{', '.join(known)}}};"
     numbers = {parameter: number for number, parameter in enumerate(kernel.parameters)}
     apart = sorted((numbers[read], numbers[written], same) for read, written, same in context.unit.plan.apart)
     return Generated("\n".join([*parts, prelude, code]), apart)
+
+
+_USES = {
+    "USES_VECTORS": "vec ",
+    "USES_ATOMICS": "atomic_",
+    "USES_FAILURES": "failure_of_launch",
+    "CHECKS_BOUNDS": "struct extent",
+}
+
+
+def _entry(kernel: Function, can_fail: bool, bounds: Bounds | None) -> str:
+    """C of `run_programs`, and of the arguments that it takes."""
+    fields = [f"{_field_type(p)} a{i};" for i, p in enumerate(kernel.parameters)]
+    prepare, call = [], f"{calls.function_name(kernel.name)}({{}})"
+    if can_fail:
+        fields.append("struct failure *failure;")
+        prepare.append("failure_of_launch = a->failure;")
+        call = f"current_program = i; if (!setjmp(end_of_program)) {call}"
+    if bounds is not None:
+        fields.append(f"struct extent extents[{len(bounds.pointers)}];")
+        prepare.append("extents = a->extents;")
+    arguments = [rounded(p.type.element, f"a->a{i}") for i, p in enumerate(kernel.parameters)]
+    arguments += ["i % grid[0]", "i / grid[0] % grid[1]", "i / grid[0] / grid[1]", "grid[0]", "grid[1]", "grid[2]"]
+    return f"""
+struct arguments {{ {" ".join(fields)} }};
+void run_programs(const struct arguments *a, long begin, long end, const int *grid) {{
+  {" ".join(prepare)}
+  for (long i = begin; i < end; i++) {{ {call.format(", ".join(arguments))}; }}
+}}
+"""
 
 
 def _field_type(parameter: Value) -> str:

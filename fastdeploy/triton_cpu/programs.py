@@ -8,6 +8,7 @@ from math import prod
 from .arrays import as_array
 from .context import Context, Scalar
 from .elements import SMALL_FLOATS
+from .failures import c_string, failed_assertion
 from .ttir import Op
 
 
@@ -27,26 +28,18 @@ def assertion(context: Context, op: Op) -> None:
     """tl.device_assert: of a tensor, the first element that is False is named."""
     condition, text = op.operands[0], ": " + _quoted(op).replace("%", "%%")
     if not condition.type.is_tensor:
-        context.line(f"if (!{context.scalar(condition)}) {failure(context, op, 'assertion failed' + text)}")
+        context.line(f"if (!{context.scalar(condition)}) {failed_assertion(context, op, 'assertion failed' + text)}")
         return
     holds, shape = as_array(context, condition), condition.type.shape
     index = [f"i / {prod(shape[d + 1 :])} % {extent}" for d, extent in enumerate(shape)]
     text = f"assertion failed at [{', '.join(['%d'] * len(shape))}]{text}"
-    report = failure(context, op, text, *index)
+    report = failed_assertion(context, op, text, *index)
     context.line(f"for (int i = 0; i < {condition.type.size}; i++) if (!{holds}[i]) {report}")
-
-
-def failure(context: Context, op: Op, text: str, *arguments: str) -> str:
-    """C that ends the program and has the launcher raise a RuntimeError: the source line, the program's place in
-    the grid, and `text`, a format of printf for `arguments`, which are C expressions."""
-    location = op.location.replace("%", "%%")
-    text = f"{location}: kernel {context.unit.function.name!r}, program (%d, %d, %d): {text}"
-    return f"fail({_c_string(text)}, {', '.join(['pid_x', 'pid_y', 'pid_z', *arguments])});"
 
 
 def print_values(context: Context, op: Op) -> None:
     """tl.device_print: a line for each element, behind the program's place in the grid."""
-    head = "printf(" + _c_string("pid (%d, %d, %d)" + _quoted(op).replace("%", "%%"))[:-1]
+    head = "printf(" + c_string("pid (%d, %d, %d)" + _quoted(op).replace("%", "%%"))[:-1]
     for value in op.operands:
         code, cast = (
             ("%g", "(double)")
@@ -69,8 +62,3 @@ def _quoted(op: Op) -> str:
     shown = (found.group(1) if found else "").encode()
     plain = re.sub(rb"\\(\\|[0-9A-F]{2})", lambda m: b"\\" if m[1] == b"\\" else bytes.fromhex(m[1].decode()), shown)
     return plain.decode(errors="replace")
-
-
-def _c_string(text: str) -> str:
-    plain = [chr(byte) if 32 <= byte < 127 and chr(byte) not in '"?\\' else f"\\{byte:03o}" for byte in text.encode()]
-    return f'"{"".join(plain)}"'

@@ -27,14 +27,21 @@ from .toolchain import toolchain
 
 
 class Failure(ctypes.Structure):
-    """Where the programs of a launch say that one has failed, and how: `struct failure` of prelude.h."""
+    """Where programs say that they have failed, and the first one how: `struct failure` of prelude.h."""
 
-    _fields_ = (("occurred", ctypes.c_int32), ("message", ctypes.c_char * 4092))
+    _fields_ = (
+        ("count", ctypes.c_int64),  # of programs
+        ("program", ctypes.c_int64),
+        ("locked", ctypes.c_int32),
+        ("kind", ctypes.c_int32),
+        ("message", ctypes.c_char * 4072),
+    )
 
     def check(self) -> None:
-        """RuntimeError if there was a failure."""
-        if self.occurred:
-            raise RuntimeError(self.message.decode(errors="replace"))
+        """RuntimeError if an assertion failed in the first program that did, IndexError if it left its memory."""
+        if self.count:
+            others = f" (and {self.count - 1} more programs failed)" if self.count > 1 else ""
+            raise (RuntimeError, IndexError)[self.kind](self.message.decode(errors="replace") + others)
 
 
 class _Recorded(ctypes.Structure):
@@ -70,7 +77,7 @@ class _Launches:
             # Never freed: a worker that wakes late may still look at its counters. A plan is about 50 KB.
             self._native = pool.plan_new(array, len(self._launches))
         for failure in self._failures:
-            failure.occurred = 0
+            failure.count = 0
         pool.plan_replay(self._native)
         for failure in self._failures:
             failure.check()
@@ -121,7 +128,7 @@ def launch(
     function: int, arguments: bytes, grid: tuple[int, int, int], keep: Any = None, failure: Failure | None = None
 ) -> None:
     """Runs, or records, all programs of a grid. `arguments` is the kernel's packed argument struct. If the kernel can
-    fail, it ends with the address of `failure`, and this, or the replay, raises RuntimeError when a program has."""
+    fail, it has the address of `failure`, and this, or the replay, raises what `Failure.check` does."""
     plan = getattr(_recording, "plan", None)
     if plan is not None:
         plan.add(function, arguments, grid, keep, failure)
