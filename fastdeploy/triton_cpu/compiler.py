@@ -147,7 +147,8 @@ def make_c(module: Any, metadata: dict[str, Any], options: CPUOptions) -> str:
     metadata["argument_format"] = argument_format(functions[0])
     wanted = Optimisations(*[getattr(options, name) and not options.check for name in Optimisations._fields])
     bounds = Bounds(functions) if options.check else None
-    generated = generate_c(functions, _prelude(), Target(toolchain().lanes, options.enable_fp_fusion, wanted, bounds))
+    target = Target(functions[0].name, toolchain().lanes, options.enable_fp_fusion, wanted, bounds)
+    generated = generate_c(functions, _prelude(), target)
     metadata["can_fail"] = "#define USES_FAILURES" in generated.text
     metadata["apart"] = generated.apart
     return generated.text

@@ -66,11 +66,13 @@ class Optimisations(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What code is written for: floats in a vector, whether products contract with additions, and what is wanted.
+    """What code is written for: the kernel's name, floats in a vector, whether products contract with additions, and
+    what is wanted.
 
     bounds: what accesses are checked against; None: they are not. The optimisations know of no checks.
     """
 
+    kernel: str
     lanes: int
     contract: bool
     wanted: Optimisations

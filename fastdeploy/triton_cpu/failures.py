@@ -29,7 +29,7 @@ def checked(context: Context, access: Op, place: str, index: Sequence[str]) -> s
 
 def _message(context: Context, op: Op, text: str, arguments: Sequence[str]) -> str:
     location = op.location.replace("%", "%%")
-    text = f"{location}: kernel {context.unit.function.name!r}, program (%d, %d, %d): {text}"
+    text = f"{location}: kernel {context.unit.target.kernel!r}, program (%d, %d, %d): {text}"
     return ", ".join([c_string(text), "pid_x", "pid_y", "pid_z", *arguments])
 
 

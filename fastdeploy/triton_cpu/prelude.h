@@ -463,7 +463,7 @@ __attribute__((cold, noinline, noreturn)) static void out_of_bounds(
   int nearest = arguments[0];
   for (int i = 0; i < count; i++) {
     const struct extent *extent = &extents[arguments[i]];
-    uintptr_t distance = place < extent->begin ? extent->begin - place : place - extent->end;
+    uintptr_t end = extent->end, distance = place < extent->begin ? extent->begin - place : place > end ? place - end : 0;
     if (distance < least) least = distance, nearest = arguments[i];
   }
   struct extent extent = extents[nearest];
