@@ -240,7 +240,7 @@ class LoopNest:
         """The C lvalue that a load, store or atomic operation accesses for element `index` of its tile."""
         place = self._place(access.operands[0], index)
         text = checked(self.context, access, place.text, [term.text for term in index])
-        return place if text == place.text else Term(text, max(place.level, *[term.level for term in index]))
+        return place if text == place.text else Term(text, max([place.level, *[term.level for term in index]]))
 
     def _place(self, pointers: Value, index: Index) -> Term:
         """The C lvalue that element `index` of a pointer tensor points at.
