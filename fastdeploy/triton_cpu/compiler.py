@@ -112,7 +112,7 @@ class CPUBackend(BaseBackend):
     def add_stages(self, stages: dict[str, Any], options: CPUOptions, language: Any = None) -> None:
         stages["ttir"] = make_ttir
         stages["c"] = lambda module, metadata: make_c(module, metadata, options)
-        stages["so"] = lambda source, metadata: toolchain().compile(source)
+        stages["so"] = lambda source, metadata: _machine_code(source, toolchain().fingerprint())
 
 
 def make_ttir(module: Any, metadata: dict[str, Any]) -> Any:
@@ -145,6 +145,12 @@ def make_c(module: Any, metadata: dict[str, Any], options: CPUOptions) -> str:
     metadata["can_fail"] = "#define USES_FAILURES" in generated.text
     metadata["apart"] = generated.apart
     return generated.text
+
+
+@functools.lru_cache(32)
+def _machine_code(source: str, fingerprint: str) -> bytes:
+    """Configurations of an autotuner often differ in what means nothing here, and their C not at all."""
+    return toolchain().compile(source)
 
 
 @functools.lru_cache(None)

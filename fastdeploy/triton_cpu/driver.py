@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 from . import runtime
+from .benchmark import Benchmarker, Device, replace_graphs
 from .cache import use_checked_cache
 from .compiler import CPUOptions
 
@@ -204,6 +205,7 @@ class CPUDriver(DriverBase):
 
     def __init__(self) -> None:
         use_checked_cache()
+        replace_graphs()
         self.utils = CPUUtils()
 
     @classmethod
@@ -236,9 +238,13 @@ class CPUDriver(DriverBase):
         return torch.device("cpu")
 
     def get_device_interface(self) -> Any:
-        raise NotImplementedError("the CPU has no streams and events; time kernels with time.perf_counter")
+        return Device
 
     def get_benchmarker(self) -> Any:
-        from triton.testing import do_bench
+        return Benchmarker()
 
-        return do_bench
+    def get_empty_cache_for_benchmark(self) -> Any:
+        """Nothing: see `clear_cache`."""
+
+    def clear_cache(self, cache: Any) -> None:
+        """Leaves the CPU's caches as they are."""

@@ -94,6 +94,15 @@ class Tensor:
     def data_ptr(self) -> int:
         return self.view.data_ptr()
 
+    def zero_(self) -> None:
+        self.stored[:] = 0
+
+    def clone(self) -> np.ndarray:
+        return self.stored.copy()
+
+    def copy_(self, values: np.ndarray) -> None:
+        self.stored[:] = values
+
 
 def empty(shape, dtype: str = "float32") -> Tensor:  # type: ignore[no-untyped-def]
     """Memory that a kernel has to fill: bytes of 0xA5 until then."""
