@@ -138,7 +138,7 @@ def make_ttir(module: Any, metadata: dict[str, Any]) -> Any:
 def make_c(module: Any, metadata: dict[str, Any], options: CPUOptions) -> str:
     functions = ttir.parse(str(module))
     metadata["name"] = functions[0].name
-    metadata["shared"] = 0
+    metadata["shared"] = 1  # bytes of shared memory: none, but more than 0 is what tools for GPUs expect
     metadata["argument_format"] = argument_format(functions[0])
     wanted = Optimisations(*[getattr(options, name) for name in Optimisations._fields])
     generated = generate_c(functions, _prelude(), toolchain().lanes, options.enable_fp_fusion, wanted)

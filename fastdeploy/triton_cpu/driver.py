@@ -28,9 +28,10 @@ class CPUUtils:
         }
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, int, int, int, int]:
-        """Returns (module, function, registers, spills, most threads): the last three as Triton wants to see them."""
+        """Returns (module, function, registers, spills, most threads). Of the last three, tools for GPUs want to see at
+        least one register and no spills."""
         library = runtime.load_library(kernel)
-        return library, ctypes.cast(library.run_programs, ctypes.c_void_p).value or 0, 0, 0, 1 << 20
+        return library, ctypes.cast(library.run_programs, ctypes.c_void_p).value or 0, 1, 0, 1 << 20
 
     def unload_module(self, module: Any) -> None:
         """Kernels stay loaded: recorded plans hold their addresses."""
@@ -47,9 +48,13 @@ class CPUDriver(DriverBase):
 
     @classmethod
     def is_active(cls) -> bool:
-        """Where asked for by name, or where no GPU's driver answers."""
-        if os.environ.get("TRITON_DEFAULT_BACKEND") == "cpu":
-            return True
+        """Is the CPU what Triton should use? As $TRITON_DEFAULT_BACKEND says:
+
+        "cpu": yes, whatever GPU there is.  Another backend's name: no.  Not set or empty: where no GPU's driver answers.
+        A name that no backend has is an error of Triton's. `fastdeploy.triton_cpu.activate` is above all of them.
+        """
+        if wanted := os.environ.get("TRITON_DEFAULT_BACKEND"):
+            return wanted == "cpu"
         from triton.backends import backends
 
         return not any(backend.driver.is_active() for name, backend in backends.items() if backend.driver is not cls)

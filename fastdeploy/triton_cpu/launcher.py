@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -70,7 +71,8 @@ class CPULauncher:
         try:
             return [_pointer(value) if pointer else value for value, pointer in zip(values, self.is_pointer)]
         except _Unreadable as error:
-            name = next(name for name, value in zip(self.names, values) if value is error.tensor)
+            pointers = zip(self.names, values, self.is_pointer)
+            name = next(name for name, value, pointer in pointers if pointer and value is error.tensor)
             raise ValueError(f"kernel {self.kernel!r}: argument {name!r} {error}") from None
 
     def overlap(self, values: list[Any], numbers: list[Any]) -> bool:
@@ -174,10 +176,10 @@ class _Unreadable(Exception):
 
 
 def _pointer(argument: Any) -> int:
-    if argument is None:
-        return 0
-    if isinstance(argument, int):
-        return argument
+    if argument is None or isinstance(argument, int):  # to a compiled kernel, launched without Triton's JIT
+        if not _is_mapped(argument or 0):
+            raise _Unreadable(argument, f"is {argument!r}; the kernel was compiled for a tensor or an address there")
+        return argument or 0
     device = getattr(argument, "device", None)  # of PyTorch, Paddle and the like; a `TensorView` has none
     if device and not _is_host(str(device)):
         raise _Unreadable(argument, f"is on device {str(device)!r}; kernels on a CPU need it in the host's memory")
@@ -189,6 +191,18 @@ def _pointer(argument: Any) -> int:
     return address
 
 
+def _is_mapped(address: int) -> bool:
+    """Is there memory at an address? mincore fails where there is none."""
+    page = address - address % mmap.PAGESIZE
+    seen = ctypes.create_string_buffer(1)
+    return 0 <= page < 2**63 and _libc().mincore(ctypes.c_void_p(page), ctypes.c_size_t(1), seen) == 0
+
+
+@functools.lru_cache(None)
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
 @functools.lru_cache(64)
 def _is_host(device: str) -> bool:
     return "cpu" in device.lower()
@@ -196,7 +210,8 @@ def _is_host(device: str) -> bool:
 
 def _item_size(kind: str) -> int:
     """Bytes of what a pointer points to: "*fp32", "*ki8" (tl.const), "*i1", "*fp8e4nv"."""
-    return 8 if kind.startswith("**") else max(int(re.findall(r"\d+", kind)[0]) // 8, 1)
+    bits = re.search(r"\d+", kind)
+    return 8 if kind.startswith("**") else max(int(bits[0]) // 8, 1) if bits else 1
 
 
 def _span(tensor: Any, address: int, item_size: int) -> tuple[int, int]:
