@@ -22,6 +22,10 @@ from __future__ import annotations
 
 import triton  # before driver.py, which Triton imports when it looks for backends
 
+from .views import view
+
+__all__ = ["activate", "view"]
+
 
 def activate() -> None:
     """Makes the CPU Triton's active device in this process. Does nothing if it is already."""

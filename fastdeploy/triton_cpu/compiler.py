@@ -117,7 +117,7 @@ class CPUBackend(BaseBackend):
     def add_stages(self, stages: dict[str, Any], options: CPUOptions, language: Any = None) -> None:
         stages["ttir"] = make_ttir
         stages["c"] = lambda module, metadata: make_c(module, metadata, options)
-        stages["so"] = lambda source, metadata: toolchain().compile(source)
+        stages["so"] = lambda source, metadata: _machine_code(source, toolchain().fingerprint())
 
 
 def make_ttir(module: Any, metadata: dict[str, Any]) -> Any:
@@ -143,7 +143,7 @@ def make_ttir(module: Any, metadata: dict[str, Any]) -> Any:
 def make_c(module: Any, metadata: dict[str, Any], options: CPUOptions) -> str:
     functions = ttir.parse(str(module))
     metadata["name"] = functions[0].name
-    metadata["shared"] = 0
+    metadata["shared"] = 1  # bytes of shared memory: none, but more than 0 is what tools for GPUs expect
     metadata["argument_format"] = argument_format(functions[0])
     wanted = Optimisations(*[getattr(options, name) and not options.check for name in Optimisations._fields])
     bounds = Bounds(functions) if options.check else None
@@ -152,6 +152,12 @@ def make_c(module: Any, metadata: dict[str, Any], options: CPUOptions) -> str:
     metadata["can_fail"] = "#define USES_FAILURES" in generated.text
     metadata["apart"] = generated.apart
     return generated.text
+
+
+@functools.lru_cache(32)
+def _machine_code(source: str, fingerprint: str) -> bytes:
+    """Configurations of an autotuner often differ in what means nothing here, and their C not at all."""
+    return toolchain().compile(source)
 
 
 @functools.lru_cache(None)

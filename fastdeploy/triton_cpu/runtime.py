@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,36 @@ class Plan:
             part()
 
 
+class _Observer(Plan):
+    """Runs launches and calls at once, and keeps a list of the launches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, bytes, tuple[int, int, int]]] = []
+
+    def add(
+        self, function: int, arguments: bytes, grid: tuple[int, int, int], keep: Any, failure: Failure | None = None
+    ) -> None:
+        self.seen.append((function, arguments, grid))
+        with at_once():
+            launch(function, arguments, grid, keep, failure)
+
+    def call(self, function: Callable[[], object]) -> None:
+        function()
+
+
 _recording = threading.local()
+
+
+@contextmanager
+def _into(plan: Plan | None) -> Iterator[None]:
+    """This thread's launches go into `plan`; None runs them."""
+    outer = getattr(_recording, "plan", None)
+    _recording.plan = plan
+    try:
+        yield
+    finally:
+        _recording.plan = outer
 
 
 @contextmanager
@@ -117,11 +146,22 @@ def record() -> Iterator[Plan]:
     """Records this thread's launches instead of running them. Kernels are compiled if they have not been."""
     if getattr(_recording, "plan", None) is not None:
         raise RuntimeError("a recording is under way on this thread; end it before starting another")
-    _recording.plan = Plan()
-    try:
-        yield _recording.plan
-    finally:
-        _recording.plan = None
+    plan = Plan()
+    with _into(plan):
+        yield plan
+
+
+@contextmanager
+def observe() -> Iterator[list[tuple[int, bytes, tuple[int, int, int]]]]:
+    """Lists this thread's launches, which are made as ever, but not recorded: (function, packed arguments, grid)."""
+    observer = _Observer()
+    with _into(observer):
+        yield observer.seen
+
+
+def at_once() -> AbstractContextManager[None]:
+    """Runs this thread's launches, even within a recording."""
+    return _into(None)
 
 
 def launch(
@@ -249,8 +289,18 @@ def _the_pool() -> _ThreadPool:
     return _ThreadPool()
 
 
+_libraries: dict[str, ctypes.CDLL] = {}
+
+
 def load_library(code: bytes) -> ctypes.CDLL:
-    """Maps a shared object given as bytes. It stays loaded: recorded plans point into it."""
+    """Maps a shared object given as bytes, once. It stays loaded: recorded plans point into it."""
+    digest = hashlib.sha256(code).hexdigest()
+    if digest not in _libraries:
+        _libraries[digest] = _load(code)
+    return _libraries[digest]
+
+
+def _load(code: bytes) -> ctypes.CDLL:
     try:
         with tempfile.NamedTemporaryFile(suffix=".so", prefix="fastdeploy-") as file:
             file.write(code)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastdeploy.kernels.launch import view
 from fastdeploy.triton_cpu.runtime import record
@@ -250,6 +251,18 @@ def test_tensors_in_a_tuple():
 
 
 @triton.jit
+def host_descriptor_kernel(x, out_ptr, BLOCK: tl.constexpr):
+    tl.store(out_ptr + tl.arange(0, BLOCK), x.load([0]))
+
+
+def test_a_descriptor_that_promises_more_than_its_tensor_has():
+    x, out = np.ones(16, np.float32), view(np.zeros(16, np.float32))
+    host_descriptor_kernel[(1,)](TensorDescriptor(Tensor(x), [16], [1], [16]), out, 16, check=True)
+    too_long = TensorDescriptor(Tensor(x[:12]), [16], [1], [16])
+    assert "[12] is out of bounds" in _fault(host_descriptor_kernel, (1,), too_long, out, 16)
+
+
+@triton.jit
 def table_kernel(table_ptr, out_ptr, address, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     row = tl.load(table_ptr + 1).to(tl.pointer_type(tl.float32))
@@ -265,10 +278,22 @@ def test_what_lies_at_an_address_is_not_checked():
     np.testing.assert_array_equal(out, 3 * x)
 
 
+class Shapeless:
+    """No more than what Triton asks a tensor for."""
+
+    dtype = "float32"
+
+    def __init__(self, array):
+        self.array = array
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+
 def test_a_tensor_without_a_shape_is_not_checked():
-    x, out = np.ones(32, np.float32), Tensor(np.zeros(32, np.float32))
-    copy_kernel[(1,)](Tensor(x), out, 32, 0, 32, check=True)
-    np.testing.assert_array_equal(out.stored, x)
+    x, out = np.ones(32, np.float32), np.zeros(32, np.float32)
+    copy_kernel[(1,)](Shapeless(x), Shapeless(out), 32, 0, 32, check=True)
+    np.testing.assert_array_equal(out, x)
 
 
 def test_a_replay_raises():
@@ -314,7 +339,7 @@ def test_a_correct_kernel_computes_the_same_bits():
         for x in arguments:
             if isinstance(x, Tensor):
                 x.stored[...] = before[id(x)]
-        kernel[grid](*[x.view if isinstance(x, Tensor) else x for x in arguments], check=True)
+        kernel[grid](*arguments, check=True)
         checked = [x.stored for x in arguments if isinstance(x, Tensor)]
         for found, expected in zip(checked, plain, strict=True):
             np.testing.assert_array_equal(found.view(np.uint8), expected.view(np.uint8), name)

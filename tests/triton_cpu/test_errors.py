@@ -96,20 +96,6 @@ def test_a_kernel_still_works_after_an_error():
     assert x.stored[0] == 1
 
 
-def test_a_host_made_tensor_descriptor_is_refused():
-    descriptor = pytest.importorskip("triton.tools.tensor_descriptor")
-
-    x = Tensor(np.zeros((16, 16), np.float32))
-    x.dtype = x.stored.dtype  # the descriptor asks for the size of an element
-    with pytest.raises(NotImplementedError, match="descriptor"):
-        _descriptor_kernel[(1,)](descriptor.TensorDescriptor(x, [16, 16], [16, 1], [16, 16]))
-
-
-@triton.jit
-def _descriptor_kernel(x):
-    x.store([0, 0], x.load([0, 0]) + 1)
-
-
 FIRST_LAUNCH = """
 from fastdeploy import triton_cpu
 triton_cpu.activate()
