@@ -1,6 +1,7 @@
 """The debug mode that bounds every access by the memory of the launch's tensors: option `check`."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -201,6 +202,34 @@ def test_a_wrong_stride():
     tile_kernel[(1,)](x, out, 7, 20, 20, 8, 32, check=True)
     fault = _fault(tile_kernel, (1,), x, out, 7, 20, 21, 8, 32)
     assert "element [6, 14] of the tile: x_ptr[140] is out of bounds, as x_ptr has elements 0 to 139" in fault
+
+
+@triton.jit(do_not_specialize=["start", "step_i", "step_j", "m", "n"])
+def window_kernel(x_ptr, out_ptr, start, step_i, step_j, m, n, M: tl.constexpr, N: tl.constexpr):
+    i, j = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
+    x = tl.load(x_ptr + start + i * step_i + j * step_j, (i < m) & (j < n), -1)
+    tl.store(out_ptr + i * N + j, x)
+
+
+def test_reported_is_an_element_that_is_outside_and_nothing_where_none_is(rng):
+    x, out = np.arange(100, dtype=np.int32), np.zeros((4, 8), np.int32)
+    i, j = np.arange(4)[:, None], np.arange(8)
+    outcomes = set()
+    for _ in range(200):
+        start, step_i, step_j = (int(rng.integers(low, high)) for low, high in ((-10, 100), (-30, 30), (-3, 4)))
+        m, n = int(rng.integers(0, 5)), int(rng.integers(0, 9))
+        index, mask = start + i * step_i + j * step_j, (i < m) & (j < n)
+        outside = mask & ((index < 0) | (index >= 100))
+        arguments = view(x), view(out), start, step_i, step_j, m, n, 4, 8
+        outcomes.add(outside.any())
+        if not outside.any():
+            window_kernel[(1,)](*arguments, check=True)
+            np.testing.assert_array_equal(out, np.where(mask, index, -1))
+            continue
+        fault = _fault(window_kernel, (1,), *arguments)
+        row, column, found = map(int, re.search(r"\[(\d+), (\d+)\] of the tile: x_ptr\[(-?\d+)\]", fault).groups())
+        assert outside[row, column] and found == index[row, column]
+    assert len(outcomes) == 2
 
 
 def test_a_view_is_bounded_by_itself_and_not_by_the_memory_around_it():
