@@ -11,8 +11,8 @@
       -> its programs run on a thread pool, one launch or a plan at a time     driver.py, runtime.py, pool.c,
                                                                                    cgroups.py
 
-Any Triton kernel runs. Two rules: tensors that overlap, shifted against each other, must come through one argument,
-because loads and stores of different arguments are fused into one loop; and tiles should fit into a cache.
+Any Triton kernel runs. Tiles should fit into a cache. Loads and stores of different arguments are fused into one loop;
+where the arguments of a launch overlap in memory, a version of the kernel runs that doesn't do so.
 
 Where no GPU is, installing the package is all: Triton finds the backend by its entry point. TRITON_DEFAULT_BACKEND=cpu
 asks for it by name, `activate()` from Python.
@@ -20,10 +20,15 @@ asks for it by name, `activate()` from Python.
 
 from __future__ import annotations
 
+import triton  # before driver.py, which Triton imports when it looks for backends
+
+from .views import view
+
+__all__ = ["activate", "view"]
+
 
 def activate() -> None:
     """Makes the CPU Triton's active device in this process. Does nothing if it is already."""
-    import triton
     from triton.backends import Backend, backends
 
     from .compiler import CPUBackend

@@ -28,9 +28,15 @@ _Root = tuple[Op, tuple[int, ...]]  # a user, and the shape it takes: the end of
 
 
 class StoragePlan:
-    """`value in plan` says whether a lazy operation's tensor is stored when it is reached."""
+    """`value in plan` says whether a lazy operation's tensor is stored when it is reached.
 
-    def __init__(self, function: Function):
+    disjoint: is the function's memory that comes by different arguments taken not to overlap?
+    apart: where that was decisive, as (argument read, argument written, may both be the same address).
+    """
+
+    def __init__(self, function: Function, disjoint: bool):
+        self.disjoint = disjoint
+        self.apart: set[tuple[Value, Value, bool]] = set()
         self._stored: set[Value] = set()
         self._roots: dict[Value, set[_Root]] = {}  # the loop nests that evaluate a lazy value
         self._escapes: dict[Value, bool] = {}  # evaluated from an inner block, so perhaps many times
@@ -78,15 +84,24 @@ class StoragePlan:
         """Is memory written between a load and its only root, or does the root write the same tensor shifted?"""
         for op in value.block.ops[position + 1 :]:
             if any(root is op for root, _ in self._roots[value]):
-                return (
-                    op.name in ("tt.store", "tt.atomic_rmw")
-                    and (
-                        _shifted(value.op.operands[0], op.operands[0])  # type: ignore[union-attr]
-                        or any(rearranges(operand, {value}, self._stored) for operand in op.operands[1:])
-                    )
+                return op.name.startswith(("tt.store", "tt.atomic")) and (
+                    any(rearranges(operand, {value}, self._stored) for operand in op.operands[1:])
+                    or self._may_write(op, value.op.operands[0])  # type: ignore[union-attr]
                 )
             if operation(op).writes:
                 return True
+        return False
+
+    def _may_write(self, writer: Op, source: Value) -> bool:
+        """May `writer` at one element change what is read from `source` for a later one?"""
+        target, is_store = writer.operands[0], writer.name == "tt.store"
+        if source is target and is_store:
+            return False
+        read, written = bases(source), bases(target)
+        if not self.disjoint or None in read | written or read & written:
+            return True
+        in_place = is_store and _is_the_same_place(source, target)
+        self.apart |= {(a, b, in_place) for a in read for b in written if a is not None and b is not None}
         return False
 
 
@@ -145,29 +160,73 @@ def row_masks(mask: Value) -> frozenset[Value]:
     return frozenset([mask]) if len(mask.type.shape) == 1 else frozenset()
 
 
-def _shifted(source: Value, target: Value) -> bool:
-    """Two pointer tensors into one argument at different offsets: all must be read before the first is written."""
-    first, second = _bases(source, set()), _bases(target, set())
-    return source is not target and (None in first | second or bool(first & second))
+def _is_the_same_place(first: Value, second: Value) -> bool:
+    """Are two pointer tensors equal if the arguments are that they are computed from?"""
+    if first is second:
+        return True
+    if first.type != second.type:
+        return False
+    if first.op is None or second.op is None:
+        return first.op is second.op and first.block.parent is None and second.block.parent is None
+    return (
+        first.op.name == second.op.name
+        and first.op.name in ("tt.addptr", "tt.splat", "tt.broadcast", "tt.expand_dims")
+        and first.op.operands[1:] == second.op.operands[1:]
+        and _is_the_same_place(first.op.operands[0], second.op.operands[0])
+    )
 
 
-def _bases(pointer: Value, seen: set[Value]) -> set[Value | None]:
-    """The arguments that a pointer may be based on; None among them where that is not known."""
+def bases(pointer: Value, seen: set[Value] | None = None) -> set[Value | None]:
+    """The function's arguments that a pointer may be based on; None among them where that is not known."""
+    seen = set() if seen is None else seen
     if pointer in seen:
         return set()
     seen.add(pointer)
-    op, loop = pointer.op, pointer.block.parent
-    if op is None and loop is None:
+    if pointer.op is None and pointer.block.parent is None:
         return {pointer}
-    if op is None and loop is not None and loop.name == "scf.for":
-        number = pointer.block.arguments.index(pointer) - 1
-        yielded = pointer.block.terminator.operands[number]  # type: ignore[union-attr]
-        return _bases(loop.operands[3 + number], seen) | _bases(yielded, seen)
-    if op is not None and op.name == "scf.for":
-        return _bases(op.regions[0].arguments[1 + op.results.index(pointer)], seen)
-    if op is not None and operation(op).in_place:
-        return _bases(op.operands[0], seen)
-    return {None}
+    sources = _sources(pointer)
+    return set().union(*[bases(source, seen) for source in sources]) if sources else {None}
+
+
+def _sources(pointer: Value) -> list[Value]:
+    """The pointers that one is computed from, or is one of; none where it is loaded, say, or was an integer."""
+    op = pointer.op
+    if op is None:
+        return _passed_to(pointer)
+    number = op.results.index(pointer)
+    if op.name == "scf.for":
+        return [op.regions[0].arguments[1 + number]]
+    if op.name == "scf.while":
+        return [op.regions[0].terminator.operands[1 + number]]  # type: ignore[union-attr]
+    if op.name == "scf.if":
+        return [region.terminator.operands[number] for region in op.regions]  # type: ignore[union-attr]
+    if op.name in ("arith.select", "tt.join", "tt.cat"):
+        return op.operands[op.name == "arith.select" :]
+    if op.name == "tt.addptr" and _holds_address(op.operands[1], set()):
+        return []
+    return op.operands[:1] if operation(op).in_place or op.name == "tt.gather" else []
+
+
+def _passed_to(argument: Value) -> list[Value]:
+    """The values that an argument of a loop's block may have."""
+    block, loop = argument.block, argument.block.parent
+    number = block.arguments.index(argument)
+    if loop is not None and loop.name == "scf.for":
+        return [loop.operands[2 + number], block.terminator.operands[number - 1]]  # type: ignore[union-attr]
+    if loop is None or loop.name != "scf.while":
+        return []
+    before, after = loop.regions
+    if block is after:
+        return [before.terminator.operands[1 + number]]  # type: ignore[union-attr]
+    return [loop.operands[number], after.terminator.operands[number]]  # type: ignore[union-attr]
+
+
+def _holds_address(offset: Value, seen: set[Value]) -> bool:
+    """Is an integer computed from a pointer?"""
+    if offset in seen or offset.op is None or offset.op.name == "tt.load":
+        return False
+    seen.add(offset)
+    return offset.op.name == "tt.ptr_to_int" or any(_holds_address(operand, seen) for operand in offset.op.operands)
 
 
 def rearranges(value: Value, sources: Container[Value], stored: Container[Value]) -> bool:

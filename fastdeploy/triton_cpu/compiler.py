@@ -17,7 +17,8 @@ from triton._C.libtriton import ir, passes
 from triton.backends.compiler import BaseBackend, GPUTarget
 
 from . import ttir
-from .context import Optimisations
+from .bounds import Bounds
+from .context import Optimisations, Target
 from .emitter import argument_format, generate_c
 from .toolchain import toolchain
 
@@ -28,8 +29,10 @@ _HERE = Path(__file__).parent
 class CPUOptions:
     """Launch options. The GPU ones are accepted, so that a kernel tuned for GPUs runs here, and mean nothing.
 
-    register_tiles, live_rows, direct_stores, prefetch: see `Optimisations`. $FASTDEPLOY_REGISTER_TILES=0 makes the
-        first False, and so on.
+    register_tiles, live_rows, direct_stores, prefetch, disjoint: see `Optimisations`. $FASTDEPLOY_REGISTER_TILES=0
+        makes the first False, and so on.
+    debug: tl.device_assert is checked.  sanitize_overflow: so are integer sums and products; by default as `debug`.
+    check: every access to memory is checked, as bounds.py says; by default where $FASTDEPLOY_CPU_CHECK is 1.
     """
 
     num_warps: int = 1
@@ -42,6 +45,8 @@ class CPUOptions:
     live_rows: bool = True
     direct_stores: bool = True
     prefetch: bool = True
+    disjoint: bool = True
+    check: bool = False
     debug: bool = False
     sanitize_overflow: bool = False
     launch_cooperative_grid: bool = False
@@ -88,6 +93,8 @@ class CPUBackend(BaseBackend):
         chosen = {key: value for key, value in options.items() if key in known and value is not None}
         if "TRITON_DEFAULT_FP_FUSION" in os.environ:
             chosen.setdefault("enable_fp_fusion", os.environ["TRITON_DEFAULT_FP_FUSION"] == "1")
+        chosen.setdefault("sanitize_overflow", chosen.get("debug", False))
+        chosen.setdefault("check", os.environ.get("FASTDEPLOY_CPU_CHECK", "0") not in ("", "0"))
         for name in Optimisations._fields:
             if (wanted := os.environ.get(f"FASTDEPLOY_{name.upper()}")) is not None:
                 chosen.setdefault(name, wanted != "0")
@@ -110,7 +117,7 @@ class CPUBackend(BaseBackend):
     def add_stages(self, stages: dict[str, Any], options: CPUOptions, language: Any = None) -> None:
         stages["ttir"] = make_ttir
         stages["c"] = lambda module, metadata: make_c(module, metadata, options)
-        stages["so"] = lambda source, metadata: toolchain().compile(source)
+        stages["so"] = lambda source, metadata: _machine_code(source, toolchain().fingerprint())
 
 
 def make_ttir(module: Any, metadata: dict[str, Any]) -> Any:
@@ -136,10 +143,21 @@ def make_ttir(module: Any, metadata: dict[str, Any]) -> Any:
 def make_c(module: Any, metadata: dict[str, Any], options: CPUOptions) -> str:
     functions = ttir.parse(str(module))
     metadata["name"] = functions[0].name
-    metadata["shared"] = 0
+    metadata["shared"] = 1  # bytes of shared memory: none, but more than 0 is what tools for GPUs expect
     metadata["argument_format"] = argument_format(functions[0])
-    wanted = Optimisations(*[getattr(options, name) for name in Optimisations._fields])
-    return generate_c(functions, _prelude(), toolchain().lanes, options.enable_fp_fusion, wanted)
+    wanted = Optimisations(*[getattr(options, name) and not options.check for name in Optimisations._fields])
+    bounds = Bounds(functions) if options.check else None
+    target = Target(functions[0].name, toolchain().lanes, options.enable_fp_fusion, wanted, bounds)
+    generated = generate_c(functions, _prelude(), target)
+    metadata["can_fail"] = "#define USES_FAILURES" in generated.text
+    metadata["apart"] = generated.apart
+    return generated.text
+
+
+@functools.lru_cache(32)
+def _machine_code(source: str, fingerprint: str) -> bytes:
+    """Configurations of an autotuner often differ in what means nothing here, and their C not at all."""
+    return toolchain().compile(source)
 
 
 @functools.lru_cache(None)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .analysis import LiveRows, StoragePlan
+from .bounds import Bounds
 from .elements import array_type, bytes_in_array
 from .operations import operation
 from .ttir import Block, Function, Op, Type, Value, walk
@@ -54,20 +55,28 @@ class Optimisations(NamedTuple):
 
     register_tiles: loops around tl.dot as in registers.py, single ones as in dot.py, and vectors.py.
     live_rows: live_rows.py.  direct_stores: endings.py.  prefetch: what a loop reads next is asked for in advance.
+    disjoint: what comes by different arguments is taken not to overlap; the launcher looks whether that is so.
     """
 
     register_tiles: bool = True
     live_rows: bool = True
     direct_stores: bool = True
     prefetch: bool = True
+    disjoint: bool = True
 
 
 class Target(NamedTuple):
-    """What code is written for: floats in a vector, whether products contract with additions, and what is wanted."""
+    """What code is written for: the kernel's name, floats in a vector, whether products contract with additions, and
+    what is wanted.
 
+    bounds: what accesses are checked against; None: they are not. The optimisations know of no checks.
+    """
+
+    kernel: str
     lanes: int
     contract: bool
     wanted: Optimisations
+    bounds: Bounds | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,6 @@ class Unit:
     function: Function
     target: Target
     lower: Callable[[Context, Op], None]  # the driver
-    called: bool  # by the kernel, perhaps with one of its arguments as two
     plan: StoragePlan
     live_rows: LiveRows
     has_dot: bool
@@ -88,7 +96,9 @@ class Context:
 
     def __init__(self, function: Function, target: Target, lower: Callable[[Context, Op], None], called: bool = False):
         has_dot = any(op.name == "tt.dot" for op in walk(function.body))
-        self.unit = Unit(function, target, lower, called, StoragePlan(function), LiveRows(), has_dot)
+        # A function that is called may be given one of the kernel's arguments as two.
+        plan = StoragePlan(function, disjoint=target.wanted.disjoint and not called)
+        self.unit = Unit(function, target, lower, plan, LiveRows(), has_dot)
         self.lines: list[str] = []
         self.depth = 1
         self.names: dict[str, int] = {}

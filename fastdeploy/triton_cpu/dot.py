@@ -225,6 +225,8 @@ def _of_columns(mask: Value) -> Value | None:
 
 def _plain_load(context: Context, value: Value, masked: bool = False) -> Op | None:
     """The load behind `value`, if it is lazy, unmasked unless `masked`, and only widened since."""
+    if context.unit.target.bounds is not None:
+        return None
     while value.op is not None and value.op.name in _WIDENING and value not in context.storage:
         value = value.op.operands[0]
     op = value.op

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-import operator
 import os
-import struct
-from collections.abc import Callable, Iterator
 from typing import Any
 
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 from . import runtime
+from .benchmark import Benchmarker, Device, replace_graphs
 from .cache import use_checked_cache
+from .launcher import CPULauncher
+from .views import explain_arrays
 
 
 class CPUUtils:
@@ -29,116 +28,13 @@ class CPUUtils:
         }
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, int, int, int, int]:
-        """Returns (module, function, registers, spills, most threads): the last three as Triton wants to see them."""
+        """Returns (module, function, registers, spills, most threads). Of the last three, tools for GPUs want to see at
+        least one register and no spills."""
         library = runtime.load_library(kernel)
-        return library, ctypes.cast(library.run_programs, ctypes.c_void_p).value or 0, 0, 0, 1 << 20
+        return library, ctypes.cast(library.run_programs, ctypes.c_void_p).value or 0, 1, 0, 1 << 20
 
     def unload_module(self, module: Any) -> None:
         """Kernels stay loaded: recorded plans hold their addresses."""
-
-
-class CPULauncher:
-    """Packs a kernel's arguments into its C struct and hands it to the thread pool. One per compiled kernel."""
-
-    def __init__(self, source: Any, metadata: Any):
-        leaves = [
-            leaf
-            for place, (name, kind) in enumerate(source.signature.items())
-            for leaf in _runtime_values(kind, (place,), str(name))
-        ]
-        self.paths = [path for path, _, _ in leaves]
-        self.names = [name for _, name, _ in leaves]
-        kinds = [kind for _, _, kind in leaves]
-        if any(kind.startswith("tensordesc") for kind in kinds):
-            raise NotImplementedError(
-                f"kernel {metadata.name!r}: tensor descriptors made on the host are not supported on a CPU; "
-                "use tl.make_tensor_descriptor in the kernel"
-            )
-        codes = [  # TTIR's integers have no sign, Python's do
-            code.upper() if code in "bhiq" and kind.startswith("u") else code
-            for code, kind in zip(metadata.argument_format[1:], kinds, strict=True)
-        ]
-        self.kernel = metadata.name
-        self.format = struct.Struct("@" + "".join(codes))
-        # Where `pack` finds the values: among the arguments or, if there are tuples, among those picked by their paths.
-        self.nested = any(len(path) > 1 for path in self.paths)
-        self.positions = [number if self.nested else path[0] for number, path in enumerate(self.paths)]
-        self.is_pointer = [code == "P" for code in codes]
-
-    def pack(self, arguments: Any) -> bytes:
-        """The bytes of the C struct that the kernel reads its arguments from. ValueError for memory it can't read."""
-        if self.nested:
-            arguments = [functools.reduce(operator.getitem, path, arguments) for path in self.paths]
-        try:
-            return self.format.pack(
-                *[
-                    _pointer(arguments[i]) if pointer else arguments[i]
-                    for i, pointer in zip(self.positions, self.is_pointer)
-                ]
-            )
-        except _Unreadable as error:
-            name = next(name for name, i in zip(self.names, self.positions) if arguments[i] is error.tensor)
-            raise ValueError(f"kernel {self.kernel!r}: argument {name!r} {error}") from None
-
-    def __call__(
-        self,
-        x: int,
-        y: int,
-        z: int,
-        stream: int,
-        function: int,
-        packed_metadata: Any,
-        launch_metadata: Any,
-        enter_hook: Callable | None,
-        exit_hook: Callable | None,
-        *arguments: Any,
-    ) -> None:
-        if enter_hook is not None:
-            enter_hook(launch_metadata)
-        runtime.launch(function, self.pack(arguments), (x, y, z), arguments)
-        if exit_hook is not None:
-            exit_hook(launch_metadata)
-
-
-def _runtime_values(kind: Any, path: tuple[int, ...], name: str) -> Iterator[tuple[tuple[int, ...], str, str]]:
-    """(path, name, kind) of every value in an argument, tuples opened, that is no constant of the kernel.
-
-    A tuple can be a constant as a whole, whatever is in it.
-    """
-    if isinstance(kind, tuple | list):
-        for place, inner in enumerate(kind):
-            yield from _runtime_values(inner, (*path, place), f"{name}[{place}]")
-    elif kind != "constexpr":
-        yield path, name, str(kind)
-
-
-class _Unreadable(Exception):
-    """A tensor whose memory is not this process's to read: an access would end the process."""
-
-    def __init__(self, tensor: Any, reason: str) -> None:
-        super().__init__(reason)
-        self.tensor = tensor
-
-
-def _pointer(argument: Any) -> int:
-    if argument is None:
-        return 0
-    if isinstance(argument, int):
-        return argument
-    device = getattr(argument, "device", None)  # of PyTorch, Paddle and the like; a `TensorView` has none
-    if device and not _is_host(str(device)):
-        raise _Unreadable(argument, f"is on device {str(device)!r}; kernels on a CPU need it in the host's memory")
-    address = argument.data_ptr()
-    if not address and 0 not in tuple(getattr(argument, "shape", ())):
-        raise _Unreadable(
-            argument, "has elements and no memory (its data_ptr() is 0), as tensors on a meta device have"
-        )
-    return address
-
-
-@functools.lru_cache(64)
-def _is_host(device: str) -> bool:
-    return "cpu" in device.lower()
 
 
 class CPUDriver(DriverBase):
@@ -146,13 +42,19 @@ class CPUDriver(DriverBase):
 
     def __init__(self) -> None:
         use_checked_cache()
+        replace_graphs()
+        explain_arrays()
         self.utils = CPUUtils()
 
     @classmethod
     def is_active(cls) -> bool:
-        """Where asked for by name, or where no GPU's driver answers."""
-        if os.environ.get("TRITON_DEFAULT_BACKEND") == "cpu":
-            return True
+        """Is the CPU what Triton should use? As $TRITON_DEFAULT_BACKEND says:
+
+        "cpu": yes, whatever GPU there is.  Another backend's name: no.  Not set: where no GPU's driver answers.
+        A name that no backend has is an error of Triton's. `fastdeploy.triton_cpu.activate` is above all of them.
+        """
+        if wanted := os.environ.get("TRITON_DEFAULT_BACKEND"):
+            return wanted == "cpu"
         from triton.backends import backends
 
         return not any(backend.driver.is_active() for name, backend in backends.items() if backend.driver is not cls)
@@ -178,9 +80,13 @@ class CPUDriver(DriverBase):
         return torch.device("cpu")
 
     def get_device_interface(self) -> Any:
-        raise NotImplementedError("the CPU has no streams and events; time kernels with time.perf_counter")
+        return Device
 
     def get_benchmarker(self) -> Any:
-        from triton.testing import do_bench
+        return Benchmarker()
 
-        return do_bench
+    def get_empty_cache_for_benchmark(self) -> Any:
+        """Nothing: see `clear_cache`."""
+
+    def clear_cache(self, cache: Any) -> None:
+        """Leaves the CPU's caches as they are."""

@@ -13,11 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 from . import calls, control_flow, dot, memory, programs, reductions, registers
 from .arrays import as_array, materialise
-from .context import Context, Optimisations, Scalar, Target, UnsupportedOperation
-from .elements import ELEMENTS, FUSED, constant, constant_declaration, from_memory, rounded, value_type
+from .bounds import Bounds
+from .context import Context, Scalar, Target, UnsupportedOperation
+from .elements import ELEMENTS, FUSED, constant, constant_declaration, from_memory, memory_type, rounded, value_type
+from .failures import checked
 from .loops import computed, contraction
 from .operations import OPERATIONS, operation
 from .ttir import Function, Op, Value
@@ -69,7 +72,7 @@ def _scalar(context: Context, op: Op) -> None:
         return
     arguments = [as_array(context, v) if v.type.is_tensor else context.scalar(v) for v in op.operands]
     if op.name == "tt.load":
-        text = from_memory(element, f"*{arguments[0]}")
+        text = from_memory(element, checked(context, op, f"*{arguments[0]}", ()))
         if len(arguments) > 1:
             text = f"{arguments[1]} ? {text} : {arguments[2] if len(arguments) > 2 else '0'}"
     elif fused := contraction(context, op):
@@ -81,9 +84,9 @@ def _scalar(context: Context, op: Op) -> None:
     context.storage[value] = Scalar(name)
 
 
-def function_in_c(function: Function, target: Target, called: bool) -> str:
+def function_in_c(context: Context) -> str:
     """The C function, static, taking the kernel's arguments and the program's place in the grid."""
-    context = Context(function, target, lower, called)
+    function = context.unit.function
     for parameter in function.parameters:
         context.storage[parameter] = Scalar(context.name("arg_" + parameter.name.lstrip("%")))
     control_flow.declare_labels(context)
@@ -94,29 +97,66 @@ def function_in_c(function: Function, target: Target, called: bool) -> str:
     return "\n".join([f"static {result} {calls.function_name(function.name)}({signature}) {{", *context.lines, "}"])
 
 
-def generate_c(functions: list[Function], prelude: str, lanes: int, contract: bool, wanted: Optimisations) -> str:
-    """A C file whose `run_programs(arguments, begin, end, grid)` runs programs [begin, end) of the kernel's grid."""
+class Generated(NamedTuple):
+    """A C file whose `run_programs(arguments, begin, end, grid)` runs programs [begin, end) of the kernel's grid.
+
+    apart: what it takes for granted, as (argument read, argument written, may both be the same address): their memory
+        does not overlap.
+    """
+
+    text: str
+    apart: list[tuple[int, int, bool]]
+
+
+def generate_c(functions: list[Function], prelude: str, target: Target) -> Generated:
+    """The C of a kernel, the first of `functions`, and of those it calls."""
     kernel, helpers = functions[0], functions[1:]
-    parts = [f"#define LANES {lanes}"]
+    parts = [f"#define LANES {target.lanes}"]
     prototypes, bodies = [], []
     for function in [*reversed(helpers), kernel]:
-        text = function_in_c(function, Target(lanes, contract, wanted), called=function is not kernel)
+        context = Context(function, target, lower, called=function is not kernel)
+        text = function_in_c(context)
         prototypes += [calls.result_struct(function), text.split(" {\n", 1)[0] + ";"]
         bodies.append(text)
+    code = "\n".join([p for p in prototypes if p] + bodies)
+    code += _entry(kernel, can_fail="fail(ASSERTION" in code or target.bounds is not None, bounds=target.bounds)
+    parts += [f"#define {macro}" for macro, sign in _USES.items() if sign in code]
+    if target.bounds is not None:
+        known = [f'{{"{p.name[1:]}", sizeof({memory_type(p.type.pointee)})}}' for p in target.bounds.pointers]
+        prelude += f"\nstatic const struct argument known_arguments[] = {{{', '.join(known)}}};"
+    numbers = {parameter: number for number, parameter in enumerate(kernel.parameters)}
+    apart = sorted((numbers[read], numbers[written], same) for read, written, same in context.unit.plan.apart)
+    return Generated("\n".join([*parts, prelude, code]), apart)
+
+
+_USES = {
+    "USES_VECTORS": "vec ",
+    "USES_ATOMICS": "atomic_",
+    "USES_FAILURES": "failure_of_launch",
+    "CHECKS_BOUNDS": "struct extent",
+}
+
+
+def _entry(kernel: Function, can_fail: bool, bounds: Bounds | None) -> str:
+    """C of `run_programs`, and of the arguments that it takes."""
     fields = [f"{_field_type(p)} a{i};" for i, p in enumerate(kernel.parameters)]
-    arguments = ", ".join(
-        [rounded(p.type.element, f"a->a{i}") for i, p in enumerate(kernel.parameters)]
-        + ["i % grid[0]", "i / grid[0] % grid[1]", "i / grid[0] / grid[1]", "grid[0]", "grid[1]", "grid[2]"]
-    )
-    entry = (
-        f"struct arguments {{ {' '.join(fields)} }};\n"
-        "void run_programs(const struct arguments *a, long begin, long end, const int *grid) {\n"
-        f"  for (long i = begin; i < end; i++) {calls.function_name(kernel.name)}({arguments});\n}}\n"
-    )
-    code = "\n".join([p for p in prototypes if p] + bodies + [entry])
-    uses = {"USES_VECTORS": "vec ", "USES_ATOMICS": "atomic_"}
-    parts += [f"#define {macro}" for macro, sign in uses.items() if sign in code]
-    return "\n".join([*parts, prelude, code])
+    prepare, call = [], f"{calls.function_name(kernel.name)}({{}})"
+    if can_fail:
+        fields.append("struct failure *failure;")
+        prepare.append("failure_of_launch = a->failure;")
+        call = f"current_program = i; if (!setjmp(end_of_program)) {call}"
+    if bounds is not None:
+        fields.append(f"struct extent extents[{len(bounds.pointers)}];")
+        prepare.append("extents = a->extents;")
+    arguments = [rounded(p.type.element, f"a->a{i}") for i, p in enumerate(kernel.parameters)]
+    arguments += ["i % grid[0]", "i / grid[0] % grid[1]", "i / grid[0] / grid[1]", "grid[0]", "grid[1]", "grid[2]"]
+    return f"""
+struct arguments {{ {" ".join(fields)} }};
+void run_programs(const struct arguments *a, long begin, long end, const int *grid) {{
+  {" ".join(prepare)}
+  for (long i = begin; i < end; i++) {{ {call.format(", ".join(arguments))}; }}
+}}
+"""
 
 
 def _field_type(parameter: Value) -> str:

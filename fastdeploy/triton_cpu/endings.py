@@ -10,9 +10,9 @@ more than a core keeps waiting in the background, and it stops; the few of a blo
 block is computed (64 x 32 sums of 4-bit products, K = 576, on a core: 355 GOP/s, as a tile 282).
 
 So the store moves up, to the end of each block. That is right as long as nothing that is still to be read has been
-overwritten: all that is read must come by other arguments of the kernel than the one that is written. (Two arguments
-that overlap in memory are the caller's mistake: other programs of the grid read while this one writes.) What the kernel
-does between the loop and the store is done before the loop, unless it is computed from the sums.
+overwritten: all that is read must come by other arguments of the kernel than the one that is written. (Where arguments
+overlap in memory, the launcher takes a version of the kernel that doesn't do this.) What the kernel does between the
+loop and the store is done before the loop, unless it is computed from the sums.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Ending(NamedTuple):
 
     before: list[Op]  # what may be done before the loop, in order
     after: list[Op]  # what is computed from the sums, and last the store
+    apart: set[tuple[Value, Value, bool]]  # as StoragePlan.apart
 
     @property
     def store(self) -> Op:
@@ -37,7 +38,7 @@ class Ending(NamedTuple):
 
 def ending_of(loop: Op) -> Ending | None:
     """The ending of a loop, if there is one and nothing else is made of what the loop carries."""
-    sums, ending = set(loop.results), Ending([], [])
+    sums, ending = set(loop.results), Ending([], [], set())
     following = loop.block.ops[loop.block.ops.index(loop) + 1 :]
     for op in following:
         of_sums = not sums.isdisjoint(op.operands)
@@ -55,10 +56,13 @@ def ending_of(loop: Op) -> Ending | None:
     written, kernel = _argument(ending.store.operands[0]), loop.block
     while kernel.parent is not None:
         kernel = kernel.parent.block
-    if written is None or any(
-        _argument(load.operands[0]) in (None, written) for load in walk(kernel) if load.name == "tt.load"
-    ):
-        return None  # all loads: one from before the loop may be evaluated in it
+    for load in walk(kernel):  # all loads: one from before the loop may be evaluated in it
+        if load.name != "tt.load":
+            continue
+        read = _argument(load.operands[0])
+        if read is None or written is None or read is written:
+            return None
+        ending.apart.add((read, written, False))
     return ending
 
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from .analysis import is_lazy, operand_index, scatters, stride, uniform
 from .context import Array, Context, MovingPointers, Scalar
 from .elements import FUSED, constant, constant_declaration, from_memory, value_type
+from .failures import checked
 from .operations import element
 from .ttir import Op, Value
 
@@ -111,7 +112,7 @@ class LoopNest:
             emit(text)
         for level, dimension in enumerate(self.order):
             if level in loops:
-                if vectorise and level == loops[-1]:
+                if vectorise and level == loops[-1] and self.context.unit.target.bounds is None:
                     emit("#pragma omp simd")
                 variable = self.variables[level]
                 end = self.rows if self.rows and dimension == 0 else self.shape[dimension]
@@ -226,9 +227,8 @@ class LoopNest:
 
     # ---- memory -------------------------------------------------------------------------------------------------
     def _load(self, op: Op, index: Index) -> Term:
-        pointers, value = op.operands[0], op.result
-        element = value.type.element
-        place = self.place(pointers, index)
+        value, element = op.result, op.result.type.element
+        place = self.place(op, index)
         text, level = from_memory(element, place.text), place.level
         if len(op.operands) > 1:
             mask = self.evaluate(op.operands[1], index)
@@ -236,7 +236,13 @@ class LoopNest:
             text, level = f"{mask.text} ? {text} : {other.text}", max(level, mask.level, other.level)
         return self.temporary(element, text, level, value.name)
 
-    def place(self, pointers: Value, index: Index) -> Term:
+    def place(self, access: Op, index: Index) -> Term:
+        """The C lvalue that a load, store or atomic operation accesses for element `index` of its tile."""
+        place = self._place(access.operands[0], index)
+        text = checked(self.context, access, place.text, [term.text for term in index])
+        return place if text == place.text else Term(text, max([place.level, *[term.level for term in index]]))
+
+    def _place(self, pointers: Value, index: Index) -> Term:
         """The C lvalue that element `index` of a pointer tensor points at.
 
         Along the innermost loop a constant stride is made visible (`row[3 * j]`): the C compiler could not see

@@ -6,6 +6,7 @@ from .analysis import stride
 from .arrays import as_array
 from .context import Array, Context, Scalar
 from .elements import memory_type, to_memory, value_type
+from .failures import checked
 from .live_rows import number_of_live_rows
 from .loops import LoopNest, best_order, linear
 from .ttir import Op, Value
@@ -23,13 +24,13 @@ def store(context: Context, op: Op) -> None:
     element = pointers.type.pointee
     if not value.type.is_tensor:
         condition = f"if ({context.scalar(mask)}) " if mask else ""
-        context.line(f"{condition}*{context.scalar(pointers)} = {to_memory(element, context.scalar(value))};")
+        context.line(f"{condition}{_scalar_place(context, op)} = {to_memory(element, context.scalar(value))};")
         return
     nest = LoopNest(context, value.type.shape, _store_order(context, pointers, value))
     nest.rows = number_of_live_rows(context, pointers)
     text = to_memory(element, nest.evaluate(value).text)
     condition = f"if ({nest.evaluate(mask).text}) " if mask else ""
-    nest.put(f"{condition}{nest.place(pointers, nest.index).text} = {text};")
+    nest.put(f"{condition}{nest.place(op, nest.index).text} = {text};")
     nest.write()
 
 
@@ -46,7 +47,7 @@ def _store_order(context: Context, pointers: Value, value: Value) -> list[int]:
 def atomic_update(context: Context, op: Op) -> None:
     """Read-modify-write by compare-and-swap, which serves every operation and type alike."""
     kind = op.text.split()[1].rstrip(",")
-    pointers, value = op.operands[:2]
+    value = op.operands[1]
     mask = op.operands[2] if len(op.operands) > 2 else None
     result, element = op.result, value.type.element
     update = f"atomic_{kind}_{element}"
@@ -56,12 +57,12 @@ def atomic_update(context: Context, op: Op) -> None:
         name = context.name(result.name)
         context.line(f"{value_type(element)} {name} = 0;")
         condition = f"if ({context.scalar(mask)}) " if mask else ""
-        context.line(f"{condition}{name} = {update}({context.scalar(pointers)}, {context.scalar(value)});")
+        context.line(f"{condition}{name} = {update}(&{_scalar_place(context, op)}, {context.scalar(value)});")
         context.storage[result] = Scalar(name)
         return
     old = context.array(result.type, result.name) if result.uses else None
     nest = LoopNest(context, value.type.shape, list(range(len(value.type.shape))))
-    place, operand = nest.place(pointers, nest.index).text, nest.evaluate(value).text
+    place, operand = nest.place(op, nest.index).text, nest.evaluate(value).text
     condition = f"if ({nest.evaluate(mask).text}) " if mask else ""
     target = f"{old}[{linear(value.type.shape, nest.index).text}] = " if old else ""
     nest.put(f"{condition}{target}{update}(&{place}, {operand});")
@@ -72,16 +73,20 @@ def atomic_update(context: Context, op: Op) -> None:
 
 def compare_and_swap(context: Context, op: Op) -> None:
     """tl.atomic_cas of a scalar; its result is the old value."""
-    pointer, expected, desired = op.operands
+    _, expected, desired = op.operands
     if expected.type.is_tensor:
         raise context.unsupported(op, "on a tensor")
     name, kind = context.name(op.result.name), memory_type(expected.type.element)
     context.line(f"{kind} {name} = {context.scalar(expected)}, {name}_desired = {context.scalar(desired)};")
     context.line(
-        f"__atomic_compare_exchange({context.scalar(pointer)}, &{name}, &{name}_desired, 0, "
+        f"__atomic_compare_exchange(&{_scalar_place(context, op)}, &{name}, &{name}_desired, 0, "
         "__ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);"
     )
     context.storage[op.result] = Scalar(name)
+
+
+def _scalar_place(context: Context, access: Op) -> str:
+    return checked(context, access, f"*{context.scalar(access.operands[0])}", ())
 
 
 def histogram(context: Context, op: Op) -> None:

@@ -406,3 +406,83 @@ SMALL_FLOAT_ATOMIC(exch, f16, operand)
 SMALL_FLOAT_ATOMIC(fadd, bf16, old + operand)
 SMALL_FLOAT_ATOMIC(exch, bf16, operand)
 #endif
+
+/* ---- failures: a program that finds something wrong says so and ends; the others of its launch run. The launch's
+ * `struct failure` (the same is in runtime.py) keeps the words of the first program of the grid that failed. --------- */
+#ifdef USES_FAILURES
+#include <setjmp.h>
+#include <stdarg.h>
+struct failure { int64_t count, program; int32_t locked, kind; char message[4072]; };
+enum { ASSERTION, OUT_OF_BOUNDS };
+static _Thread_local struct failure *failure_of_launch;
+static _Thread_local long current_program;
+static _Thread_local jmp_buf end_of_program;
+__attribute__((cold, noinline, noreturn)) static void fail(int kind, const char *format, ...) {
+  struct failure *failure = failure_of_launch;
+  while (__atomic_exchange_n(&failure->locked, 1, __ATOMIC_ACQUIRE)) {}
+  if (!failure->count++ || current_program < failure->program) {
+    va_list values;
+    va_start(values, format);
+    vsnprintf(failure->message, sizeof failure->message, format, values);
+    va_end(values);
+    failure->program = current_program;
+    failure->kind = kind;
+  }
+  __atomic_store_n(&failure->locked, 0, __ATOMIC_RELEASE);
+  longjmp(end_of_program, 1);
+}
+#endif
+
+/* ---- bounds: where an argument points, and the bytes [begin, end) that belong to it (see bounds.py) ---------------- */
+#ifdef CHECKS_BOUNDS
+struct extent { uintptr_t pointer, begin, end; };
+struct argument { const char *name; int bytes; }; /* of an element */
+static _Thread_local const struct extent *extents;
+
+/* Do `bytes` from an address on lie in none of some arguments? */
+static inline int is_outside(const void *address, size_t bytes, const int *arguments, int count) {
+  uintptr_t first = (uintptr_t)address;
+  for (int i = 0; i < count; i++) {
+    const struct extent *extent = &extents[arguments[i]];
+    if (first >= extent->begin && first < extent->end && bytes <= extent->end - first) return 0;
+  }
+  return 1;
+}
+
+static int64_t divided_down(int64_t bytes, int64_t size) { return (bytes - (bytes < 0) * (size - 1)) / size; }
+
+/* `format` is for the values that follow: what accesses the address, and where. Named is the nearest argument. */
+__attribute__((cold, noinline, noreturn)) static void out_of_bounds(
+    const struct argument *known, const void *address, const int *arguments, int count, const char *format, ...) {
+  char access[2048], elements[64] = "no elements";
+  va_list values;
+  va_start(values, format);
+  vsnprintf(access, sizeof access, format, values);
+  va_end(values);
+  uintptr_t place = (uintptr_t)address, least = UINTPTR_MAX;
+  int nearest = arguments[0];
+  for (int i = 0; i < count; i++) {
+    const struct extent *extent = &extents[arguments[i]];
+    uintptr_t end = extent->end, distance = place < extent->begin ? extent->begin - place : place > end ? place - end : 0;
+    if (distance < least) least = distance, nearest = arguments[i];
+  }
+  struct extent extent = extents[nearest];
+  const char *name = known[nearest].name;
+  int64_t size = known[nearest].bytes, index = divided_down(place - extent.pointer, size);
+  if (extent.begin < extent.end) {
+    int64_t low = divided_down(extent.begin - extent.pointer, size);
+    int64_t high = divided_down(extent.end - 1 - extent.pointer, size);
+    snprintf(elements, sizeof elements, "elements %lld to %lld", (long long)low, (long long)high);
+  }
+  fail(OUT_OF_BOUNDS, "%s: %s[%lld] is out of bounds, as %s has %s", access, name, (long long)index, name, elements);
+}
+
+/* An lvalue in memory that must belong to one of some arguments; what follows them says who accesses it. */
+#define CHECKED(place, arguments, ...) \
+  (*({ \
+    __auto_type at = &(place); \
+    enum { COUNT = sizeof arguments / sizeof(int) }; \
+    if (is_outside(at, sizeof *at, arguments, COUNT)) out_of_bounds(known_arguments, at, arguments, COUNT, __VA_ARGS__); \
+    at; \
+  }))
+#endif

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from math import prod
 
 from .arrays import as_array
 from .context import Context, Scalar
 from .elements import SMALL_FLOATS
+from .failures import c_string, failed_assertion
 from .ttir import Op
 
 
@@ -23,21 +25,21 @@ def nothing(context: Context, op: Op) -> None:
 
 
 def assertion(context: Context, op: Op) -> None:
-    """tl.device_assert: a message with the source line, then abort(), which would lose what was printed before."""
-    message = f"{op.location}: assertion failed in a Triton kernel: {_quoted(op)}"
-    report = f'{{ fflush(stdout); fprintf(stderr, "%s\\n", "{message}"); abort(); }}'
-    condition = op.operands[0]
+    """tl.device_assert: of a tensor, the first element that is False is named."""
+    condition, text = op.operands[0], ": " + _quoted(op).replace("%", "%%")
     if not condition.type.is_tensor:
-        context.line(f"if (!{context.scalar(condition)}) {report}")
+        context.line(f"if (!{context.scalar(condition)}) {failed_assertion(context, op, 'assertion failed' + text)}")
         return
-    holds = as_array(context, condition)
+    holds, shape = as_array(context, condition), condition.type.shape
+    index = [f"i / {prod(shape[d + 1 :])} % {extent}" for d, extent in enumerate(shape)]
+    text = f"assertion failed at [{', '.join(['%d'] * len(shape))}]{text}"
+    report = failed_assertion(context, op, text, *index)
     context.line(f"for (int i = 0; i < {condition.type.size}; i++) if (!{holds}[i]) {report}")
 
 
 def print_values(context: Context, op: Op) -> None:
     """tl.device_print: a line for each element, behind the program's place in the grid."""
-    prefix = _quoted(op)
-    head = r'printf("pid (%d, %d, %d)' + prefix.replace("%", "%%")
+    head = "printf(" + c_string("pid (%d, %d, %d)" + _quoted(op).replace("%", "%%"))[:-1]
     for value in op.operands:
         code, cast = (
             ("%g", "(double)")
@@ -55,5 +57,8 @@ def print_values(context: Context, op: Op) -> None:
 
 
 def _quoted(op: Op) -> str:
+    """The text of a message, in which MLIR writes some characters as a backslash and two hexadecimal digits."""
     found = re.search(r'"([^"]*)"', op.text)
-    return found.group(1) if found else ""
+    shown = (found.group(1) if found else "").encode()
+    plain = re.sub(rb"\\(\\|[0-9A-F]{2})", lambda m: b"\\" if m[1] == b"\\" else bytes.fromhex(m[1].decode()), shown)
+    return plain.decode(errors="replace")

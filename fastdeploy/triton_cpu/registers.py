@@ -60,12 +60,13 @@ class _Sums(NamedTuple):
 
 def loop_to_memory(context: Context, loop: Op) -> None:
     """Writes an scf.for in registers, and the store of its sums."""
-    if not (context.wanted.register_tiles and context.wanted.direct_stores) or context.unit.called:
+    if not (context.wanted.register_tiles and context.wanted.direct_stores and context.unit.plan.disjoint):
         raise NotATile
     ending = ending_of(loop)
     if ending is None:
         raise NotATile
     _emit(context, loop, ending)
+    context.unit.plan.apart.update(ending.apart)
 
 
 def loop(context: Context, loop: Op) -> None:

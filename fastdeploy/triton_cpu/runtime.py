@@ -18,12 +18,30 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from .cgroups import control_groups
 from .toolchain import toolchain
+
+
+class Failure(ctypes.Structure):
+    """Where programs say that they have failed, and the first one how: `struct failure` of prelude.h."""
+
+    _fields_ = (
+        ("count", ctypes.c_int64),  # of programs
+        ("program", ctypes.c_int64),
+        ("locked", ctypes.c_int32),
+        ("kind", ctypes.c_int32),
+        ("message", ctypes.c_char * 4072),
+    )
+
+    def check(self) -> None:
+        """RuntimeError if an assertion failed in the first program that did, IndexError if it left its memory."""
+        if self.count:
+            others = f" (and {self.count - 1} more programs failed)" if self.count > 1 else ""
+            raise (RuntimeError, IndexError)[self.kind](self.message.decode(errors="replace") + others)
 
 
 class _Recorded(ctypes.Structure):
@@ -35,16 +53,20 @@ class _Launches:
 
     def __init__(self) -> None:
         self._launches: list[tuple[int, Any, tuple[int, int, int], Any]] = []
+        self._failures: list[Failure] = []
         self._native: int | None = None
 
     def __len__(self) -> int:
         return len(self._launches)
 
-    def add(self, function: int, arguments: bytes, grid: tuple[int, int, int], keep: Any) -> None:
+    def add(
+        self, function: int, arguments: bytes, grid: tuple[int, int, int], keep: Any, failure: Failure | None
+    ) -> None:
         if grid[0] * grid[1] * grid[2] > 0:
             self._launches.append(
                 (function, ctypes.create_string_buffer(arguments, max(len(arguments), 1)), grid, keep)
             )
+            self._failures += [failure] if failure is not None else []
 
     def __call__(self) -> None:
         pool = thread_pool()
@@ -54,7 +76,11 @@ class _Launches:
                 entry.run, entry.arguments, entry.grid[:3] = function, ctypes.addressof(arguments), grid
             # Never freed: a worker that wakes late may still look at its counters. A plan is about 50 KB.
             self._native = pool.plan_new(array, len(self._launches))
+        for failure in self._failures:
+            failure.count = 0
         pool.plan_replay(self._native)
+        for failure in self._failures:
+            failure.check()
 
 
 class Plan:
@@ -67,10 +93,12 @@ class Plan:
         """The number of launches."""
         return sum(len(part) for part in self._parts if isinstance(part, _Launches))
 
-    def add(self, function: int, arguments: bytes, grid: tuple[int, int, int], keep: Any) -> None:
+    def add(
+        self, function: int, arguments: bytes, grid: tuple[int, int, int], keep: Any, failure: Failure | None = None
+    ) -> None:
         if not self._parts or not isinstance(self._parts[-1], _Launches):
             self._parts.append(_Launches())
-        self._parts[-1].add(function, arguments, grid, keep)  # type: ignore[attr-defined]
+        self._parts[-1].add(function, arguments, grid, keep, failure)  # type: ignore[attr-defined]
 
     def call(self, function: Callable[[], object]) -> None:
         self._parts.append(function)
@@ -81,7 +109,36 @@ class Plan:
             part()
 
 
+class _Observer(Plan):
+    """Runs launches and calls at once, and keeps a list of the launches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, bytes, tuple[int, int, int]]] = []
+
+    def add(
+        self, function: int, arguments: bytes, grid: tuple[int, int, int], keep: Any, failure: Failure | None = None
+    ) -> None:
+        self.seen.append((function, arguments, grid))
+        with at_once():
+            launch(function, arguments, grid, keep, failure)
+
+    def call(self, function: Callable[[], object]) -> None:
+        function()
+
+
 _recording = threading.local()
+
+
+@contextmanager
+def _into(plan: Plan | None) -> Iterator[None]:
+    """This thread's launches go into `plan`; None runs them."""
+    outer = getattr(_recording, "plan", None)
+    _recording.plan = plan
+    try:
+        yield
+    finally:
+        _recording.plan = outer
 
 
 @contextmanager
@@ -89,20 +146,36 @@ def record() -> Iterator[Plan]:
     """Records this thread's launches instead of running them. Kernels are compiled if they have not been."""
     if getattr(_recording, "plan", None) is not None:
         raise RuntimeError("a recording is under way on this thread; end it before starting another")
-    _recording.plan = Plan()
-    try:
-        yield _recording.plan
-    finally:
-        _recording.plan = None
+    plan = Plan()
+    with _into(plan):
+        yield plan
 
 
-def launch(function: int, arguments: bytes, grid: tuple[int, int, int], keep: Any = None) -> None:
-    """Runs, or records, all programs of a grid. `arguments` is the kernel's packed argument struct."""
+@contextmanager
+def observe() -> Iterator[list[tuple[int, bytes, tuple[int, int, int]]]]:
+    """Lists this thread's launches, which are made as ever, but not recorded: (function, packed arguments, grid)."""
+    observer = _Observer()
+    with _into(observer):
+        yield observer.seen
+
+
+def at_once() -> AbstractContextManager[None]:
+    """Runs this thread's launches, even within a recording."""
+    return _into(None)
+
+
+def launch(
+    function: int, arguments: bytes, grid: tuple[int, int, int], keep: Any = None, failure: Failure | None = None
+) -> None:
+    """Runs, or records, all programs of a grid. `arguments` is the kernel's packed argument struct. If the kernel can
+    fail, it has the address of `failure`, and this, or the replay, raises what `Failure.check` does."""
     plan = getattr(_recording, "plan", None)
     if plan is not None:
-        plan.add(function, arguments, grid, keep)
+        plan.add(function, arguments, grid, keep, failure)
     else:
         thread_pool().launch(function, arguments, *grid)
+        if failure is not None:
+            failure.check()
 
 
 def call(function: Callable[[], object]) -> None:
@@ -216,8 +289,18 @@ def _the_pool() -> _ThreadPool:
     return _ThreadPool()
 
 
+_libraries: dict[str, ctypes.CDLL] = {}
+
+
 def load_library(code: bytes) -> ctypes.CDLL:
-    """Maps a shared object given as bytes. It stays loaded: recorded plans point into it."""
+    """Maps a shared object given as bytes, once. It stays loaded: recorded plans point into it."""
+    digest = hashlib.sha256(code).hexdigest()
+    if digest not in _libraries:
+        _libraries[digest] = _load(code)
+    return _libraries[digest]
+
+
+def _load(code: bytes) -> ctypes.CDLL:
     try:
         with tempfile.NamedTemporaryFile(suffix=".so", prefix="fastdeploy-") as file:
             file.write(code)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdeploy.kernels.launch import TensorView, view
+from fastdeploy.triton_cpu.views import ArrayView
 
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 FLOATS = ("float32", "float64", "float16", "bfloat16")
@@ -78,29 +78,27 @@ def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
     return decode(encode(values, dtype), dtype)
 
 
-class Tensor:
+class Tensor(ArrayView):
     """A tensor argument: `stored` is the memory, `values` what it means now."""
 
     def __init__(self, values: np.ndarray, dtype: str | None = None) -> None:
         values = np.asarray(values)
-        self.dtype = dtype or str(values.dtype)
-        self.stored = encode(values, self.dtype)
-        self.view: TensorView = view(self.stored, self.dtype)
+        dtype = dtype or str(values.dtype)
+        super().__init__(encode(values, dtype), dtype)
+
+    @property
+    def stored(self) -> np.ndarray:
+        return self.array
 
     @property
     def values(self) -> np.ndarray:
         return decode(self.stored, self.dtype)
 
-    def data_ptr(self) -> int:
-        return self.view.data_ptr()
-
 
 def empty(shape, dtype: str = "float32") -> Tensor:  # type: ignore[no-untyped-def]
     """Memory that a kernel has to fill: bytes of 0xA5 until then."""
-    stored = np.full(np.prod(shape, dtype=int) * storage(dtype).itemsize, 0xA5, np.uint8).view(storage(dtype))
-    tensor = Tensor(np.zeros(0), dtype)
-    tensor.stored = stored.reshape(shape)
-    tensor.view = view(tensor.stored, dtype)
+    tensor = Tensor(np.zeros(shape), dtype)
+    tensor.stored.view(np.uint8)[...] = 0xA5
     return tensor
 
 

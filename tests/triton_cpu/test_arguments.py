@@ -138,6 +138,17 @@ def test_memory_that_a_cpu_cannot_read_is_an_error_that_names_the_argument(devic
             copy_kernel[(1,)](elsewhere, (out,), 1, 4)
 
 
+@pytest.mark.parametrize("nowhere", [None, 0, 12345, -1, 2**63 + 5, 1 << 44])
+def test_an_address_where_there_is_no_memory_is_an_error_that_names_the_argument(nowhere):
+    x, out = Tensor(np.arange(4, dtype=np.float32)), empty(4)
+    compiled = copy_kernel[(1,)](out, (x,), 4, 4)
+    compiled[(1, 1, 1)](out.data_ptr(), (x.data_ptr(),), 4)  # addresses will do
+    with pytest.raises(ValueError, match=rf"'copy_kernel': argument 'inputs\[0\]' is {nowhere}"):
+        compiled[(1, 1, 1)](out, (nowhere,), 4)
+    with pytest.raises(ValueError, match=rf"argument 'out_ptr' is {nowhere}"), record():
+        compiled[(1, 1, 1)](nowhere, (x,), 0 if nowhere == 0 else 4)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cpu:0", "Place(cpu)", None])
 def test_tensors_in_the_hosts_memory_and_those_without_elements_are_taken(device):
     out, full = empty(4), Elsewhere(device, None, (4,))
