@@ -335,13 +335,13 @@ class KernelEmitter:
 
     def assertion(self, op: Op) -> None:
         """tl.device_assert: of a tensor, the first element that is False is named."""
-        condition, text = op.operands[0], ": " + _quoted(op).replace("%", "%%")
+        condition, text = op.operands[0], "device-side assertion failed: " + _quoted(op).replace("%", "%%")
         if not condition.type.is_tensor:
-            self.line(f"if (!{self.scalar(condition)}) {self.failure(op, 'assertion failed' + text)}")
+            self.line(f"if (!{self.scalar(condition)}) {self.failure(op, text)}")
             return
         holds, shape = self.as_array(condition), condition.type.shape
         index = [f"i / {prod(shape[d + 1 :])} % {extent}" for d, extent in enumerate(shape)]
-        text = f"assertion failed at [{', '.join(['%d'] * len(shape))}]{text}"
+        text = text.replace(":", f" at [{', '.join(['%d'] * len(shape))}]:", 1)
         self.line(f"for (int i = 0; i < {condition.type.size}; i++) if (!{holds}[i]) {self.failure(op, text, *index)}")
 
     def failure(self, op: Op, text: str, *arguments: str) -> str:
