@@ -50,7 +50,7 @@ class CPUDriver(DriverBase):
     def is_active(cls) -> bool:
         """Is the CPU what Triton should use? As $TRITON_DEFAULT_BACKEND says:
 
-        "cpu": yes, whatever GPU there is.  Another backend's name: no.  Not set: where no GPU's driver answers.
+        "cpu": yes, whatever GPU there is.  Another name: no.  Not set or empty: where no GPU's driver answers.
         A name that no backend has is an error of Triton's. `fastdeploy.triton_cpu.activate` is above all of them.
         """
         if wanted := os.environ.get("TRITON_DEFAULT_BACKEND"):

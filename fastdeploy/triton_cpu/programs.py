@@ -26,13 +26,13 @@ def nothing(context: Context, op: Op) -> None:
 
 def assertion(context: Context, op: Op) -> None:
     """tl.device_assert: of a tensor, the first element that is False is named."""
-    condition, text = op.operands[0], ": " + _quoted(op).replace("%", "%%")
+    condition, text = op.operands[0], "device-side assertion failed: " + _quoted(op).replace("%", "%%")
     if not condition.type.is_tensor:
-        context.line(f"if (!{context.scalar(condition)}) {failed_assertion(context, op, 'assertion failed' + text)}")
+        context.line(f"if (!{context.scalar(condition)}) {failed_assertion(context, op, text)}")
         return
     holds, shape = as_array(context, condition), condition.type.shape
     index = [f"i / {prod(shape[d + 1 :])} % {extent}" for d, extent in enumerate(shape)]
-    text = f"assertion failed at [{', '.join(['%d'] * len(shape))}]{text}"
+    text = text.replace(":", f" at [{', '.join(['%d'] * len(shape))}]:", 1)
     report = failed_assertion(context, op, text, *index)
     context.line(f"for (int i = 0; i < {condition.type.size}; i++) if (!{holds}[i]) {report}")
 

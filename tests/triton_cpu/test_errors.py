@@ -154,9 +154,9 @@ def test_device_assert_raises_with_the_source_line_the_program_and_the_element()
         with pytest.raises(RuntimeError) as raised:
             _assert([[1, 2, 3, 4], [5, 6, -7, 8]], 9, debug=True)
         place = f"{__file__}:{line_of(assert_kernel, 'tile >= 0')}: kernel 'assert_kernel', program (1, 0, 0): "
-        assert str(raised.value) == place + 'assertion failed at [1, 0]: is "\\negative": 100%s ½'
+        assert str(raised.value) == place + 'device-side assertion failed at [1, 0]: is "\\negative": 100%s ½'
         with pytest.raises(
-            RuntimeError, match=rf":{line_of(assert_kernel, 'x < n')}: .*program \(0, \d, \d\): assertion"
+            RuntimeError, match=rf":{line_of(assert_kernel, 'x < n')}: .*program \(0, \d, \d\): device-side assert"
         ):
             _assert([[1, 2, 3, 4]], 0, debug=True)
         _assert([[1, 2, 3, 4]], 1, debug=True)
@@ -164,7 +164,7 @@ def test_device_assert_raises_with_the_source_line_the_program_and_the_element()
 
 def test_a_program_ends_where_an_assertion_fails():
     done = Tensor(np.zeros(8, np.int32))
-    with pytest.raises(RuntimeError, match="assertion failed"):
+    with pytest.raises(RuntimeError, match="device-side assertion failed"):
         _assert([[1, 2, 3, 4]] * 8, 3, done, debug=True)
     assert not done.stored[3:].any()
 
@@ -172,7 +172,7 @@ def test_a_program_ends_where_an_assertion_fails():
 def test_device_assert_counts_in_debug_mode_only(monkeypatch):
     _assert([[-1, -1, -1, -1]], 0)
     monkeypatch.setattr(triton.knobs.runtime, "debug", True)
-    with pytest.raises(RuntimeError, match="assertion failed"):
+    with pytest.raises(RuntimeError, match="device-side assertion failed"):
         _assert([[-1, -1, -1, -1]], 0)
 
 
@@ -184,7 +184,7 @@ def test_a_failure_in_a_plan_is_raised_by_the_replay_it_happens_in():
     plan.replay()
     x.stored[0, 3] = -1
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"program \(0, 0, 0\): assertion failed at \[1, 1\]"):
+        with pytest.raises(RuntimeError, match=r"program \(0, 0, 0\): device-side assertion failed at \[1, 1\]"):
             plan.replay()
     x.stored[:] = 0
     plan.replay()
