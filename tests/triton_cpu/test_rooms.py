@@ -47,7 +47,7 @@ def test_a_row_is_computed_or_written(name: str) -> None:
     row = OPERATIONS[name]
     if row.kind is Kind.STANDS:
         assert LOWERINGS[name] and not row.scalar and not row.vector
-        assert all(list(inspect.signature(write).parameters)[0] == "context" for write in LOWERINGS[name])
+        assert all(next(iter(inspect.signature(write).parameters)) == "context" for write in LOWERINGS[name])
     else:
         assert not row.lowerings and not row.writes
         assert bool(row.scalar) == (row.kind is Kind.LANEWISE) or name == "arith.constant"
