@@ -8,8 +8,9 @@
          over a prelude of small floats and elementary functions               control_flow.py, emitter.py, prelude.h
          loops around tl.dot whose sums stay in registers                      registers.py, lanes.py, endings.py
       -> a shared object, in Triton's cache                                    toolchain.py, cache.py
-      -> its programs run on a thread pool, one launch or a plan at a time     driver.py, runtime.py, pool.c,
+      -> its programs run on a thread pool, one launch or a plan at a time     launcher.py, runtime.py, pool.c,
                                                                                    cgroups.py
+    and beside it: what Triton asks a device (driver.py), timing (benchmark.py), NumPy arrays as arguments (arrays.py)
 
 Any Triton kernel runs. Tiles should fit into a cache. Loads and stores of different arguments are fused into one loop;
 where the arguments of a launch overlap in memory, a version of the kernel runs that doesn't do so.
