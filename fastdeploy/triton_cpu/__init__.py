@@ -1,15 +1,9 @@
 """A Triton backend for CPUs, made of the stock Triton wheel and a C compiler.
 
-    @triton.jit source
-      -> Triton's front end and its target-independent passes                  (Triton; compiler.py)
-      -> TTIR text -> objects                                                  ttir.py
-      -> which tensors are stored, which recomputed, which rows are of use     analysis.py, live_rows.py
-      -> C: loop nests, reductions, register tiles, loops and branches,        loops.py, reductions.py, dot.py,
-         over a prelude of small floats and elementary functions               control_flow.py, emitter.py, prelude.h
-         loops around tl.dot whose sums stay in registers                      registers.py, lanes.py, endings.py
-      -> a shared object, in Triton's cache                                    toolchain.py, cache.py
-      -> its programs run on a thread pool, one launch or a plan at a time     driver.py, runtime.py, pool.c,
-                                                                                   cgroups.py
+    @triton.jit source -> TTIR (Triton) -> C (emitter.py and what it stands on) -> a shared object (toolchain.py)
+                       -> programs of a grid on a thread pool (launcher.py, runtime.py, pool.c)
+
+README.md in this folder shows a kernel on its way, the map of the files, and how to add an operation.
 
 Any Triton kernel runs. Tiles should fit into a cache. Loads and stores of different arguments are fused into one loop;
 where the arguments of a launch overlap in memory, a version of the kernel runs that doesn't do so.

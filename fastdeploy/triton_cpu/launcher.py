@@ -44,7 +44,7 @@ class CPULauncher:
         self.descriptors_of = _picker(self.descriptors)
         opened = [inner for value in opened for inner in _open_descriptor(value)]
         self.names = [value.name for value in opened]
-        self.values_of = _picker(opened)
+        self.values_of = _picker(opened)  # the arguments that are no constants, with tuples and descriptors opened
         codes = [  # TTIR's integers have no sign, Python's do
             code.upper() if code in "bhiq" and value.kind.startswith("u") else code
             for code, value in zip(metadata.argument_format[1:], opened, strict=True)
@@ -58,17 +58,16 @@ class CPULauncher:
         self.spanned = sorted({i for *pair, _ in self.apart for i in pair})
         self.item_sizes = [_item_size(value.kind) for value in opened]  # of what pointers point to
 
-    def values(self, arguments: Any) -> list[Any]:
-        """The arguments that are no constants, with tuples and tensor descriptors opened."""
+    def check_descriptors(self, arguments: Any) -> None:
+        """TypeError for a descriptor of other elements or blocks than the kernel was compiled for."""
         for descriptor, expected in zip(self.descriptors_of(arguments), self.descriptors):
             if (kind := _kind_of_descriptor(descriptor)) != expected.kind.replace(" ", ""):
                 found = kind or type(descriptor).__name__
                 message = f"argument {expected.name!r} is a {found}, it was compiled for a {expected.kind}"
                 raise TypeError(f"kernel {self.kernel!r}: {message}")
-        return self.values_of(arguments)
 
     def numbers(self, values: list[Any]) -> list[Any]:
-        """What the kernel's C struct has of them: of tensors the addresses. ValueError for memory it can't read."""
+        """What the kernel's C struct has of values: of tensors the addresses. ValueError for memory it can't read."""
         try:
             return [_pointer(value) if pointer else value for value, pointer in zip(values, self.is_pointer)]
         except _Unreadable as error:
@@ -113,7 +112,9 @@ class CPULauncher:
         exit_hook: Callable | None,
         *arguments: Any,
     ) -> None:
-        values = self.values(arguments)
+        if self.descriptors:
+            self.check_descriptors(arguments)
+        values = self.values_of(arguments)
         numbers = self.numbers(values)
         if self.apart and self.overlap(values, numbers):
             run = self.careful.run  # which loads it

@@ -1,7 +1,9 @@
-"""NumPy arrays as arguments of kernels, which take no more than an address and an element type: no PyTorch is needed.
+"""NumPy arrays as arguments of kernels, where there is no PyTorch.
 
-from fastdeploy.triton_cpu import view
-kernel[grid](view(x), view(y), n)
+    from fastdeploy.triton_cpu import view
+    kernel[grid](view(x), view(y), n)
+
+All that Triton asks of a tensor is an address and an element type.
 """
 
 from __future__ import annotations
@@ -60,8 +62,8 @@ class ArrayView:
         """`strides`, for `TensorDescriptor.from_tensor`."""
         return self.strides
 
-    # What triton.autotune needs for `reset_to_zero` and `restore_value`.
     def zero_(self) -> None:
+        """Fills the array; this, `clone` and `copy_` are what triton.autotune resets and restores tensors by."""
         self.array[...] = 0
 
     def clone(self) -> ArrayView:
