@@ -28,8 +28,8 @@ _HERE = Path(__file__).parent
 class CPUOptions:
     """Launch options. The GPU ones are accepted, so that a kernel tuned for GPUs runs here, and mean nothing.
 
-    register_tiles, live_rows, direct_stores, prefetch: see `Optimisations`. $FASTDEPLOY_REGISTER_TILES=0 makes the
-        first False, and so on.
+    register_tiles, live_rows, direct_stores, prefetch, bf16_products: see `Optimisations`. $FASTDEPLOY_REGISTER_TILES=0
+        makes the first False, $FASTDEPLOY_BF16_PRODUCTS=1 the last one True, and so on.
     """
 
     num_warps: int = 1
@@ -42,6 +42,7 @@ class CPUOptions:
     live_rows: bool = True
     direct_stores: bool = True
     prefetch: bool = True
+    bf16_products: bool = False
     debug: bool = False
     sanitize_overflow: bool = False
     launch_cooperative_grid: bool = False
@@ -91,6 +92,7 @@ class CPUBackend(BaseBackend):
         for name in Optimisations._fields:
             if (wanted := os.environ.get(f"FASTDEPLOY_{name.upper()}")) is not None:
                 chosen.setdefault(name, wanted != "0")
+        chosen["bf16_products"] = chosen.get("bf16_products", False) and toolchain().multiplies_bf16
         return CPUOptions(**chosen)
 
     def pack_metadata(self, metadata: Any) -> Any:
