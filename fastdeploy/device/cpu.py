@@ -14,7 +14,7 @@ from fastdeploy.device import GIB, Device, Field, Plan, Staging, device_fields, 
 from fastdeploy.device.host import available_memory, release_pages_after
 from fastdeploy.device.paddle_core import HostTensor
 from fastdeploy.kernels.launch import TensorView, view
-from fastdeploy.triton_cpu import runtime
+from fastdeploy.triton_cpu import compiler, runtime
 
 
 class SharedStaging(Staging):
@@ -69,6 +69,10 @@ class CPUDevice(Device):
     def activation_dtype(self, weight_dtype: str) -> str:
         # No CPU we target adds in half precision faster than in float32, and float32 keeps every digit.
         return "float32"
+
+    def linear_input_dtype(self, weight_dtype: str) -> str:
+        in_pairs = weight_dtype == "bfloat16" and compiler.chosen_options({}).bf16_products
+        return "bfloat16" if in_pairs else self.activation_dtype(weight_dtype)
 
     def free_memory(self) -> int:
         return available_memory() // self._ranks
