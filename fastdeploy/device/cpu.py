@@ -14,7 +14,8 @@ from fastdeploy.device import GIB, Device, Field, Plan, Staging, device_fields, 
 from fastdeploy.device.host import available_memory, release_pages_after
 from fastdeploy.device.paddle_core import HostTensor
 from fastdeploy.kernels.launch import TensorView, view
-from fastdeploy.triton_cpu import compiler, runtime
+from fastdeploy.triton_cpu import runtime
+from fastdeploy.triton_cpu.compiler import CPUBackend
 
 
 class SharedStaging(Staging):
@@ -71,7 +72,7 @@ class CPUDevice(Device):
         return "float32"
 
     def linear_input_dtype(self, weight_dtype: str) -> str:
-        in_pairs = weight_dtype == "bfloat16" and compiler.chosen_options({}).bf16_products
+        in_pairs = weight_dtype == "bfloat16" and CPUBackend.parse_options({}).bf16_products
         return "bfloat16" if in_pairs else self.activation_dtype(weight_dtype)
 
     def free_memory(self) -> int:

@@ -63,19 +63,6 @@ class CPUOptions:
         return hashlib.sha256(repr(self).encode()).hexdigest()
 
 
-def chosen_options(given: dict[str, Any]) -> CPUOptions:
-    """The options of a launch, the environment's where it gives none; bf16_products only where this CPU has them."""
-    known = {field.name for field in fields(CPUOptions)}
-    chosen = {key: value for key, value in given.items() if key in known and value is not None}
-    if "TRITON_DEFAULT_FP_FUSION" in os.environ:
-        chosen.setdefault("enable_fp_fusion", os.environ["TRITON_DEFAULT_FP_FUSION"] == "1")
-    for name in Optimisations._fields:
-        if (wanted := os.environ.get(f"FASTDEPLOY_{name.upper()}")) is not None:
-            chosen.setdefault(name, wanted != "0")
-    chosen["bf16_products"] = chosen.get("bf16_products", False) and toolchain().multiplies_bf16
-    return CPUOptions(**chosen)
-
-
 class CPUBackend(BaseBackend):
     binary_ext = "so"
     supports_native_tensor_specialization = False  # ask get_tensor_specialization, below
@@ -97,8 +84,18 @@ class CPUBackend(BaseBackend):
         """Part of Triton's cache key: this backend's own source, the C compiler, its flags and the CPU."""
         return hashlib.sha256(_own_source() + toolchain().fingerprint().encode()).hexdigest()
 
-    def parse_options(self, options: dict[str, Any]) -> CPUOptions:
-        return chosen_options(options)
+    @staticmethod
+    def parse_options(options: dict[str, Any]) -> CPUOptions:
+        """The environment's options where a launch gives none; products in pairs only where the CPU has them."""
+        known = {field.name for field in fields(CPUOptions)}
+        chosen = {key: value for key, value in options.items() if key in known and value is not None}
+        if "TRITON_DEFAULT_FP_FUSION" in os.environ:
+            chosen.setdefault("enable_fp_fusion", os.environ["TRITON_DEFAULT_FP_FUSION"] == "1")
+        for name in Optimisations._fields:
+            if (wanted := os.environ.get(f"FASTDEPLOY_{name.upper()}")) is not None:
+                chosen.setdefault(name, wanted != "0")
+        chosen["bf16_products"] = chosen.get("bf16_products", False) and toolchain().multiplies_bf16
+        return CPUOptions(**chosen)
 
     def pack_metadata(self, metadata: Any) -> Any:
         return metadata

@@ -29,7 +29,7 @@ from .context import Array, Context, NotATile
 from .elements import FUSED, SMALL_FLOATS, from_memory, rounded, value_type
 from .live_rows import columns_let_through, rows_let_through
 from .loops import ZERO, Index, LoopNest, Term
-from .pairs import Products, array_of_pairs, products
+from .pairs import Products, copy_of, products
 from .ttir import Op, Type, Value
 from .vectors import PREFETCH_BYTES, Place, Vectors, has_vectors, is_splat
 
@@ -54,8 +54,8 @@ def blocks(context: Context, op: Op) -> None:
     block = _block_size(context, op.result.type, converts)
     if op.result.type.shape[0] > FEW_BLOCKS * block[0]:
         in_place, block = None, _block_size(context, op.result.type, converts=False)
-    left = _RowPointers.of(context, a, by) or _LocalRows(context, a, 1, by)
-    right = in_place or _LocalRows(context, b, 0, by)
+    left = _RowPointers.of(context, a, by) or _LocalRows(context, a, by, 1)
+    right = in_place or _LocalRows(context, b, by, 0)
     target = context.destinations.get(op.result) or context.array(op.result.type, op.result.name)
     write = functools.partial(_emit_blocks, context, op, left, right, target, block)
     if not (context.wanted.register_tiles and context.attempt(lambda: write(op.operands[2]))):
@@ -92,27 +92,31 @@ def _accumulator(context: Context, op: Op, name: str) -> None:
         materialise(context, op.operands[2], into=name)
 
 
+def _local_array(context: Context, value: Value, by: Products, axis: int) -> str:
+    return as_array(context, value) if by.terms == 1 else copy_of(context, value, by, axis)
+
+
 class _LocalRows:
-    """An operand in a local array of floats, or of pairs along `axis`, row-major."""
+    """An operand in a local array of floats or pairs, row-major."""
 
     row_count = column_mask = None  # all
 
-    def __init__(self, context: Context, value: Value, axis: int, by: Products):
-        self.name = as_array(context, value) if by.terms == 1 else array_of_pairs(context, value, axis)
-        self.width = value.type.shape[1] // (by.terms if axis == 1 else 1)
-        self.element_type, self.load = ("float", "vec_from_float") if by.terms == 1 else ("int32_t", "ivec_from_words")
+    def __init__(self, context: Context, value: Value, by: Products, axis: int):
+        self.name, self.by = _local_array(context, value, by, axis), by
+        self.width = value.type.shape[1] // (by.terms if axis else 1)
 
     def prepare(self, context: Context, rows: list[str]) -> None:
         if rows:  # one pointer: every other row is at a constant distance from it
             self.first = context.name("rows")
             start = f"{self.name} + (long){rows[0]} * {self.width}"
-            context.line(f"const {self.element_type} *const {self.first} = {start};")
+            context.line(f"const {value_type(self.by.element)} *const {self.first} = {start};")
 
     def element(self, row: int, k: str) -> str:
         return f"{self.first}[{row * self.width} + {k}]"
 
     def vector(self, k: str, column: str, some: str | None = None) -> str:
-        return f"{self.load}({self.name} + {k} * {self.width} + {column})"
+        load = "vec_from_float" if self.by.terms == 1 else "*(const ivec *)"
+        return f"{load}({self.name} + {k} * {self.width} + {column})"
 
     def prefetch(self, k: str, column: str) -> str | None:
         return None
@@ -272,7 +276,7 @@ def _emit_blocks(  # type: ignore[no-untyped-def]
     context: Context, op: Op, left, right, target: str, block: tuple[int, int], initial: Value | None
 ) -> None:
     """`initial`: what the sums begin with, evaluated in registers; None: what lies in the target."""
-    by = products(context, op)
+    by: Products = right.by
     (m, n), k_extent = op.result.type.shape, op.operands[0].type.shape[1] // by.terms
     rows, vectors = block
     row, column, k = context.name("m"), context.name("n"), context.name("k")
@@ -294,25 +298,25 @@ def _emit_blocks(  # type: ignore[no-untyped-def]
         turns = f"for (long {k} = 0; {k} < {right.row_count or k_extent}; {k}++)"
         if right.column_mask is None:
             with context.braces(turns):
-                _emit_step(context, by, left, right, sums, columns, k)
+                _emit_step(context, left, right, sums, columns, k)
         else:
             some = [begin.vector(right.column_mask, Place(ZERO, Term(f"(int)({col})", 0))) for col in columns]
             with context.braces(f"if (ivec_all({' & '.join(some)})) {turns}"):
-                _emit_step(context, by, left, right, sums, columns, k)
+                _emit_step(context, left, right, sums, columns, k)
             there_are_some = f"if (ivec_any({' | '.join(some)})) " if context.wanted.live_rows else ""
             with context.braces(f"else {there_are_some}{turns}"):
-                _emit_step(context, by, left, right, sums, columns, k, some)
+                _emit_step(context, left, right, sums, columns, k, some)
         for r in range(rows):
             for v in range(vectors):
                 context.line(f"*(vec *)({places[r][v]}) = {sums[r][v]};")
 
 
 def _emit_step(  # type: ignore[no-untyped-def]
-    context: Context, by: Products, left, right, sums: list[list[str]], columns: list[str], k: str,
-    some: Sequence[str] = (),
-) -> None:  # fmt: skip
-    """One k: a rank-one update of the register block (of pairs, rank two). some: masks, for the columns that there are
-    of each vector."""
+    context: Context, left, right, sums: list[list[str]], columns: list[str], k: str, some: Sequence[str] = ()
+) -> None:
+    """One k: a rank-one update of the register block; one pair of k: of rank two. some: masks, for the columns that
+    there are of each vector."""
+    by: Products = right.by
     elements_per_line = 64 // 2
     for v, column in enumerate(columns):
         if v * context.lanes % elements_per_line == 0 and (line := right.prefetch(k, column)):
@@ -332,11 +336,7 @@ def plain(context: Context, op: Op) -> None:
     if a.type.element == "i1" or a.type.element != b.type.element:
         raise context.unsupported(op, f"of {a.type.element} and {b.type.element}")
     by = products(context, op)
-    if by.terms == 1:
-        left, right = as_array(context, a), as_array(context, b)
-    else:
-        left, right = array_of_pairs(context, a, 1), array_of_pairs(context, b, 0)
-        k_extent //= 2
+    left, right, k_extent = _local_array(context, a, by, 1), _local_array(context, b, by, 0), k_extent // by.terms
     target = context.destinations.get(op.result) or context.array(op.result.type, op.result.name)
     _accumulator(context, op, target)
     context.storage[op.result] = Array(target)

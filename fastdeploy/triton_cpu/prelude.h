@@ -369,7 +369,6 @@ INLINE ivec pairs_of(half even, half odd) {
   return (ivec)_mm512_permutex2var_epi16(low, _mm512_or_si512(order, _mm512_set1_epi32(32 << 16)), high);
 }
 INLINE int32_t pair_of(float even, float odd) { return bits_of_float(even) >> 16 | (bits_of_float(odd) & 0xffff0000u); }
-INLINE ivec ivec_from_words(const int32_t *p) { return *(const ivec *)p; }
 INLINE vec add_dot2(vec sum, ivec a, ivec b) { return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
 INLINE float add_dot2_to_one(float sum, int32_t a, int32_t b) {
   return _mm_cvtss_f32(_mm_dpbf16_ps(_mm_set_ss(sum), (__m128bh)_mm_cvtsi32_si128(a), (__m128bh)_mm_cvtsi32_si128(b)));

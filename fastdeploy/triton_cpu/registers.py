@@ -41,9 +41,9 @@ from .context import Array, Context, NotATile
 from .endings import Ending, ending_of
 from .lanes import Lanes
 from .live_rows import number_of_live_rows
-from .loops import LoopNest, Term, linear
-from .pairs import Products, array_of_pairs, products
-from .ttir import Op, Type, Value
+from .loops import Term, linear
+from .pairs import Products, copy_of, products
+from .ttir import Op, Value
 from .vectors import VECTOR_TYPES, Place, Vectors, plus
 
 MOST_VECTORS = 8  # of a row in a block
@@ -250,7 +250,7 @@ class _Block(Vectors):
     def _dot_of_floats(self, a: Value, b: Value, sums: list[list[str]], by: Products) -> None:
         name, extent = self.context.name("k"), a.type.shape[1]
         step = min(4 * by.terms, extent)
-        left_of = self._left_pairs(a) if by.terms == 2 else self._left_floats(a)
+        left_of = self._left(a, by)
         with self.scope(f"for (int {name} = 0; {name} < {extent}; {name} += {step})"):
             for number in range(0, step, by.terms):
                 k = plus(name, number)
@@ -263,23 +263,20 @@ class _Block(Vectors):
                     for total, factor in zip(of_row, right):
                         self.context.line(f"{total} = {by.text.format(sum=total, left=left, right=factor)};")
 
-    def _left_floats(self, a: Value) -> Callable[[int, Term], str]:
-        """C for element k of a row of the block."""
-        if self._is_cheap(a):
+    def _left(self, a: Value, by: Products) -> Callable[[int, Term], str]:
+        """C for the terms of a row of the block from k on."""
+        if by.terms == 1 and self._is_cheap(a):
             return lambda r, k: self.scalar(a, (self.rows[r], k))
-        copied = self._copy_of_rows(a)
-        return lambda r, k: f"{copied}[{r * a.type.shape[1]} + {k.text}]"
-
-    def _left_pairs(self, a: Value) -> Callable[[int, Term], str]:
-        """C for the pair k, k + 1 of a row of the block."""
         load = a.op
-        if load is not None and load.name == "tt.load" and len(load.operands) == 1 and a not in self.context.storage:
-            if stride(load.operands[0], 1, self.context.origins) == 1:
+        if by.terms == 2 and load is not None and load.name == "tt.load" and a not in self.context.storage:
+            if len(load.operands) == 1 and stride(load.operands[0], 1, self.context.origins) == 1:
                 return lambda r, k: f"four_bytes({self.address(load.operands[0], (self.rows[r], k))})"
         if self._reads_registers(a):
             raise NotATile(f"{a} is computed from sums")
-        copied = array_of_pairs(self.context, a, 1, self.rows[0].text, len(self.rows))
-        return lambda r, k: f"{copied}[{r * a.type.shape[1] // 2} + ({k.text} >> 1)]"
+        copied = copy_of(self.context, a, by, 1, self.rows[0].text, len(self.rows))
+        width = a.type.shape[1] // by.terms
+        half = " / 2" if by.terms == 2 else ""
+        return lambda r, k: f"{copied}[{r * width} + {k.text}{half}]"
 
     def _pairs(self, b: Value, rows: tuple[Term, Term], column: Term) -> str:
         """Two rows of a vector of columns, as pairs."""
@@ -293,19 +290,6 @@ class _Block(Vectors):
         if isinstance(self.context.storage.get(a), Array):
             return True
         return a.op is not None and a.op.name == "tt.load" and len(a.op.operands) == 1 and a.type.element == "f32"
-
-    def _copy_of_rows(self, a: Value) -> str:
-        """This block's rows of the left operand, evaluated into an array: a vector of elements at a time."""
-        if self._reads_registers(a):
-            raise NotATile(f"{a} is computed from sums")
-        shape = (len(self.rows), a.type.shape[1])
-        name = self.context.array(Type(shape, "f32"), a.name)
-        nest = LoopNest(self.context, shape, [0, 1])
-        row, k = nest.index
-        element = nest.evaluate(a, (Term(f"({self.rows[0].text} + {row.text})", row.level), k))
-        nest.put(f"{name}[{linear(shape, nest.index).text}] = {element.text};")
-        nest.write()
-        return name
 
     @contextmanager
     def _words_of(self, extent: int) -> Iterator[list[Term]]:

@@ -1,4 +1,4 @@
-"""Products of bf16 in pairs, `bf16_products`: the sums of VDPBF16PS, in one order whatever the tile, and only on demand."""
+"""Products of bf16 in pairs, `bf16_products`: the sums of VDPBF16PS, in one order whatever the tile, on demand only."""
 
 import numpy as np
 import pytest
