@@ -15,6 +15,8 @@ Operands are read where they are when that is cheap. `a` is a plain load of rows
 load whose rows are contiguous, and few blocks of rows use it: the vectors come straight from memory, converted in
 registers, with a prefetch (decode: a GEMV at memory speed). Otherwise the operand is evaluated into a local
 array of floats first, which pays when many blocks of rows use it (prefill).
+
+Where products of bf16 are made in pairs (pairs.py), k counts pairs, and what is said of floats holds for pairs.
 """
 
 from __future__ import annotations
