@@ -1,6 +1,7 @@
 """What is each optimisation worth? Our engine, whole, and with one of them switched off at a time.
 
     python -m bench.ablation --save bench/results/ablation.md                              # about six minutes
+    python -m bench.ablation --only bfloat16                            # variants with that in their name or switch
 
 Every variant is a process of its own, by the switch that a user has, too: an environment variable or a keyword of
 `LLM`. Cases as in `bench/engine.py`, and one more that shows the prefix cache: a prompt of 512 tokens that came before.
@@ -11,7 +12,7 @@ half as fast, so the optimisation doubles it.
 import argparse
 import random
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +51,7 @@ VARIANTS = [
     Variant("vectors: off, the compiler's baseline", variables={"FASTDEPLOY_INSTRUCTION_SET": "baseline"}),
     Variant("activations in int8: off, float32", "fastdeploy:exact"),
     Variant("4-bit weights: off, bfloat16", "fastdeploy:bfloat16"),
+    Variant("the same, products of bfloat16 in pairs", "fastdeploy:bfloat16", {"FASTDEPLOY_BF16_PRODUCTS": "1"}),
     Variant("4-bit weights: off, float32", "fastdeploy:float32"),
     Variant("keys and values in bfloat16: off, float32", keywords={"kv_cache_dtype": "float32"}),
     Variant("keys and values in bfloat16: off, int8", keywords={"kv_cache_dtype": "int8"}),
@@ -76,10 +78,10 @@ class SeenBefore:
         return PREFILL_LENGTH / worker.generate([prompt], 1)
 
 
-def written(results: Results) -> str:
+def written(results: Results, variants: Sequence[Variant]) -> str:
     """A row for each variant: its switch, and its share of the whole engine's speed in each case."""
     rows = []
-    for variant in VARIANTS:
+    for variant in variants:
         cells = []
         for values in results.values.values():
             share = statistics.median(values[variant.name]) / statistics.median(values[WHOLE.name])
@@ -90,7 +92,9 @@ def written(results: Results) -> str:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    return parser(__doc__, rounds=5).parse_args()
+    options = parser(__doc__, rounds=5)
+    options.add_argument("--only", default="", help="part of the name or the switch of the variants to measure")
+    return options.parse_args()
 
 
 def main() -> None:
@@ -100,9 +104,10 @@ def main() -> None:
     checkpoint = open_checkpoint(options.model)
     cases = standard_cases(STEPS)
     everything: list[Case] = [*cases, SeenBefore()]
+    variants = [one for one in VARIANTS if one is WHOLE or options.only in f"{one.name} {one.switch()}"]
     with ExitStack() as stack:
         workers = []
-        for variant in VARIANTS:
+        for variant in variants:
             worker = Worker(variant.spec, options, *needed(cases), variant.variables, variant.keywords)
             stack.callback(worker.close)
             worker.name = variant.name
@@ -113,7 +118,7 @@ def main() -> None:
         f"medians of {options.rounds} interleaved rounds; decode: {STEPS} steps after a prompt of 16 tokens",
         disturbed(results.disturbance),
     )
-    publish(f"{checkpoint.path.stem}: what each optimisation is worth", written(results), notes, options.save)
+    publish(f"{checkpoint.path.stem}: what each optimisation is worth", written(results, variants), notes, options.save)
 
 
 if __name__ == "__main__":

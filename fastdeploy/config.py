@@ -78,6 +78,11 @@ class Mode:
     floats_become: str | None  # "q4" or "q8"
     int8_activations: bool
 
+    @property
+    def all_floats(self) -> bool:
+        """Are all weights floats?"""
+        return not self.keeps_quantised and self.floats_become is None
+
 
 MODES = {
     None: Mode(False, None, False),

@@ -105,6 +105,10 @@ class Device(ABC):
     def activation_dtype(self, weight_dtype: str) -> str:
         """What activations are stored in when weights are stored in `weight_dtype`."""
 
+    def linear_input_dtype(self, weight_dtype: str) -> str:
+        """What those are stored in that linear layers of floats read."""
+        return self.activation_dtype(weight_dtype)
+
     @abstractmethod
     def free_memory(self) -> int:
         """Bytes that this process may still allocate on the device."""

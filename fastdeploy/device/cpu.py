@@ -15,6 +15,7 @@ from fastdeploy.device.host import available_memory, release_pages_after
 from fastdeploy.device.paddle_core import HostTensor
 from fastdeploy.kernels.launch import TensorView, view
 from fastdeploy.triton_cpu import runtime
+from fastdeploy.triton_cpu.compiler import CPUBackend
 
 
 class SharedStaging(Staging):
@@ -69,6 +70,10 @@ class CPUDevice(Device):
     def activation_dtype(self, weight_dtype: str) -> str:
         # No CPU we target adds in half precision faster than in float32, and float32 keeps every digit.
         return "float32"
+
+    def linear_input_dtype(self, weight_dtype: str) -> str:
+        in_pairs = weight_dtype == "bfloat16" and CPUBackend.parse_options({}).bf16_products
+        return "bfloat16" if in_pairs else self.activation_dtype(weight_dtype)
 
     def free_memory(self) -> int:
         return available_memory() // self._ranks

@@ -220,9 +220,13 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length() if n > 0 else 0
 
 
-def operand_dtype(target: Target, activations: TensorView) -> tl.dtype:
-    """What `tl.dot` multiplies: fp32 on a CPU, which has no faster type; on a GPU the activations'. Sums are fp32."""
-    return tl.float32 if target.is_cpu else getattr(tl, activations.dtype)
+def operand_dtype(target: Target, activations: TensorView, weights: TensorView | None = None) -> tl.dtype:
+    """What `tl.dot` multiplies: on a GPU the activations' type. Sums are fp32.
+
+    On a CPU it is fp32, but where both operands are bfloat16, which a CPU may be asked to multiply in pairs.
+    """
+    both_bf16 = weights is not None and activations.dtype == weights.dtype == "bfloat16"
+    return getattr(tl, activations.dtype) if both_bf16 or not target.is_cpu else tl.float32
 
 
 def row_block(target: Target, width: int, limit: int) -> int:

@@ -324,7 +324,7 @@ def _launch_anywhere(here: Target, out: TensorView, x: TensorView, weight: Linea
     rule = tiles(here, x.shape[0], weight)
     blocks = cdiv(x.shape[0], rule["BLOCK_M"]) * cdiv(out.shape[1], rule["BLOCK_N"])
     arguments = (out, x, weight.data, weight.bias, x.shape[0], out.shape[1], weight.in_features)
-    known = {"GATED": gated, "PANEL": weight.panel, "OPERAND": operand_dtype(here, x)}
+    known = {"GATED": gated, "PANEL": weight.panel, "OPERAND": operand_dtype(here, x, weight.data)}
     launch(_linear_kernel, (blocks,), *arguments, **known, **rule)
 
 

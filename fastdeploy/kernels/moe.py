@@ -296,7 +296,7 @@ def grouped_linear(out: Any, x: Any, weights: ExpertWeights, routing: Routing, b
     grid = (most_tiles(pairs, weights.count, block_m), cdiv(weights.out_features, rule["BLOCK_N"]))
     rows = (routing.rows if by_token else None, routing.tile_experts, routing.tile_starts, routing.tile_rows)
     sizes = (weights.out_features, packed.in_features, weights.padded_features)
-    constants = {"PANEL": packed.panel, "OPERAND": operand_dtype(here, x)}
+    constants = {"PANEL": packed.panel, "OPERAND": operand_dtype(here, x, packed.data)}
     launch(_grouped_linear_kernel, grid, out, x, *rows, packed.data, *sizes, **constants, **rule)
 
 

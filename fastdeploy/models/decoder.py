@@ -136,7 +136,7 @@ class Decoder:
         self.group = group
         self.device: Device = weights.device
         self.dtype = weights.dtype
-        self.int8_activations = weights.mode.int8_activations
+        self.mode = weights.mode
         shard = weights.shard
         num_heads, num_kv_heads = len(shard.of(config.num_heads)), len(shard.of_kv_heads(config.num_kv_heads))
         self.heads = HeadLayout(num_heads, num_kv_heads, config.head_dim, config.rope_interleaved)
@@ -224,7 +224,9 @@ class Decoder:
         """Memory for steps of up to `max_tokens` tokens and `max_seqs` sequences of up to `max_context` tokens, and for
         the logits of up to `max_rows` rows at a time."""
         config, heads, device = self.config, self.heads, self.device
-        allocator = Allocator(device, device.activation_dtype(self.dtype), self.int8_activations)
+        dtype = device.activation_dtype(self.dtype)
+        input_dtype = device.linear_input_dtype(self.dtype) if self.mode.all_floats else dtype
+        allocator = Allocator(device, dtype, input_dtype, self.mode.int8_activations)
         hidden, q_width, mixture = config.hidden_size, heads.num_heads * heads.head_dim, config.mixture
         ranks = 1 if self.group is None else self.group.size
         logits_width = self.embedding.out_features
@@ -237,7 +239,7 @@ class Decoder:
             attended=allocator.linear_input(max_tokens, q_width),
             mlp=MLPMemory.allocate(allocator, max_tokens, len(self.shard.of(config.intermediate_size))),
             mixture=MixtureMemory.allocate(allocator, max_tokens, hidden, mixture, self.shard) if mixture else None,
-            kept_attended=allocator.matrix(max_rows, q_width),
+            kept_attended=allocator.input_floats(max_rows, q_width),
             kept_residual=allocator.matrix(max_rows, hidden),
             workspace=view(device.empty((prod(workspace_shape(max_seqs, heads, max_context)),), "float32")),
             own_logits=None if ranks == 1 else view(device.empty((max_rows, logits_width), "float32")),

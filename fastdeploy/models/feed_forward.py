@@ -57,20 +57,25 @@ class LinearInput:
 
 @dataclass(frozen=True)
 class Allocator:
-    """Gives out memory for activations of type `dtype`, which linear layers may want as integers (`int8`)."""
+    """Gives out memory for activations of type `dtype`; linear layers read `input_dtype`, or integers (`int8`)."""
 
     device: Device
     dtype: str
+    input_dtype: str
     int8: bool
 
     def matrix(self, rows: int, width: int) -> TensorView:
         return view(self.device.empty((rows, width), self.dtype))
 
+    def input_floats(self, rows: int, width: int) -> TensorView:
+        return view(self.device.empty((rows, width), self.input_dtype))
+
     def linear_input(self, rows: int, width: int, wide: bool = False) -> LinearInput:
+        floats = self.input_floats(rows, width)
         if not self.int8 or width % GROUP:
-            return LinearInput(self.matrix(rows, width), None, None)
+            return LinearInput(floats, None, None)
         integers = QuantisedRows(**self.fields(rows_fields(rows, width, wide)))
-        return LinearInput(self.matrix(rows, width), replace(integers, low=None), integers if wide else None)
+        return LinearInput(floats, replace(integers, low=None), integers if wide else None)
 
     def fields(self, shapes: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, TensorView]:
         """Memory by name, for shapes and types by name."""
@@ -148,7 +153,7 @@ class MixtureMemory:
             logits=view(allocator.device.empty((tokens, config.num_experts), "float32")),
             routing=Routing(**allocator.fields(routing)),
             gate_up=allocator.matrix(pairs, 2 * intermediate),
-            activated=allocator.matrix(pairs, intermediate),
+            activated=allocator.input_floats(pairs, intermediate),
             outputs=allocator.matrix(pairs, hidden),
             shared=MLPMemory.allocate(allocator, tokens, shared) if shared else None,
             shared_output=allocator.matrix(tokens, hidden) if shared else None,

@@ -29,8 +29,8 @@ _HERE = Path(__file__).parent
 class CPUOptions:
     """Launch options. The GPU ones are accepted, so that a kernel tuned for GPUs runs here, and mean nothing.
 
-    register_tiles, live_rows, direct_stores, prefetch, disjoint: see `Optimisations`. $FASTDEPLOY_REGISTER_TILES=0
-        makes the first False, and so on.
+    register_tiles, live_rows, direct_stores, prefetch, disjoint, bf16_products: see `Optimisations`.
+        $FASTDEPLOY_REGISTER_TILES=0 makes the first False, $FASTDEPLOY_BF16_PRODUCTS=1 the last one True, and so on.
     debug: tl.device_assert is checked.  sanitize_overflow: so are integer sums and products; by default as `debug`.
     check: every access to memory is checked, as bounds.py says; by default where $FASTDEPLOY_CPU_CHECK is 1.
     """
@@ -46,6 +46,7 @@ class CPUOptions:
     direct_stores: bool = True
     prefetch: bool = True
     disjoint: bool = True
+    bf16_products: bool = False
     check: bool = False
     debug: bool = False
     sanitize_overflow: bool = False
@@ -88,7 +89,9 @@ class CPUBackend(BaseBackend):
         """Part of Triton's cache key: this backend's own source, the C compiler, its flags and the CPU."""
         return hashlib.sha256(_own_source() + toolchain().fingerprint().encode()).hexdigest()
 
-    def parse_options(self, options: dict[str, Any]) -> CPUOptions:
+    @staticmethod
+    def parse_options(options: dict[str, Any]) -> CPUOptions:
+        """The environment's options where a launch gives none; products in pairs only where the CPU has them."""
         known = {field.name for field in fields(CPUOptions)}
         chosen = {key: value for key, value in options.items() if key in known and value is not None}
         if "TRITON_DEFAULT_FP_FUSION" in os.environ:
@@ -98,6 +101,7 @@ class CPUBackend(BaseBackend):
         for name in Optimisations._fields:
             if (wanted := os.environ.get(f"FASTDEPLOY_{name.upper()}")) is not None:
                 chosen.setdefault(name, wanted != "0")
+        chosen["bf16_products"] = chosen.get("bf16_products", False) and toolchain().multiplies_bf16
         return CPUOptions(**chosen)
 
     def pack_metadata(self, metadata: Any) -> Any:

@@ -51,11 +51,12 @@ class MovingPointers(NamedTuple):
 
 
 class Optimisations(NamedTuple):
-    """What is done for speed. Each can be left out, to see what it is worth; results are the same.
+    """What is done for speed. Each can be left out, to see what it is worth; results are the same but for the last one.
 
     register_tiles: loops around tl.dot as in registers.py, single ones as in dot.py, and vectors.py.
     live_rows: live_rows.py.  direct_stores: endings.py.  prefetch: what a loop reads next is asked for in advance.
     disjoint: what comes by different arguments is taken not to overlap; the launcher looks whether that is so.
+    bf16_products: pairs.py, where the CPU can. It changes the last bits of sums, so it is left out unless asked for.
     """
 
     register_tiles: bool = True
@@ -63,6 +64,7 @@ class Optimisations(NamedTuple):
     direct_stores: bool = True
     prefetch: bool = True
     disjoint: bool = True
+    bf16_products: bool = False
 
 
 class Target(NamedTuple):

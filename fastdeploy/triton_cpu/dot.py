@@ -15,6 +15,8 @@ Operands are read where they are when that is cheap. `a` is a plain load of rows
 load whose rows are contiguous, and few blocks of rows use it: the vectors come straight from memory, converted in
 registers, with a prefetch (decode: a GEMV at memory speed). Otherwise the operand is evaluated into a local
 array of floats first, which pays when many blocks of rows use it (prefill).
+
+Where products of bf16 are made in pairs (pairs.py), k counts pairs, and what is said of floats holds for pairs.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from .context import Array, Context, NotATile
 from .elements import FUSED, SMALL_FLOATS, from_memory, rounded, value_type
 from .live_rows import columns_let_through, rows_let_through
 from .loops import ZERO, Index, LoopNest, Term
+from .pairs import Products, copy_of, products
 from .ttir import Op, Type, Value
 from .vectors import PREFETCH_BYTES, Place, Vectors, has_vectors, is_splat
 
@@ -47,12 +50,14 @@ def blocks(context: Context, op: Op) -> None:
         raise NotATile
     if a.type.element not in ("f32", *SMALL_FLOATS) or op.result.type.element == "f64":
         raise NotATile
-    in_place = _VectorRows.of(context, b)
-    block = _block_size(context, op.result.type, in_place is not None and in_place.element_type != "f32")
+    by = products(context, op)
+    in_place = _VectorRows.of(context, b, by)
+    converts = in_place is not None and by.terms == 1 and in_place.element_type != "f32"
+    block = _block_size(context, op.result.type, converts)
     if op.result.type.shape[0] > FEW_BLOCKS * block[0]:
         in_place, block = None, _block_size(context, op.result.type, converts=False)
-    left = _RowPointers.of(context, a) or _LocalRows(context, a)
-    right = in_place or _LocalRows(context, b)
+    left = _RowPointers.of(context, a, by) or _LocalRows(context, a, by, 1)
+    right = in_place or _LocalRows(context, b, by, 0)
     target = context.destinations.get(op.result) or context.array(op.result.type, op.result.name)
     write = functools.partial(_emit_blocks, context, op, left, right, target, block)
     if not (
@@ -92,24 +97,31 @@ def _accumulator(context: Context, op: Op, name: str) -> None:
         materialise(context, op.operands[2], into=name)
 
 
+def _local_array(context: Context, value: Value, by: Products, axis: int) -> str:
+    return as_array(context, value) if by.terms == 1 else copy_of(context, value, by, axis)
+
+
 class _LocalRows:
-    """An operand in a local array of floats, row-major."""
+    """An operand in a local array of floats or pairs, row-major."""
 
     row_count = column_mask = None  # all
 
-    def __init__(self, context: Context, value: Value):
-        self.name, self.width = as_array(context, value), value.type.shape[-1]
+    def __init__(self, context: Context, value: Value, by: Products, axis: int):
+        self.name, self.by = _local_array(context, value, by, axis), by
+        self.width = value.type.shape[1] // (by.terms if axis else 1)
 
     def prepare(self, context: Context, rows: list[str]) -> None:
         if rows:  # one pointer: every other row is at a constant distance from it
             self.first = context.name("rows")
-            context.line(f"const float *const {self.first} = {self.name} + (long){rows[0]} * {self.width};")
+            start = f"{self.name} + (long){rows[0]} * {self.width}"
+            context.line(f"const {value_type(self.by.element)} *const {self.first} = {start};")
 
     def element(self, row: int, k: str) -> str:
         return f"{self.first}[{row * self.width} + {k}]"
 
     def vector(self, k: str, column: str, some: str | None = None) -> str:
-        return f"vec_from_float({self.name} + {k} * {self.width} + {column})"
+        load = "vec_from_float" if self.by.terms == 1 else "*(const ivec *)"
+        return f"{load}({self.name} + {k} * {self.width} + {column})"
 
     def prefetch(self, k: str, column: str) -> str | None:
         return None
@@ -118,46 +130,49 @@ class _LocalRows:
 class _RowPointers:
     """`a`, read where it is: rows contiguous along k, behind one pointer each."""
 
-    def __init__(self, load: Op):
-        self.pointers, self.element_type = load.operands[0], load.result.type.element
+    def __init__(self, load: Op, by: Products):
+        self.pointers, self.element_type, self.by = load.operands[0], load.result.type.element, by
 
     @classmethod
-    def of(cls, context: Context, value: Value) -> _RowPointers | None:
+    def of(cls, context: Context, value: Value, by: Products) -> _RowPointers | None:
         load = _plain_load(context, value)
         if load is None or load.result.type.element not in ("f32", "bf16"):
             return None
         contiguous = value.type.shape[1] == 1 or stride(load.operands[0], 1, context.origins) == 1
-        return cls(load) if contiguous else None
+        return cls(load, by) if contiguous else None
 
     def prepare(self, context: Context, rows: list[str]) -> None:
         self.rows = [_address(context, self.pointers, (Term(row, 0), Term("0", 0))) for row in rows]
 
     def element(self, row: int, k: str) -> str:
+        if self.by.terms == 2:
+            return f"four_bytes({self.rows[row]} + 2 * {k})"
         return from_memory(self.element_type, f"{self.rows[row]}[{k}]")
 
 
 class _VectorRows:
-    """`b`, read where it is: rows contiguous along n, converted to floats in registers.
+    """`b`, read where it is: rows contiguous along n, converted to floats in registers, or two of them made pairs.
 
     A mask may exclude whole rows and, in favour of zeros, whole columns. Neither those after the last row that it lets
     through nor such columns are multiplied, or fetched in advance.
     """
 
-    def __init__(self, context: Context, load: Op, row_masks: list[Value], column_mask: Value | None):
-        self.context, self.load, self.element_type = context, load, load.result.type.element
+    def __init__(self, context: Context, load: Op, by: Products, row_masks: list[Value], column_mask: Value | None):
+        self.context, self.load, self.element_type, self.by = context, load, load.result.type.element, by
         self.row_masks, self.column_mask = row_masks, column_mask
         self.pointers, self.other = load.operands[0], load.operands[2:]
         self.step = stride(self.pointers, 0, context.origins) if load.result.type.shape[0] > 1 else 0
-        self.row_count = rows_let_through(context, load)
+        count = rows_let_through(context, load)
+        self.row_count = f"({count} + 1) / 2" if count and by.terms == 2 else count
         self.next_counts: list[str | None] = [None, None]  # of rows and columns
         wanted = context.wanted.prefetch
         self.next = in_next_turn(context, self.pointers, self._next) if wanted else None
 
     @classmethod
-    def of(cls, context: Context, value: Value) -> _VectorRows | None:
+    def of(cls, context: Context, value: Value, by: Products) -> _VectorRows | None:
         """`value`, if it is a load that can be read so."""
         load = _plain_load(context, value, masked=True)
-        if load is None or load.result.type.element not in _VECTOR_LOADS:
+        if load is None or load.result.type.element not in (_VECTOR_LOADS if by.terms == 1 else ("bf16",)):
             return None
         masks = _masks(load)
         rows = [mask for mask in masks if is_splat(mask)]
@@ -167,7 +182,7 @@ class _VectorRows:
         if not all(map(is_zero if columns else is_splat, load.operands[2:])):
             return None
         contiguous = stride(load.operands[0], 1, context.origins) == 1
-        return cls(context, load, rows, columns[0] if columns else None) if contiguous else None
+        return cls(context, load, by, rows, columns[0] if columns else None) if contiguous else None
 
     def prepare(self, context: Context, rows: list[str]) -> None:
         self.base = self._first()
@@ -187,17 +202,29 @@ class _VectorRows:
 
     def vector(self, k: str, column: str, some: str | None = None) -> str:
         """some: the columns that there are, if not all of them."""
-        place, load = f"{self._row(k)} + {column}", _VECTOR_LOADS[self.element_type]
+        if self.by.terms == 1:
+            return self._one_row(k, column, some, "vec")
+        return f"pairs_of({', '.join(self._one_row(row, column, some, 'half') for row in self._rows(k))})"
+
+    def _rows(self, k: str) -> list[str]:
+        """Which rows the terms of step k are in."""
+        return [k] if self.by.terms == 1 else [f"(2 * {k})", f"(2 * {k} + 1)"]
+
+    def _one_row(self, k: str, column: str, some: str | None, kind: str) -> str:
+        place, load = f"{self._row(k)} + {column}", _VECTOR_LOADS[self.element_type].replace("vec", kind)
         text = f"{load.replace('from', 'from_some')}({place}, {some})" if some else f"{load}({place})"
         if not self.row_masks:
             return text
         masks = " && ".join(_scalar(self.context, value, (Term(k, 0), ZERO)) for value in self.row_masks)
         other = [_scalar(self.context, value, (Term(k, 0), ZERO)) for value in self.other]
-        return f"{masks} ? {text} : vec_splat({other[0] if other else '0'})"
+        return f"{masks} ? {text} : {kind}_splat({other[0] if other else '0'})"
 
     def prefetch(self, k: str, column: str) -> str | None:
         if self.step is None or not self.context.wanted.prefetch:
             return None
+        return " ".join(self._prefetch(row, column) for row in self._rows(k))
+
+    def _prefetch(self, k: str, column: str) -> str:
         # The next turn's tile may lie elsewhere (a KV cache in blocks). It is fetched into the second cache: the first
         # has few places for lines under way. (Reading tiles of 8 KB in disorder: 15 GB/s instead of 10. Decode, 8
         # sequences of 512 bf16 keys: 276 us a layer instead of 357.)
@@ -256,7 +283,8 @@ def _emit_blocks(  # type: ignore[no-untyped-def]
     context: Context, op: Op, left, right, target: str, block: tuple[int, int], initial: Value | None
 ) -> None:
     """`initial`: what the sums begin with, evaluated in registers; None: what lies in the target."""
-    (m, n), k_extent = op.result.type.shape, op.operands[0].type.shape[1]
+    by: Products = right.by
+    (m, n), k_extent = op.result.type.shape, op.operands[0].type.shape[1] // by.terms
     rows, vectors = block
     row, column, k = context.name("m"), context.name("n"), context.name("k")
     with (
@@ -293,16 +321,18 @@ def _emit_blocks(  # type: ignore[no-untyped-def]
 def _emit_step(  # type: ignore[no-untyped-def]
     context: Context, left, right, sums: list[list[str]], columns: list[str], k: str, some: Sequence[str] = ()
 ) -> None:
-    """One k: a rank-one update of the register block. some: masks, for the columns that there are of each vector."""
+    """One k: a rank-one update of the register block; one pair of k: of rank two. some: masks, for the columns that
+    there are of each vector."""
+    by: Products = right.by
     elements_per_line = 64 // 2
     for v, column in enumerate(columns):
         if v * context.lanes % elements_per_line == 0 and (line := right.prefetch(k, column)):
             context.line(line)
-        context.line(f"const vec rhs{v} = {right.vector(k, column, *some[v : v + 1])};")
+        context.line(f"const {by.kind} rhs{v} = {right.vector(k, column, *some[v : v + 1])};")
     for r, accumulators in enumerate(sums):
-        context.line(f"const vec lhs{r} = vec_splat({left.element(r, k)});")
+        context.line(f"const {by.kind} lhs{r} = {by.kind}_splat({left.element(r, k)});")
         for v, name in enumerate(accumulators):
-            context.line(f"{name} = vec_fused(lhs{r}, rhs{v}, {name});")
+            context.line(f"{name} = {by.text.format(sum=name, left=f'lhs{r}', right=f'rhs{v}')};")
 
 
 def plain(context: Context, op: Op) -> None:
@@ -312,14 +342,17 @@ def plain(context: Context, op: Op) -> None:
     k_extent, element = a.type.shape[-1], op.result.type.element
     if a.type.element == "i1" or a.type.element != b.type.element:
         raise context.unsupported(op, f"of {a.type.element} and {b.type.element}")
-    left, right = as_array(context, a), as_array(context, b)
+    by = products(context, op)
+    left, right, k_extent = _local_array(context, a, by, 1), _local_array(context, b, by, 0), k_extent // by.terms
     target = context.destinations.get(op.result) or context.array(op.result.type, op.result.name)
     _accumulator(context, op, target)
     context.storage[op.result] = Array(target)
-    kind = value_type(element)
+    kind = value_type(element) if by.terms == 1 else "int32_t"
     batches = batch[0] if batch else 1
     call = FUSED.get(element, "fusedf")
     product = "{t} + x * y" if element.startswith("i") else f"{call}(x, y, {{t}})"
+    if by.terms == 2:
+        product = "add_dot2_to_one({t}, x, y)"
     place = f"{target}[(z * {m} + m) * {n} + n]"
     with context.braces(
         f"for (int z = 0; z < {batches}; z++) for (int m = 0; m < {m}; m++) for (int k = 0; k < {k_extent}; k++)"

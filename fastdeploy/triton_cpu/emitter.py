@@ -120,7 +120,7 @@ def generate_c(functions: list[Function], prelude: str, target: Target) -> Gener
         bodies.append(text)
     code = "\n".join([p for p in prototypes if p] + bodies)
     code += _entry(kernel, can_fail="fail(ASSERTION" in code or target.bounds is not None, bounds=target.bounds)
-    parts += [f"#define {macro}" for macro, sign in _USES.items() if sign in code]
+    parts += [f"#define {macro}" for macro, signs in _USES.items() if any(sign in code for sign in signs)]
     if target.bounds is not None:
         known = [f'{{"{p.name[1:]}", sizeof({memory_type(p.type.pointee)})}}' for p in target.bounds.pointers]
         prelude += f"\nstatic const struct argument known_arguments[] = {{{', '.join(known)}}};"
@@ -130,10 +130,10 @@ def generate_c(functions: list[Function], prelude: str, target: Target) -> Gener
 
 
 _USES = {
-    "USES_VECTORS": "vec ",
-    "USES_ATOMICS": "atomic_",
-    "USES_FAILURES": "failure_of_launch",
-    "CHECKS_BOUNDS": "struct extent",
+    "USES_VECTORS": ("vec ", "add_dot2_to_one"),
+    "USES_ATOMICS": ("atomic_",),
+    "USES_FAILURES": ("failure_of_launch",),
+    "CHECKS_BOUNDS": ("struct extent",),
 }
 
 

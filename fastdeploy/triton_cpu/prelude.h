@@ -357,6 +357,23 @@ INLINE ivec add_dot4(ivec sum, bytes u, bytes s) {
   return sum;
 #endif
 }
+/* Products of bf16 in pairs, pairs.py. */
+#if LANES == 16 && defined(__AVX512BF16__)
+typedef uint16_t half __attribute__((vector_size(2 * LANES), aligned(2), may_alias)); /* of a vector: bf16 of a row */
+INLINE half half_splat(float x) { return float_to_bf16(x) - (half){0}; }
+INLINE half half_from_bf16(const uint16_t *p) { return *(const half *)p; }
+INLINE half half_from_some_bf16(const uint16_t *p, ivec mask) { return (half)HALF_OF_SOME(p, mask); }
+INLINE ivec pairs_of(half even, half odd) {
+  const __m512i order = _mm512_mullo_epi32(_mm512_set1_epi32(0x10001), (__m512i)ivec_lane_numbers());
+  __m512i low = _mm512_castsi256_si512((__m256i)even), high = _mm512_castsi256_si512((__m256i)odd);
+  return (ivec)_mm512_permutex2var_epi16(low, _mm512_or_si512(order, _mm512_set1_epi32(32 << 16)), high);
+}
+INLINE int32_t pair_of(float even, float odd) { return bits_of_float(even) >> 16 | (bits_of_float(odd) & 0xffff0000u); }
+INLINE vec add_dot2(vec sum, ivec a, ivec b) { return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+INLINE float add_dot2_to_one(float sum, int32_t a, int32_t b) {
+  return _mm_cvtss_f32(_mm_dpbf16_ps(_mm_set_ss(sum), (__m128bh)_mm_cvtsi32_si128(a), (__m128bh)_mm_cvtsi32_si128(b)));
+}
+#endif
 #endif
 
 /* ---- atomics: any operation on any word, by compare and swap; they return the old value -------------------------- */

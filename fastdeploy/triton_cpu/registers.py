@@ -29,20 +29,21 @@ one FMA each, and the same additions are contracted. Loops that do not fit (`Not
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 
-from .analysis import is_lazy, splat_constant
+from .analysis import is_lazy, splat_constant, stride
 from .carried import assign, carry, for_header, uniform_step
 from .context import Array, Context, NotATile
 from .endings import Ending, ending_of
 from .lanes import Lanes
 from .live_rows import number_of_live_rows
-from .loops import LoopNest, Term, linear
-from .ttir import Op, Type, Value
+from .loops import Term, linear
+from .pairs import Products, copy_of, products
+from .ttir import Op, Value
 from .vectors import VECTOR_TYPES, Place, Vectors, plus
 
 MOST_VECTORS = 8  # of a row in a block
@@ -84,7 +85,7 @@ def _emit(context: Context, loop: Op, ending: Ending | None = None) -> None:
             context.op(op)
         context.written |= {*ending.before, *ending.after}
     (m, n), dots = tiles[0].argument.type.shape, [op for op in loop.regions[0].ops if op.name == "tt.dot"]
-    rows, vectors = _block_size(context.lanes, m, n, dots, tiles)
+    rows, vectors = _block_size(context, m, n, dots, tiles)
     arrays = [] if ending else [context.array(tile.result.type, tile.result.name) for tile in tiles]
     row, column = context.name("m"), context.name("n")
     width = vectors * context.lanes
@@ -144,7 +145,7 @@ def _only_computes(op: Op) -> bool:
     return is_lazy(op) and (op.result.type.is_tensor or not any(operand.type.is_tensor for operand in op.operands))
 
 
-def _block_size(lane_count: int, m: int, n: int, dots: list[Op], tiles: list[_Sums]) -> tuple[int, int]:
+def _block_size(context: Context, m: int, n: int, dots: list[Op], tiles: list[_Sums]) -> tuple[int, int]:
     """(rows, vectors) of a block, for 32 AVX-512 registers or 16 of its elders.
 
     16 sums hide an FMA's latency (4 cycles, one or two per cycle) and leave room for operands. Floats are multiplied in
@@ -157,6 +158,7 @@ def _block_size(lane_count: int, m: int, n: int, dots: list[Op], tiles: list[_Su
     is how often those are read: 6 x 2 blocks broadcast a word for two products (M = 512, K = 576, N = 3072, on a core:
     296 GOP/s, with 11 x 1 blocks 230; 32 rows: 268, because 36 are computed, and 300).
     """
+    lane_count = context.lanes
     if n < lane_count:
         raise NotATile("narrower than a vector")
     most = 16 if lane_count == 16 else 8
@@ -166,17 +168,18 @@ def _block_size(lane_count: int, m: int, n: int, dots: list[Op], tiles: list[_Su
             return most * 3 // 8, 2
         blocks = -(-m // (most * 11 // 16 if floats else most))
         return -(-m // blocks), 1
-    vectors = 2 if n > lane_count and all(map(_is_read_as_floats, dots)) else 1
+    vectors = 2 if n > lane_count and not any(_converts(context, dot) for dot in dots) else 1
     rows = min(m, most // max(len(tiles) - 1, vectors))
     if not rows:
         raise NotATile(f"{len(tiles)} tiles of sums")
     return rows, min(n // lane_count, MOST_VECTORS, max(1, most // (rows * len(tiles))))
 
 
-def _is_read_as_floats(dot: Op) -> bool:
-    """Are the right operand's elements floats in memory?"""
+def _converts(context: Context, dot: Op) -> bool:
+    """Are the right operand's elements converted on their way from memory?"""
     load = dot.operands[1].op
-    return load is not None and load.name == "tt.load" and load.result.type.element == "f32"
+    as_they_lie = "f32" if products(context, dot).terms == 1 else "bf16"
+    return load is None or load.name != "tt.load" or load.result.type.element != as_they_lie
 
 
 def _emit_block(block: _Block, loop: Op, tiles: list[_Sums]) -> None:
@@ -238,43 +241,56 @@ class _Block(Vectors):
         types = {a.type.element, b.type.element}
         sums = self.variables(initial, op.result.name)
         if types <= {"f32", "bf16", "f16"} and op.result.type.element == "f32":
-            self._dot_of_floats(a, b, sums)
+            self._dot_of_floats(a, b, sums, products(self.context, op))
         elif types == {"i8"} and op.result.type.element == "i32" and a.type.shape[1] % 4 == 0:
             self._dot_of_bytes(a, b, sums)
         else:
             raise NotATile(f"products of {' and '.join(types)}")
         self.registers[op.result] = sums
 
-    def _dot_of_floats(self, a: Value, b: Value, sums: list[list[str]]) -> None:
-        name, step = self.context.name("k"), min(4, a.type.shape[1])
-        copied = None if self._is_cheap(a) else self._copy_of_rows(a)
-        with self.scope(f"for (int {name} = 0; {name} < {a.type.shape[1]}; {name} += {step})"):
-            for k in (plus(name, number) for number in range(step)):
-                right = [self.vector(b, Place(k, column)) for column in self.columns]
-                for r, (row, of_row) in enumerate(zip(self.rows, sums)):
-                    element = f"{copied}[{r * a.type.shape[1]} + {k.text}]" if copied else self.scalar(a, (row, k))
-                    left = self.constant("vec", f"vec_splat({element})", "left")
+    def _dot_of_floats(self, a: Value, b: Value, sums: list[list[str]], by: Products) -> None:
+        name, extent = self.context.name("k"), a.type.shape[1]
+        step = min(4 * by.terms, extent)
+        left_of = self._left(a, by)
+        with self.scope(f"for (int {name} = 0; {name} < {extent}; {name} += {step})"):
+            for number in range(0, step, by.terms):
+                k = plus(name, number)
+                if by.terms == 2:
+                    right = [self._pairs(b, (k, plus(name, number + 1)), column) for column in self.columns]
+                else:
+                    right = [self.vector(b, Place(k, column)) for column in self.columns]
+                for r, of_row in enumerate(sums):
+                    left = self.constant(by.kind, f"{by.kind}_splat({left_of(r, k)})", "left")
                     for total, factor in zip(of_row, right):
-                        self.context.line(f"{total} = vec_fused({left}, {factor}, {total});")
+                        self.context.line(f"{total} = {by.text.format(sum=total, left=left, right=factor)};")
+
+    def _left(self, a: Value, by: Products) -> Callable[[int, Term], str]:
+        """C for the terms of a row of the block from k on."""
+        if by.terms == 1 and self._is_cheap(a):
+            return lambda r, k: self.scalar(a, (self.rows[r], k))
+        load = a.op
+        if by.terms == 2 and load is not None and load.name == "tt.load" and a not in self.context.storage:
+            if len(load.operands) == 1 and stride(load.operands[0], 1, self.context.origins) == 1:
+                return lambda r, k: f"four_bytes({self.address(load.operands[0], (self.rows[r], k))})"
+        if self._reads_registers(a):
+            raise NotATile(f"{a} is computed from sums")
+        copied = copy_of(self.context, a, by, 1, self.rows[0].text, len(self.rows))
+        width = a.type.shape[1] // by.terms
+        half = " / 2" if by.terms == 2 else ""
+        return lambda r, k: f"{copied}[{r * width} + {k.text}{half}]"
+
+    def _pairs(self, b: Value, rows: tuple[Term, Term], column: Term) -> str:
+        """Two rows of a vector of columns, as pairs."""
+        if b.op is None or b.op.name != "tt.load" or b in self.context.storage:
+            raise NotATile(f"pairs of {b}, which is not read from memory")
+        even, odd = (self._load(b.op, Place(row, column), in_halves=True) for row in rows)
+        return self.constant("ivec", f"pairs_of({even}, {odd})", b.name)
 
     def _is_cheap(self, a: Value) -> bool:
         """Can an element of the left operand be broadcast from where it lies?"""
         if isinstance(self.context.storage.get(a), Array):
             return True
         return a.op is not None and a.op.name == "tt.load" and len(a.op.operands) == 1 and a.type.element == "f32"
-
-    def _copy_of_rows(self, a: Value) -> str:
-        """This block's rows of the left operand, evaluated into an array: a vector of elements at a time."""
-        if self._reads_registers(a):
-            raise NotATile(f"{a} is computed from sums")
-        shape = (len(self.rows), a.type.shape[1])
-        name = self.context.array(Type(shape, "f32"), a.name)
-        nest = LoopNest(self.context, shape, [0, 1])
-        row, k = nest.index
-        element = nest.evaluate(a, (Term(f"({self.rows[0].text} + {row.text})", row.level), k))
-        nest.put(f"{name}[{linear(shape, nest.index).text}] = {element.text};")
-        nest.write()
-        return name
 
     @contextmanager
     def _words_of(self, extent: int) -> Iterator[list[Term]]:

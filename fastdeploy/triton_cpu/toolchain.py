@@ -63,6 +63,11 @@ class Toolchain:
         return "Free Software Foundation" in _version(self.compiler)  # cc and ccache can be either
 
     @property
+    def multiplies_bf16(self) -> bool:
+        """Has the CPU AVX512-BF16, and does the compiler know it, under these flags?"""
+        return self.lanes == 16 and "__AVX512BF16__" in _macros((*self.compiler, *self.flags))
+
+    @property
     def flags(self) -> tuple[str, ...]:
         own = _GCC_FLAGS if self.is_gcc else _CLANG_FLAGS
         extra = os.environ.get("FASTDEPLOY_CFLAGS", "").split()
@@ -173,6 +178,14 @@ def _cpu_features() -> frozenset[str]:
     return frozenset(
         next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
     )
+
+
+@functools.lru_cache(None)
+def _macros(command: tuple[str, ...]) -> frozenset[str]:
+    """The macros that a compiler defines."""
+    command = (*command, "-dM", "-E", "-x", "c", os.devnull)
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    return frozenset(line.split()[1] for line in lines)
 
 
 @functools.lru_cache(None)

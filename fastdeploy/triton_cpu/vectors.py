@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .analysis import is_lazy, uniform
+from .analysis import is_lazy, is_zero, uniform
 from .context import Array, Context, NotATile
 from .lanes import Lanes, Unknown, lanes
 from .loops import ZERO, Index, LoopNest, Term, contraction, linear
@@ -198,7 +198,8 @@ class Vectors:
             raise NotATile(f"{op.name} of {(op.operands or op.results)[0].type.element}")
         return form.format(*[self.vector(operand, place) for operand in op.operands])
 
-    def _load(self, op: Op, place: Place) -> str:
+    def _load(self, op: Op, place: Place, in_halves: bool = False) -> str:
+        """in_halves: bf16 as they lie in memory, in half a vector."""
         element, shape = op.result.type.element, op.result.type.shape
         count = self.context.lanes
         row, column = Lanes(1, np.zeros(count, np.int64)), Lanes(count, np.arange(count))
@@ -207,11 +208,14 @@ class Vectors:
         if self.read_once and len(shape) == 2 and place.register is None:  # it would delay blocks that read it again
             if self.columns.index(place.column) * count * _SIZES[element] % 64 == 0:
                 self.prefetch(address)
-        text = f"{_LOADS[element]}({address})"
+        kind, load = ("half", "half_from_bf16") if in_halves else (VECTOR_TYPES[element], _LOADS[element])
+        text = f"{load}({address})"
         if len(op.operands) == 1:
             return text
         mask, *other = op.operands[1:]
-        otherwise = self.vector(other[0], place) if other else f"{VECTOR_TYPES[element]}_splat(0)"
+        if in_halves and not (is_splat(mask, self.registers) and all(map(is_zero, other))):
+            raise NotATile(f"{op.text} of some lanes only")
+        otherwise = self.vector(other[0], place) if other and not in_halves else f"{kind}_splat(0)"
         if not is_splat(mask, self.registers):
             if element != "f32":
                 raise NotATile(f"{op.text} of some lanes only")

@@ -202,7 +202,7 @@ def test_float_weights_are_quantised_in_loading_but_not_the_tables(quantization,
     source = checkpoint(GROUPED, tensors, dtype)
     model = load_model(source, open_device(), dtype, 64, quantization, progress=False)
     assert isinstance(model.embedding, LinearWeight) and model.layers[1].qkv.kind == kind
-    assert model.int8_activations == quantization.endswith("a8")
+    assert model.mode.int8_activations == quantization.endswith("a8")
     expected = np.concatenate([stored(tensors[name], dtype) for name in QKV])
     span = 2 * np.abs(expected).max()
     assert np.abs(quantised_values(model.layers[1].qkv) - expected).max() <= span / steps * 0.51
