@@ -24,7 +24,8 @@ def checked(context: Context, access: Op, place: str, index: Sequence[str]) -> s
     arguments = f"((const int[]){{{', '.join(map(str, numbers))}}})"
     lane = f" of element [{', '.join(['%d'] * len(index))}] of the tile" if index else ""
     message = _message(context, access, access.name.removeprefix("tt.") + lane, [f"(int)({text})" for text in index])
-    return f"CHECKED({place}, {arguments}, {message})"
+    text = f"CHECKED({place}, {arguments}, {message})"
+    return f"*(end_if_another_failed(), &{text})" if access.name.startswith("tt.atomic") else text
 
 
 def _message(context: Context, op: Op, text: str, arguments: Sequence[str]) -> str:

@@ -466,6 +466,11 @@ static inline int is_outside(const void *address, size_t bytes, const int *argum
   return 1;
 }
 
+/* Before an atomic operation, by which a program may wait for what one that has failed was to do. */
+static inline void end_if_another_failed(void) {
+  if (__atomic_load_n(&failure_of_launch->count, __ATOMIC_RELAXED)) longjmp(end_of_program, 1);
+}
+
 static int64_t divided_down(int64_t bytes, int64_t size) { return (bytes - (bytes < 0) * (size - 1)) / size; }
 
 /* `format` is for the values that follow: what accesses the address, and where. Named is the nearest argument. */

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -254,6 +255,28 @@ def test_of_several_programs_the_first_of_the_grid_is_named():
         fault = _fault(copy_kernel, (16,), x, out, 512, 0, 32)
         assert "program (2, 0, 0): load of element [0]" in fault
         assert fault.endswith("(and 13 more programs failed)")
+
+
+@triton.jit
+def lock_kernel(lock_ptr, x_ptr, out_ptr):
+    while tl.atomic_cas(lock_ptr, 0, 1) == 1:
+        pass
+    tl.store(out_ptr, tl.load(out_ptr) + tl.load(x_ptr + tl.program_id(0)))
+    tl.atomic_xchg(lock_ptr, 0)
+
+
+def test_nobody_waits_for_a_program_that_failed():
+    lock, x = np.zeros(1, np.int32), view(np.ones(40, np.float32))
+    total = np.zeros(1, np.float32)
+    lock_kernel[(40,)](view(lock), x, view(total), check=True)
+    assert total == 40
+    faults = []
+    launch = threading.Thread(
+        target=lambda: faults.append(_fault(lock_kernel, (64,), view(lock), x, view(total))), daemon=True
+    )
+    launch.start()
+    launch.join(60)
+    assert "is out of bounds, as x_ptr has elements 0 to 39" in faults[0]
 
 
 def test_programs_without_a_fault_do_their_work():
