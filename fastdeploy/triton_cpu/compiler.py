@@ -149,4 +149,4 @@ def _own_source() -> bytes:
 
 @functools.lru_cache(None)
 def _prelude() -> str:
-    return (_HERE / "prelude.h").read_text()
+    return "".join((_HERE / name).read_text() for name in ("prelude.h", "libdevice.h"))
