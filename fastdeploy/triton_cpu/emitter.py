@@ -106,7 +106,7 @@ def generate_c(functions: list[Function], prelude: str, lanes: int, contract: bo
         f"  for (long i = begin; i < end; i++) {calls.function_name(kernel.name)}({arguments});\n}}\n"
     )
     code = "\n".join([p for p in prototypes if p] + bodies + [entry])
-    uses = {"USES_VECTORS": "vec ", "USES_ATOMICS": "atomic_", "USES_LIBDEVICE": "nv_"}
+    uses = {"USES_VECTORS": "vec ", "USES_ATOMICS": "atomic_", "USES_LIBDEVICE": "nv_", "USES_FNUZ": "fnuz"}
     parts += [f"#define {macro}" for macro, sign in uses.items() if sign in code]
     return "\n".join([*parts, prelude, code])
 

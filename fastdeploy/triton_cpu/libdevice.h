@@ -133,4 +133,13 @@ static inline double inverse_of_erf(double p, double q) {
 static inline double nv_erfinv(double x) { return copysign(inverse_of_erf(fabs(x), 1 - fabs(x)), x); }
 static inline double nv_erfcinv(double x) { return x <= 1 ? inverse_of_erf(1 - x, x) : -inverse_of_erf(x - 1, 2 - x); }
 static inline double nv_normcdfinv(double x) { return 0. - M_SQRT2 * nv_erfcinv(2 * x); }
+
+/* fp8e4b15, a byte in TTIR: e4m3 with bias 15 and neither infinity nor NaN. Upstream's rounding: to nearest, ties away
+ * from 0, at most 1.75. */
+INLINE float nv_e4b15_to_float(uint8_t code) { return decode_small(code, 8, 3, 15); }
+INLINE uint8_t nv_float_to_e4b15(float x) {
+  float magnitude = __builtin_fabsf(x) < 1.75f ? __builtin_fabsf(x) : 1.75f;
+  uint32_t f16 = float_to_f16(truncate_f16(magnitude));
+  return (uint8_t)((bits_of_float(x) >> 31) << 7 | (2 * f16 + 0x80) >> 8);
+}
 #endif

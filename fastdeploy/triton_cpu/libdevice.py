@@ -111,6 +111,8 @@ FORMS: dict[str, str] = {
     "fast_fdividef": "({0} / {1})",
     "frsqrt_rn": "(float)(1 / sqrt((double){0}))",  # right in every bit: tried for all floats of [1, 4)
     "rcp64h": "nv_upper_half(1 / nv_upper_half({0}))",
+    "e4b15_to_float": "nv_e4b15_to_float({0})",
+    "float_to_e4b15": "(int8_t)nv_float_to_e4b15({0})",
     "rsqrt": "(1 / sqrt({0}))",
     "saturatef": "({0} > 0 ? {0} < 1 ? {0} : 1 : 0)",
 }

@@ -204,9 +204,15 @@ def _high_product(op: Op, a: list[str], source: str, target: str) -> str:
 
 
 def _float_to_float(op: Op, a: list[str], source: str, target: str) -> str:
-    if "rounding = rtz" in op.text and target in SMALL_FLOATS:
-        return f"truncate_{SMALL_FLOATS[target]}({a[0]})"
-    return rounded(target, f"(float){a[0]}" if source == "f64" else a[0]) if target != "f64" else f"(double){a[0]}"
+    """A double becomes a float that is rounded again without error: cut off, or odd where it is inexact."""
+    text, cut = a[0], "rounding = rtz" in op.text
+    if target == "f64" or source == target:
+        return f"({value_type(target)}){text}"
+    if source == "f64":
+        text = f"truncate_float({text})" if cut else f"{'(float)' if target == 'f32' else 'odd_float'}({text})"
+    if target not in SMALL_FLOATS:
+        return text
+    return f"truncate_{SMALL_FLOATS[target]}({text})" if cut else rounded(target, text)
 
 
 def _clamp(op: Op) -> str:
