@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import ModuleType
 
-from . import calls, control_flow, dot, memory, programs, reductions, registers
+from . import calls, control_flow, dot, memory, programs, reductions, registers, scaled_dot
 from .arrays import as_array, materialise
 from .context import Context, Optimisations, Scalar, Target, UnsupportedOperation
 from .elements import ELEMENTS, FUSED, constant, constant_declaration, from_memory, rounded, value_type
@@ -21,7 +21,16 @@ from .loops import computed, contraction
 from .operations import OPERATIONS, operation
 from .ttir import Function, Op, Value
 
-_MODULES: tuple[ModuleType, ...] = (calls, control_flow, dot, memory, programs, reductions, registers)
+_MODULES: tuple[ModuleType, ...] = (
+    calls,
+    control_flow,
+    dot,
+    memory,
+    programs,
+    reductions,
+    registers,
+    scaled_dot,
+)
 _BY_NAME = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
 LOWERINGS: dict[str, list[Callable[[Context, Op], None]]] = {
     name: [getattr(_BY_NAME[module], function) for module, function in (text.split(".") for text in row.lowerings)]
@@ -106,7 +115,13 @@ def generate_c(functions: list[Function], prelude: str, lanes: int, contract: bo
         f"  for (long i = begin; i < end; i++) {calls.function_name(kernel.name)}({arguments});\n}}\n"
     )
     code = "\n".join([p for p in prototypes if p] + bodies + [entry])
-    uses = {"USES_VECTORS": "vec ", "USES_ATOMICS": "atomic_", "USES_LIBDEVICE": "nv_", "USES_FNUZ": "fnuz"}
+    uses = {
+        "USES_VECTORS": "vec ",
+        "USES_ATOMICS": "atomic_",
+        "USES_LIBDEVICE": "nv_",
+        "USES_FNUZ": "fnuz",
+        "USES_MX": "mx_",
+    }
     parts += [f"#define {macro}" for macro, sign in uses.items() if sign in code]
     return "\n".join([*parts, prelude, code])
 

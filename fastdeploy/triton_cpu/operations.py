@@ -341,6 +341,7 @@ OPERATIONS: dict[str, Operation] = {
     "tt.scan": stands("reductions.scan"),
     "tt.unsplat": stands("reductions.unsplat"),
     "tt.dot": stands("dot.blocks", "dot.plain"),
+    "tt.dot_scaled": stands("scaled_dot.decoded"),
     "tt.get_program_id": stands("programs.place"),
     "tt.get_num_programs": stands("programs.number"),
     "tt.assert": stands("programs.assertion"),

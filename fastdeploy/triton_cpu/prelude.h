@@ -121,6 +121,12 @@ TRUNCATE(e4m3, uint8_t)
 FNUZ(e4m3fnuz, 3, 8)
 FNUZ(e5m2fnuz, 2, 16)
 #endif
+#ifdef USES_MX /* tl.dot_scaled */
+INLINE float mx_e2m1_to_float(uint32_t code) { return decode_small(code, 4, 1, 1); }
+INLINE float mx_e8m0_to_float(uint8_t code) { /* 2^(code - 127) */
+  return float_of_bits(code == 255 ? 0x7fc00000u : code == 0 ? 0x00400000u : (uint32_t)code << 23);
+}
+#endif
 /* A double on its way to a small float: toward zero, or, so that a second rounding is right, with the last bit 1 where
  * it is inexact. */
 INLINE float truncate_float(double x) {
