@@ -52,7 +52,7 @@ class CPUOptions:
     sanitize_overflow: bool = False
     launch_cooperative_grid: bool = False
     launch_pdl: bool = False
-    supported_fp8_dtypes: tuple = ("fp8e4nv", "fp8e5")
+    supported_fp8_dtypes: tuple = ("fp8e4nv", "fp8e5", "fp8e4b15", "fp8e4b8", "fp8e5b16")
     deprecated_fp8_dot_operand_dtypes: tuple = ()
     default_dot_input_precision: str = "ieee"
     allowed_dot_input_precisions: tuple = ("ieee", "tf32", "tf32x3", "bf16x3", "bf16x6")
@@ -108,7 +108,8 @@ class CPUBackend(BaseBackend):
         return metadata
 
     def get_codegen_implementation(self, options: CPUOptions) -> dict[str, Any]:
-        return {"min_dot_size": lambda lhs, rhs: (1, 1, 1)}  # tl.dot of one row is a GEMV
+        one_row = (1, 1, 1)  # tl.dot of one row is a GEMV
+        return {"min_dot_size": lambda lhs, rhs: one_row, "convert_custom_types": _convert_e4b15}
 
     def get_module_map(self) -> dict[str, ModuleType]:
         from triton.language.extra.cuda import libdevice  # its names are those of C's libm with a prefix
@@ -122,6 +123,21 @@ class CPUBackend(BaseBackend):
         stages["ttir"] = make_ttir
         stages["c"] = lambda module, metadata: make_c(module, metadata, options)
         stages["so"] = lambda source, metadata: _machine_code(source, toolchain().fingerprint())
+
+
+def _convert_e4b15(value: Any, type_: Any, rounding: Any, _semantic: Any) -> Any:
+    """To or from fp8e4b15, which MLIR has no type for: its codes are bytes in TTIR, and calls convert them."""
+    import triton.language as tl  # which is being imported when this module is
+
+    decode = {(tl.float8e4b15,): ("e4b15_to_float", tl.float32)}
+    encode = {(tl.float32,): ("float_to_e4b15", tl.float8e4b15)}
+    decodes = value.type.scalar.is_fp8e4b15()
+    if not decodes:
+        cut = "rtz" if value.type.scalar.is_fp64() else None  # no tie comes about that was none
+        value = value.to(tl.float32, fp_downcast_rounding=cut, _semantic=_semantic)
+    table = decode if decodes else encode
+    value = tl.core.extern_elementwise("", "", [value], table, is_pure=True, _semantic=_semantic)
+    return value.to(type_.scalar, _semantic=_semantic)
 
 
 def make_ttir(module: Any, metadata: dict[str, Any]) -> Any:
@@ -171,4 +187,4 @@ def _own_source() -> bytes:
 
 @functools.lru_cache(None)
 def _prelude() -> str:
-    return (_HERE / "prelude.h").read_text()
+    return "".join((_HERE / name).read_text() for name in ("prelude.h", "libdevice.h"))

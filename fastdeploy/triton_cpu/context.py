@@ -97,7 +97,7 @@ class Context:
     """All attributes but `unit` change as code is written, and an attempt that fails puts them back."""
 
     def __init__(self, function: Function, target: Target, lower: Callable[[Context, Op], None], called: bool = False):
-        has_dot = any(op.name == "tt.dot" for op in walk(function.body))
+        has_dot = any(op.name in ("tt.dot", "tt.dot_scaled") for op in walk(function.body))
         # A function that is called may be given one of the kernel's arguments as two.
         plan = StoragePlan(function, disjoint=target.wanted.disjoint and not called)
         self.unit = Unit(function, target, lower, plan, LiveRows(), has_dot)

@@ -340,7 +340,7 @@ def plain(context: Context, op: Op) -> None:
     a, b = op.operands[:2]
     *batch, m, n = op.result.type.shape
     k_extent, element = a.type.shape[-1], op.result.type.element
-    if a.type.element == "i1" or a.type.element != b.type.element:
+    if a.type.element == "i1" or value_type(a.type.element) != value_type(b.type.element):
         raise context.unsupported(op, f"of {a.type.element} and {b.type.element}")
     by = products(context, op)
     left, right, k_extent = _local_array(context, a, by, 1), _local_array(context, b, by, 0), k_extent // by.terms

@@ -18,8 +18,6 @@ class Element(NamedTuple):
     memory: str  # C type behind a pointer
     code: str  # `struct` code of a kernel's argument
     small: str = ""  # a small float's suffix in prelude.h
-    bits: str = ""  # `struct` code and
-    size: int = 0  # bytes of a float whose constant TTIR prints as a bit pattern
 
 
 ELEMENTS = {
@@ -29,12 +27,14 @@ ELEMENTS = {
     "i32": Element("int32_t", "int32_t", "i"),
     "i64": Element("int64_t", "int64_t", "q"),
     "index": Element("int64_t", "int64_t", "q"),
-    "f32": Element("float", "float", "f", "", "<f", 4),
-    "f64": Element("double", "double", "d", "", "<d", 8),
-    "bf16": Element("float", "uint16_t", "f", "bf16", "", 2),
-    "f16": Element("float", "uint16_t", "f", "f16", "<e", 2),
-    "f8E4M3FN": Element("float", "uint8_t", "", "e4m3", "", 1),
-    "f8E5M2": Element("float", "uint8_t", "", "e5m2", "", 1),
+    "f32": Element("float", "float", "f"),
+    "f64": Element("double", "double", "d"),
+    "bf16": Element("float", "uint16_t", "f", "bf16"),
+    "f16": Element("float", "uint16_t", "f", "f16"),
+    "f8E4M3FN": Element("float", "uint8_t", "", "e4m3"),
+    "f8E5M2": Element("float", "uint8_t", "", "e5m2"),
+    "f8E4M3FNUZ": Element("float", "uint8_t", "", "e4m3fnuz"),
+    "f8E5M2FNUZ": Element("float", "uint8_t", "", "e5m2fnuz"),
 }
 _C_BYTES = {"_Bool": 1, "int8_t": 1, "int16_t": 2, "int32_t": 4, "int64_t": 8, "float": 4, "double": 8}
 FUSED = {"f32": "fusedf", "f64": "fused"}  # the calls of prelude.h that round a * b + c once
@@ -77,6 +77,10 @@ def constant_declaration(element: str, name: str) -> str:
     return f"{value_type(element)} const {name}" if element.startswith("*") else f"const {value_type(element)} {name}"
 
 
+def is_float(element: str) -> bool:
+    return _known(element).value in ("float", "double")
+
+
 def from_memory(element: str, text: str) -> str:
     if element.startswith("*"):
         return f"({value_type(element)})({text})"
@@ -103,32 +107,18 @@ def constant(op: Op, element: str) -> str:
         raise NotImplementedError("a constant tensor with different elements")
     if text in ("true", "false"):
         return str(int(text == "true"))
-    if ELEMENTS[element].size:
-        value = _from_bits(int(text, 16), element) if text.startswith("0x") else float(text)
-        literal = _float_literal(value, element)
-        return (
-            literal if text.startswith("0x") else rounded(element, literal)
-        )  # MLIR prints few digits of a small float
+    if is_float(element):
+        if text.startswith("0x"):  # MLIR prints few digits of a small float
+            return from_memory(element, text) if element in SMALL_FLOATS else _literal_of_bits(int(text, 16), element)
+        return rounded(element, _float_literal(float(text), element))
     if ELEMENTS[element].value == "int64_t":
         return f"INT64_C({text})" if text != str(-(2**63)) else "INT64_MIN"
     return text if text != str(-(2**31)) else "INT32_MIN"
 
 
-def _from_bits(bits: int, element: str) -> float:
-    if element == "bf16":
-        bits, element = bits << 16, "f32"
-    if element == "f8E5M2":
-        bits, element = bits << 8, "f16"
-    if element == "f8E4M3FN":
-        magnitude = bits & 0x7F
-        value = (
-            float("nan")
-            if magnitude == 0x7F
-            else (magnitude * 2.0**-9 if magnitude < 8 else (8 + magnitude % 8) * 2.0 ** (magnitude // 8 - 10))
-        )
-        return -value if bits & 0x80 else value
-    kind = ELEMENTS[element]
-    return struct.unpack(kind.bits, bits.to_bytes(kind.size, "little"))[0]
+def _literal_of_bits(bits: int, element: str) -> str:
+    code, size = ("<f", 4) if element == "f32" else ("<d", 8)
+    return _float_literal(struct.unpack(code, bits.to_bytes(size, "little"))[0], element)
 
 
 def _float_literal(value: float, element: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from . import calls, control_flow, dot, memory, programs, reductions, registers
+from . import calls, control_flow, dot, memory, programs, reductions, registers, scaled_dot
 from .arrays import as_array, materialise
 from .bounds import Bounds
 from .context import Context, Scalar, Target, UnsupportedOperation
@@ -25,7 +25,7 @@ from .loops import computed, contraction
 from .operations import OPERATIONS, operation
 from .ttir import Function, Op, Value
 
-MODULES: tuple[ModuleType, ...] = (calls, control_flow, dot, memory, programs, reductions, registers)
+MODULES: tuple[ModuleType, ...] = (calls, control_flow, dot, memory, programs, reductions, registers, scaled_dot)
 _BY_NAME = {module.__name__.rpartition(".")[2]: module for module in MODULES}
 LOWERINGS: dict[str, list[Callable[[Context, Op], None]]] = {
     name: [getattr(_BY_NAME[module], function) for module, function in (text.split(".") for text in row.lowerings)]
@@ -132,6 +132,9 @@ def generate_c(functions: list[Function], prelude: str, target: Target) -> Gener
 _USES = {
     "USES_VECTORS": ("vec ", "add_dot2_to_one"),
     "USES_ATOMICS": ("atomic_",),
+    "USES_LIBDEVICE": ("nv_",),
+    "USES_FNUZ": ("fnuz",),
+    "USES_MX": ("mx_",),
     "USES_FAILURES": ("failure_of_launch",),
     "CHECKS_BOUNDS": ("struct extent",),
 }

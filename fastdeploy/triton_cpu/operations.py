@@ -21,12 +21,12 @@ Three rules keep the arithmetic strict:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from enum import Enum, auto
 from types import MappingProxyType
 from typing import NamedTuple
 
+from . import libdevice
 from .elements import SMALL_FLOATS, from_memory, memory_type, rounded, to_memory, unsigned_type, value_type
 from .ttir import Op
 
@@ -204,9 +204,15 @@ def _high_product(op: Op, a: list[str], source: str, target: str) -> str:
 
 
 def _float_to_float(op: Op, a: list[str], source: str, target: str) -> str:
-    if "rounding = rtz" in op.text and target in SMALL_FLOATS:
-        return f"truncate_{SMALL_FLOATS[target]}({a[0]})"
-    return rounded(target, f"(float){a[0]}" if source == "f64" else a[0]) if target != "f64" else f"(double){a[0]}"
+    """A double becomes a float that is rounded again without error: cut off, or odd where it is inexact."""
+    text, cut = a[0], "rounding = rtz" in op.text
+    if target == "f64" or source == target:
+        return f"({value_type(target)}){text}"
+    if source == "f64":
+        text = f"truncate_float({text})" if cut else f"{'(float)' if target == 'f32' else 'odd_float'}({text})"
+    if target not in SMALL_FLOATS:
+        return text
+    return f"truncate_{SMALL_FLOATS[target]}({text})" if cut else rounded(target, text)
 
 
 def _clamp(op: Op) -> str:
@@ -227,35 +233,6 @@ def _to_narrower(op: Op, a: list[str], source: str, target: str) -> str:
 
 def _to_unsigned(op: Op, a: list[str], source: str, target: str) -> str:
     return f"({value_type(target)})({unsigned_type(target)}){a[0]}"
-
-
-def _extern(op: Op, a: list[str], source: str, target: str) -> str:
-    """libdevice functions are those of C's libm with a prefix: __nv_tanhf -> tanhf."""
-    symbol = re.search(r'symbol = "(?:__nv_)?(?:fast_)?(\w+)"', op.text).group(1)  # type: ignore[union-attr]
-    function = symbol.removesuffix("f") if source == "f32" else symbol
-    if function not in _LIBM:
-        raise NotImplementedError(f"the libdevice function {symbol}")
-    if function in ("isnan", "isinf", "isfinite"):  # C's macros for any type
-        return f"({function}({a[0]}) != 0)"
-    return f"{_FAST.get(symbol, symbol)}({', '.join(a)})"
-
-
-_LIBM = set(
-    """acos acosh asin asinh atan atan2 atanh cbrt ceil copysign cos cosh erf erfc exp exp2 expm1 fabs fdim floor
-    fma fmax fmin fmod hypot isfinite isinf isnan lgamma log log10 log1p log2 nearbyint pow remainder rint round rsqrt
-    sin sinh sqrt tan tanh tgamma trunc""".split()
-)
-_FAST = {
-    "tanhf": "fast_tanh",
-    "expf": "fast_exp",
-    "exp2f": "fast_exp2",
-    "logf": "fast_log",
-    "log2f": "fast_log2",
-    "rsqrtf": "fast_rsqrt",
-    "rsqrt": "1.0 / sqrt",
-    "fmaf": "fusedf",
-    "fma": "fused",
-}
 
 
 def _same(form: str, elements: str) -> dict[str, str]:
@@ -281,7 +258,7 @@ OPERATIONS: dict[str, Operation] = {
     "tt.clampf": lanewise(lambda op, a, s, t: f"clamp_{_clamp(op)}{_ending(s)}({', '.join(a)})"),
     "tt.precise_sqrt": lanewise("sqrt{f}({0})", expensive=True),
     "tt.precise_divf": lanewise("({0} / {1})", expensive=True),
-    "tt.extern_elementwise": lanewise(_extern, expensive=True),
+    "tt.extern_elementwise": lanewise(libdevice.call, expensive=True),
     # integers
     "arith.addi": lanewise(_modulo_two("+"), {"i32": "({0} + {1})"}, identity="0"),
     "arith.subi": lanewise(_modulo_two("-"), {"i32": "({0} - {1})"}),
@@ -364,6 +341,7 @@ OPERATIONS: dict[str, Operation] = {
     "tt.scan": stands("reductions.scan"),
     "tt.unsplat": stands("reductions.unsplat"),
     "tt.dot": stands("dot.blocks", "dot.plain"),
+    "tt.dot_scaled": stands("scaled_dot.decoded"),
     "tt.get_program_id": stands("programs.place"),
     "tt.get_num_programs": stands("programs.number"),
     "tt.assert": stands("programs.assertion"),

@@ -96,16 +96,47 @@ INLINE float e4m3_to_float(uint8_t code) {
 INLINE uint8_t float_to_e4m3(float x) { return (uint8_t)encode_small(x, 8, 3, 7, 0x7e, 0x7f); }
 INLINE float round_e4m3(float x) { return e4m3_to_float(float_to_e4m3(x)); }
 /* Rounding toward zero: one code back where rounding to nearest went away from it. */
-#define TRUNCATE(name, code_type)                                                      \
-  INLINE float truncate_##name(float x) {                                              \
-    float nearest = round_##name(x);                                                   \
-    code_type code = float_to_##name(nearest);                                         \
-    return name##_to_float(code - (__builtin_fabsf(nearest) > __builtin_fabsf(x)));    \
+#define TRUNCATE(name, code_type)                                                                   \
+  INLINE float truncate_##name(float x) {                                                           \
+    float magnitude = __builtin_fabsf(x), nearest = round_##name(magnitude);                        \
+    float kept = name##_to_float((code_type)(float_to_##name(nearest) - (nearest > magnitude)));    \
+    return name##_to_float(float_to_##name(__builtin_copysignf(kept, x)));                          \
   }
 TRUNCATE(bf16, uint16_t)
 TRUNCATE(f16, uint16_t)
 TRUNCATE(e5m2, uint8_t)
 TRUNCATE(e4m3, uint8_t)
+#ifdef USES_FNUZ /* no infinities and no -0, whose code is NaN's */
+#define FNUZ(name, mantissa, bias)                                                     \
+  INLINE float name##_to_float(uint8_t code) {                                         \
+    float x = decode_small(code, 8, mantissa, bias);                                   \
+    return code == 0x80 ? NAN : x;                                                     \
+  }                                                                                    \
+  INLINE uint8_t float_to_##name(float x) {                                            \
+    uint8_t code = (uint8_t)encode_small(x, 8, mantissa, bias, 0x7f, 0x80);            \
+    return code == 0x80 && x == x ? 0 : code;                                          \
+  }                                                                                    \
+  INLINE float round_##name(float x) { return name##_to_float(float_to_##name(x)); }   \
+  TRUNCATE(name, uint8_t)
+FNUZ(e4m3fnuz, 3, 8)
+FNUZ(e5m2fnuz, 2, 16)
+#endif
+#ifdef USES_MX /* tl.dot_scaled */
+INLINE float mx_e2m1_to_float(uint32_t code) { return decode_small(code, 4, 1, 1); }
+INLINE float mx_e8m0_to_float(uint8_t code) { /* 2^(code - 127) */
+  return float_of_bits(code == 255 ? 0x7fc00000u : code == 0 ? 0x00400000u : (uint32_t)code << 23);
+}
+#endif
+/* A double on its way to a small float: toward zero, or, so that a second rounding is right, with the last bit 1 where
+ * it is inexact. */
+INLINE float truncate_float(double x) {
+  float nearest = (float)x;
+  return float_of_bits(bits_of_float(nearest) - (__builtin_fabs((double)nearest) > __builtin_fabs(x)));
+}
+INLINE float odd_float(double x) {
+  float cut = truncate_float(x);
+  return float_of_bits(bits_of_float(cut) | (cut != x));
+}
 
 /* ---- elementary functions, within 2 units in the last place ------------------------------------------------------
  * Polynomials: Cephes' single-precision ones (S. Moshier), which are minimax on the reduced interval. */

@@ -7,7 +7,7 @@ from math import prod
 
 from .arrays import as_array
 from .context import Context, Scalar
-from .elements import SMALL_FLOATS
+from .elements import bytes_in_array, is_float, unsigned_type
 from .failures import c_string, failed_assertion
 from .ttir import Op
 
@@ -38,22 +38,37 @@ def assertion(context: Context, op: Op) -> None:
 
 
 def print_values(context: Context, op: Op) -> None:
-    """tl.device_print: a line for each element, behind the program's place in the grid."""
-    head = "printf(" + c_string("pid (%d, %d, %d)" + _quoted(op).replace("%", "%%"))[:-1]
-    for value in op.operands:
-        code, cast = (
-            ("%g", "(double)")
-            if value.type.element in SMALL_FLOATS or value.type.element in ("f32", "f64")
-            else ("%lld", "(long long)")
-        )
-        if not value.type.is_tensor:
-            context.line(f'{head}{code}\\n", pid_x, pid_y, pid_z, {cast}{context.scalar(value)});')
-            continue
-        array = as_array(context, value)
-        context.line(
-            f"for (int i = 0; i < {value.type.size}; i++) "
-            f'{head}[%d] {code}\\n", pid_x, pid_y, pid_z, i, {cast}{array}[i]);'
-        )
+    """tl.device_print, a line for each element, as on a GPU: `pid (0, 0, 0) idx (1, 12) prefix: (operand 0) value`."""
+    prefix = _quoted(op).replace("%", "%%")
+    signed = re.findall(r"isSigned = array<i32(?:: ([\d, ]+))?>", op.text)[-1].split(", ")
+    if not op.operands:
+        alone = c_string(f"pid (%d, %d, %d){prefix}\n")
+        context.line(f"printf({alone}, pid_x, pid_y, pid_z);")
+    for number, value in enumerate(op.operands):
+        shape = value.type.shape
+        code, cast = _format(value.type.element, "hex = true" in op.text, signed[number] == "1")
+        index = ", ".join(f"%{len(str(extent - 1))}d" for extent in shape)
+        operand = f"(operand {number}) " if len(op.operands) > 1 else ""
+        line = f"pid (%d, %d, %d) idx ({index}){prefix}{operand}{code}\n"
+        call = f"printf({c_string(line)}, pid_x, pid_y, pid_z, "
+        if value.type.is_tensor:
+            places = [f"i / {prod(shape[d + 1 :])} % {extent}, " for d, extent in enumerate(shape)]
+            call = f"for (int i = 0; i < {value.type.size}; i++) {call}{''.join(places)}"
+        text = f"{as_array(context, value)}[i]" if value.type.is_tensor else context.scalar(value)
+        context.line(f"{call}{cast}({text}));")
+    context.line("fflush(stdout);")
+
+
+def _format(element: str, hexadecimal: bool, signed: bool) -> tuple[str, str]:
+    """The conversion of printf, and the cast that it needs."""
+    if element.startswith("*"):
+        return "0x%llx", "(unsigned long long)"
+    if is_float(element):
+        return "%a" if hexadecimal else "%f", "(double)"
+    if signed and not hexadecimal:
+        return "%lld", "(long long)"
+    digits = f"0x%0{bytes_in_array(element) * 2}llx"
+    return digits if hexadecimal else "%llu", f"(unsigned long long)({unsigned_type(element)})"
 
 
 def _quoted(op: Op) -> str:

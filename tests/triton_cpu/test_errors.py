@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 from fastdeploy.triton_cpu.context import UnsupportedOperation
 from fastdeploy.triton_cpu.runtime import record
@@ -22,45 +21,17 @@ def assembly_kernel(x_ptr, N: tl.constexpr):
     tl.store(x_ptr + i, y)
 
 
-@triton.jit
-def unknown_function_kernel(x_ptr, N: tl.constexpr):
-    i = tl.arange(0, N)
-    tl.store(x_ptr + i, libdevice.erfinv(tl.load(x_ptr + i)))
-
-
-@triton.jit
-def scaled_dot_kernel(x_ptr, s_ptr, out_ptr, N: tl.constexpr):
-    i, j, k = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :], tl.arange(0, N // 32)[None, :]
-    x = tl.load(x_ptr + i * N + j)
-    scale = tl.load(s_ptr + i * (N // 32) + k)
-    tl.store(out_ptr + i * N + j, tl.dot_scaled(x, scale, "e4m3", x, scale, "e4m3"))
-
-
 def line_of(kernel, text):
     lines, start = inspect.getsourcelines(kernel.fn)
     return start + next(number for number, line in enumerate(lines) if text in line)
 
 
-@pytest.mark.parametrize(
-    "kernel, call, operation, text",
-    [
-        (assembly_kernel, lambda: (empty(16, "int32"), 16), "tt.elementwise_inline_asm", "inline_asm"),
-        (unknown_function_kernel, lambda: (empty(16), 16), "tt.extern_elementwise", "erfinv"),
-        (
-            scaled_dot_kernel,
-            lambda: (empty((64, 64), "uint8"), empty((64, 2), "uint8"), empty((64, 64)), 64),
-            "tt.dot_scaled",
-            "dot_scaled",
-        ),
-    ],
-    ids=["assembly", "libdevice", "dot_scaled"],
-)
-def test_an_unsupported_operation_is_named_with_its_source_line(kernel, call, operation, text):
+def test_an_unsupported_operation_is_named_with_its_source_line():
     with pytest.raises(UnsupportedOperation) as raised:
-        kernel[(1,)](*call())
+        assembly_kernel[(1,)](empty(16, "int32"), 16)
     message = str(raised.value)
-    assert operation in message and kernel.__name__ in message
-    assert f"{__file__}:{line_of(kernel, text)}" in message
+    assert "tt.elementwise_inline_asm" in message and "assembly_kernel" in message
+    assert f"{__file__}:{line_of(assembly_kernel, 'inline_asm')}" in message
 
 
 @triton.jit
@@ -237,4 +208,4 @@ print_kernel[(1,)](Tensor(np.arange(4, dtype=np.int32)), 4)
 """
     done = run_python(program)
     assert done.returncode == 0, done.stderr
-    assert "pid (0, 0, 0) seen %: [3] 3" in done.stdout
+    assert "pid (0, 0, 0) idx (3) seen %: 3" in done.stdout
