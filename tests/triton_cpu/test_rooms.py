@@ -38,7 +38,7 @@ def test_a_lowering_knows_no_other_lowering_and_not_the_driver() -> None:
 
 
 def test_the_table_is_below_everything_that_writes_code() -> None:
-    assert GRAPH["operations"] == {"elements", "ttir"}
+    assert GRAPH["operations"] == {"elements", "libdevice", "ttir"}
     assert "operations" in GRAPH["context"]
 
 
