@@ -89,6 +89,8 @@ def function_in_c(context: Context) -> str:
     function = context.unit.function
     for parameter in function.parameters:
         context.storage[parameter] = Scalar(context.name("arg_" + parameter.name.lstrip("%")))
+    if context.unit.target.bounds is not None:
+        context.line("const struct extent *const extents = extents_of_launch;")
     control_flow.declare_labels(context)
     context.block(function.body)
     parameters = [f"{value_type(p.type.element)} {context.scalar(p)}" for p in function.parameters]
@@ -150,7 +152,7 @@ def _entry(kernel: Function, can_fail: bool, bounds: Bounds | None) -> str:
         call = f"current_program = i; if (!setjmp(end_of_program)) {call}"
     if bounds is not None:
         fields.append(f"struct extent extents[{len(bounds.pointers)}];")
-        prepare.append("extents = a->extents;")
+        prepare.append("extents_of_launch = a->extents;")
     arguments = [rounded(p.type.element, f"a->a{i}") for i, p in enumerate(kernel.parameters)]
     arguments += ["i % grid[0]", "i / grid[0] % grid[1]", "i / grid[0] / grid[1]", "grid[0]", "grid[1]", "grid[2]"]
     return f"""

@@ -485,10 +485,11 @@ __attribute__((cold, noinline, noreturn)) static void fail(int kind, const char 
 #ifdef CHECKS_BOUNDS
 struct extent { uintptr_t pointer, begin, end; };
 struct argument { const char *name; int bytes; }; /* of an element */
-static _Thread_local const struct extent *extents;
+static _Thread_local const struct extent *extents_of_launch; /* a function keeps it in a variable, `extents` */
 
 /* Do `bytes` from an address on lie in none of some arguments? */
-static inline int is_outside(const void *address, size_t bytes, const int *arguments, int count) {
+static inline int is_outside(
+    const struct extent *extents, const void *address, size_t bytes, const int *arguments, int count) {
   uintptr_t first = (uintptr_t)address;
   for (int i = 0; i < count; i++) {
     const struct extent *extent = &extents[arguments[i]];
@@ -512,6 +513,7 @@ __attribute__((cold, noinline, noreturn)) static void out_of_bounds(
   va_start(values, format);
   vsnprintf(access, sizeof access, format, values);
   va_end(values);
+  const struct extent *extents = extents_of_launch;
   uintptr_t place = (uintptr_t)address, least = UINTPTR_MAX;
   int nearest = arguments[0];
   for (int i = 0; i < count; i++) {
@@ -535,7 +537,8 @@ __attribute__((cold, noinline, noreturn)) static void out_of_bounds(
   (*({ \
     __auto_type at = &(place); \
     enum { COUNT = sizeof arguments / sizeof(int) }; \
-    if (is_outside(at, sizeof *at, arguments, COUNT)) out_of_bounds(known_arguments, at, arguments, COUNT, __VA_ARGS__); \
+    if (is_outside(extents, at, sizeof *at, arguments, COUNT)) \
+      out_of_bounds(known_arguments, at, arguments, COUNT, __VA_ARGS__); \
     at; \
   }))
 #endif
