@@ -6,6 +6,7 @@
       -> which tensors are stored, which recomputed, which rows are of use     analysis.py, live_rows.py
       -> C: loop nests, reductions, register tiles, loops and branches,        loops.py, reductions.py, dot.py,
          over a prelude of small floats and elementary functions               control_flow.py, emitter.py, prelude.h
+         libdevice's functions by name; microscaling formats                   libdevice.py, libdevice.h, scaled_dot.py
          loops around tl.dot whose sums stay in registers                      registers.py, lanes.py, endings.py
       -> a shared object, in Triton's cache                                    toolchain.py, cache.py
       -> its programs run on a thread pool, one launch or a plan at a time     driver.py, runtime.py, pool.c,
