@@ -243,6 +243,42 @@ def test_operands_narrowed_in_the_kernel_are_rounded(dtype, triton_type, rng):
 
 
 @triton.jit
+def variant_kernel(a_ptr, b_ptr, out_ptr, B: tl.constexpr, N: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr):
+    z, i, j = tl.arange(0, B)[:, None, None], tl.arange(0, N)[None, :, None], tl.arange(0, N)[None, None, :]
+    place = z * N * N + i * N + j
+    if B == 1:
+        place = tl.reshape(place, (N, N))
+    a, b = tl.load(a_ptr + place), tl.load(b_ptr + place)
+    total = tl.full(place.shape, 2.0, OUT)
+    for _ in range(2):
+        total = tl.dot(a, b, total, input_precision=PRECISION, max_num_imprecise_acc=4, out_dtype=OUT)
+    tl.store(out_ptr + place, total)
+
+
+@pytest.mark.parametrize("batch, n", [(1, 4), (1, 32), (4, 16)])
+@pytest.mark.parametrize(
+    "source, target, triton_type, precision",
+    [
+        *[("float32", "float32", tl.float32, p) for p in ("ieee", "tf32", "tf32x3", "bf16x3", "bf16x6")],
+        ("float16", "float16", tl.float16, None),
+        ("float16", "float32", tl.float32, None),
+        ("float8_e5m2", "float16", tl.float16, None),
+        ("float64", "float64", tl.float64, None),
+    ],
+)
+def test_types_of_the_sum_and_precisions(source, target, triton_type, precision, batch, n, rng):
+    """A precision is the least that is asked for: all are IEEE's here. A sum in float16 is rounded once a product."""
+    a, b = (Tensor(rng.standard_normal((batch, n, n)) / 4, source) for _ in range(2))
+    out = empty((batch, n, n), target)
+    variant_kernel[(1,)](a, b, out, batch, n, triton_type, precision)
+    expected = np.full((batch, n, n), 2.0)
+    for _ in range(2):
+        expected = rounded(expected + a.values.astype(float) @ b.values.astype(float), target)
+    tolerance = {"float16": 2e-3, "float32": 1e-5, "float64": 1e-12}[target]
+    np.testing.assert_allclose(out.values, expected, rtol=tolerance, atol=tolerance)
+
+
+@triton.jit
 def int8_weight_kernel(x_ptr, w_ptr, scale_ptr, out_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
     m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
     x = tl.load(x_ptr + m[:, None] * K + k[None, :])
