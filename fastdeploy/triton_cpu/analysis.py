@@ -79,7 +79,7 @@ class StoragePlan:
         for op in value.block.ops[position + 1 :]:
             if any(root is op for root, _ in self._roots[value]):
                 return (
-                    op.name in ("tt.store", "tt.atomic_rmw")
+                    op.name in ("tt.store", "tt.atomic_rmw", "tt.atomic_cas")
                     and (
                         _shifted(value.op.operands[0], op.operands[0])  # type: ignore[union-attr]
                         or any(rearranges(operand, {value}, self._stored) for operand in op.operands[1:])

@@ -78,7 +78,7 @@ def function_in_c(function: Function, target: Target, called: bool) -> str:
     context = Context(function, target, lower, called)
     for parameter in function.parameters:
         context.storage[parameter] = Scalar(context.name("arg_" + parameter.name.lstrip("%")))
-    control_flow.declare_labels(context)
+    control_flow.declare_labels(context, function.body)
     context.block(function.body)
     parameters = [f"{value_type(p.type.element)} {context.scalar(p)}" for p in function.parameters]
     signature = ", ".join([*parameters, "int pid_x", "int pid_y", "int pid_z", "int num_x", "int num_y", "int num_z"])

@@ -361,11 +361,12 @@ OPERATIONS: dict[str, Operation] = {
     # written where they stand
     "tt.store": stands("memory.store", writes=True),
     "tt.atomic_rmw": stands("memory.atomic_update", writes=True),
-    "tt.atomic_cas": stands("memory.compare_and_swap", writes=True),
+    "tt.atomic_cas": stands("memory.atomic_update", writes=True),
     "tt.histogram": stands("memory.histogram"),
     "tt.reduce": stands("reductions.vectors", "reductions.last_axis", "reductions.outer_axis"),
     "tt.scan": stands("reductions.scan"),
     "tt.unsplat": stands("reductions.unsplat"),
+    "tt.map_elementwise": stands("control_flow.map_elementwise"),
     "tt.dot": stands("dot.blocks", "dot.plain"),
     "tt.get_program_id": stands("programs.place"),
     "tt.get_num_programs": stands("programs.number"),

@@ -394,6 +394,23 @@ INLINE ivec add_dot4(ivec sum, bytes u, bytes s) {
   ATOMIC(max, suffix, type, word, old > operand ? old : operand) \
   ATOMIC(min, suffix, type, word, old < operand ? old : operand) \
   ATOMIC(exch, suffix, type, word, operand)
+#define COMPARE_AND_SWAP(suffix, type, memory, word, from_memory, to_memory)                                   \
+  static inline type atomic_cas_##suffix(memory *p, type expected, type desired) { /* of bits, whatever they mean */ \
+    memory before = to_memory(expected), after = to_memory(desired);                                           \
+    word seen, wanted;                                                                                         \
+    memcpy(&seen, &before, sizeof seen);                                                                       \
+    memcpy(&wanted, &after, sizeof wanted);                                                                    \
+    __atomic_compare_exchange_n((word *)p, &seen, wanted, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);              \
+    memcpy(&before, &seen, sizeof seen);                                                                       \
+    return from_memory(before);                                                                                \
+  }
+COMPARE_AND_SWAP(i16, int16_t, int16_t, uint16_t, , )
+COMPARE_AND_SWAP(i32, int32_t, int32_t, uint32_t, , )
+COMPARE_AND_SWAP(i64, int64_t, int64_t, uint64_t, , )
+COMPARE_AND_SWAP(f32, float, float, uint32_t, , )
+COMPARE_AND_SWAP(f64, double, double, uint64_t, , )
+COMPARE_AND_SWAP(f16, float, uint16_t, uint16_t, f16_to_float, float_to_f16)
+COMPARE_AND_SWAP(bf16, float, uint16_t, uint16_t, bf16_to_float, float_to_bf16)
 INTEGER_ATOMICS(i32, int32_t, uint32_t)
 INTEGER_ATOMICS(i64, int64_t, uint64_t)
 FLOAT_ATOMICS(f32, float, uint32_t)
