@@ -19,6 +19,7 @@ from triton.backends.compiler import BaseBackend, GPUTarget
 from . import ttir
 from .context import Optimisations
 from .emitter import argument_format, generate_c
+from .rewrites import rewrite
 from .toolchain import toolchain
 
 _HERE = Path(__file__).parent
@@ -135,6 +136,8 @@ def make_ttir(module: Any, metadata: dict[str, Any]) -> Any:
 
 def make_c(module: Any, metadata: dict[str, Any], options: CPUOptions) -> str:
     functions = ttir.parse(str(module))
+    for function in functions:
+        rewrite(function)
     metadata["name"] = functions[0].name
     metadata["shared"] = 0
     metadata["argument_format"] = argument_format(functions[0])

@@ -44,7 +44,11 @@ def _updated_in_place(argument: Value, new: Value, body: Block) -> bool:
     )
 
 
-def _only_read_by(value: Value, reader: Op) -> bool:
+def _only_read_by(value: Value, reader: Op, seen: set[Value] | None = None) -> bool:
+    seen = set() if seen is None else seen
+    if value in seen:  # and has been found to be so, or the search would be over
+        return True
+    seen.add(value)
     for user in value.uses:
         if user is reader:
             if any(operand is value for operand in reader.operands[:2]):
@@ -54,7 +58,7 @@ def _only_read_by(value: Value, reader: Op) -> bool:
             or not is_lazy(user)
             or moves_elements(user)
             or not user.results[0].type.is_tensor
-            or not all(_only_read_by(result, reader) for result in user.results)
+            or not all(_only_read_by(result, reader, seen) for result in user.results)
         ):
             return False
     return bool(value.uses)

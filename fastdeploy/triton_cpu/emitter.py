@@ -76,14 +76,10 @@ def _scalar(context: Context, op: Op) -> None:
 def function_in_c(function: Function, target: Target, called: bool) -> str:
     """The C function, static, taking the kernel's arguments and the program's place in the grid."""
     context = Context(function, target, lower, called)
-    for parameter in function.parameters:
-        context.storage[parameter] = Scalar(context.name("arg_" + parameter.name.lstrip("%")))
+    signature = calls.signature(context)
     control_flow.declare_labels(context, function.body)
     context.block(function.body)
-    parameters = [f"{value_type(p.type.element)} {context.scalar(p)}" for p in function.parameters]
-    signature = ", ".join([*parameters, "int pid_x", "int pid_y", "int pid_z", "int num_x", "int num_y", "int num_z"])
-    result = calls.result_type(function)
-    return "\n".join([f"static {result} {calls.function_name(function.name)}({signature}) {{", *context.lines, "}"])
+    return "\n".join([f"{signature} {{", *context.lines, "}"])
 
 
 def generate_c(functions: list[Function], prelude: str, lanes: int, contract: bool, wanted: Optimisations) -> str:

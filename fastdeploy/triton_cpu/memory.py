@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .analysis import stride
-from .arrays import as_array
+from .arrays import as_array, materialise
 from .context import Array, Context, Scalar
 from .elements import to_memory, value_type
 from .live_rows import number_of_live_rows
@@ -71,6 +71,16 @@ def atomic_update(context: Context, op: Op) -> None:
     nest.write(vectorise=False)
     if old:
         context.storage[result] = Array(old)
+
+
+def keep(context: Context, op: Op) -> None:
+    """The operand, evaluated here into an array unless it has a place already."""
+    value = op.operands[0]
+    if value not in context.storage:
+        materialise(context, value)
+    context.storage[op.result] = context.storage[value]
+    if value in context.origins:
+        context.origins[op.result] = context.origins[value]
 
 
 def histogram(context: Context, op: Op) -> None:

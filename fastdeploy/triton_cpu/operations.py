@@ -377,6 +377,7 @@ OPERATIONS: dict[str, Operation] = {
     "scf.if": stands("control_flow.if_", writes=True),
     "tt.call": stands("calls.call", writes=True),
     "tt.return": stands("calls.return_"),
+    "cpu.keep": stands("memory.keep"),  # ours (rewrites.py)
     "cf.br": stands("control_flow.jump"),
     "cf.cond_br": stands("control_flow.jump"),
     "cf.label": stands("control_flow.label"),

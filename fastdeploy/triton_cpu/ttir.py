@@ -185,7 +185,7 @@ class _Parser:
         block = Block(None)
         self.scopes = [{}]
         self.block_arguments(block, re.sub(r"\{[^{}]*\}", "", header[start : end - 1]))
-        results = re.match(r" -> (\(.*?\)|\S+)", header[end:])
+        results = re.match(r" -> (\(.*?\)|.*?)(?= attributes| \{$)", header[end:])
         types = [parse_type(t) for t in _split(results.group(1).strip("()"))] if results else []
         self.fill(block)
         return Function(name, block, types), " private " in header
@@ -235,7 +235,7 @@ class _Parser:
                 block.ops.append(self.op(line, location, block))
 
     def label(self, line: str, arguments: str, block: Block) -> Op:
-        """An early return cuts a function or region into blocks: `^bb2(%x: i32)` is an operation with %x as its result."""
+        """A return cuts a function or region into blocks: `^bb2(%x: i32)` is an operation with %x as its result."""
         op = Op("cf.label", [], re.match(r"\^\w+", line).group(), "", block)  # type: ignore[union-attr]
         for argument in _split(arguments):
             name, type_ = argument.split(":", 1)

@@ -325,6 +325,44 @@ def test_calls_of_functions_that_are_not_inlined(rng):
     np.testing.assert_allclose(ratio.stored, total / divisor, rtol=1e-6)
 
 
+@triton.jit(noinline=True)
+def _scaled(pair, scale, N: tl.constexpr):
+    x, pointers = pair
+    if scale > 1:
+        return x + tl.load(pointers), scale + 1, pointers + scale, x > 0, scale * 2.0
+    return x * tl.arange(0, N), scale, pointers, x < 0, scale * 3.0
+
+
+@triton.jit
+def tensor_call_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    pid, i = tl.program_id(0), tl.arange(0, N)
+    value, scale, pointers, chosen, factor = _scaled((tl.load(x_ptr + i), x_ptr + i), pid, N)
+    for _ in range(2):
+        value, scale, pointers, more, factor = _scaled((value, pointers), scale, N)
+        chosen = chosen ^ more
+    tl.store(out_ptr + pid * N + i, tl.where(chosen, value, -value) * scale + tl.load(pointers) * factor)
+
+
+@pytest.mark.parametrize("n", [8, 16384], ids=["on the stack", "beyond it"])
+def test_calls_with_tensors_and_tuples_of_them(n, rng):
+    x = rng.integers(-5, 6, n + 16).astype(np.float32)
+    out = empty((4, n))
+    tensor_call_kernel[(4,)](Tensor(x), out, n)
+
+    def scaled(value, at, scale):
+        if scale > 1:
+            return value + x[at], scale + 1, at + scale, value > 0, scale * 2.0
+        return value * np.arange(n), scale, at, value < 0, scale * 3.0
+
+    for pid in range(4):
+        value, scale, at, chosen, factor = scaled(x[:n], np.arange(n), pid)
+        for _ in range(2):
+            value, scale, at, more, factor = scaled(value, at, scale)
+            chosen = chosen ^ more
+        expected = np.where(chosen, value, -value) * scale + x[at] * factor
+        np.testing.assert_allclose(out.stored[pid], expected, rtol=1e-6)
+
+
 @triton.jit
 def range_kernel(out_ptr, start, stop, STEP: tl.constexpr):
     count = 0
