@@ -24,6 +24,7 @@ def is_lazy(op: Op) -> bool:
     return operation(op).lazy
 
 
+MANY = 48  # cheap operations are together as expensive as a division or a load
 _Root = tuple[Op, tuple[int, ...]]  # a user, and the shape it takes: the end of a loop has a nest for each shape
 
 
@@ -114,7 +115,7 @@ def is_expensive(value: Value, plan: StoragePlan, cheap: set[Value] | None = Non
     op = value.op
     if op is None or value in cheap or value in plan or not value.type.is_tensor or not is_lazy(op):
         return False
-    if operation(op).expensive:
+    if operation(op).expensive or len(cheap) >= MANY:
         return True
     # What another block has made is stored there if it is expensive, because it escapes.
     if any(operand.block is value.block and is_expensive(operand, plan, cheap) for operand in op.operands):
@@ -148,15 +149,18 @@ class LiveRows:
         return frozenset.intersection(*map(self.conditions, user.results))
 
 
-def row_masks(mask: Value) -> frozenset[Value]:
+def row_masks(mask: Value, seen: set[Value] | None = None) -> frozenset[Value]:
     """The parts of a conjunction that are the same in a whole row, as masks [M]."""
-    op = mask.op
-    if op is not None and op.name == "arith.andi":
-        return frozenset.union(*map(row_masks, op.operands))
-    if op is not None and op.name == "tt.broadcast" and op.operands[0].type.shape[1:] == (1,):
-        return row_masks(op.operands[0])
-    if op is not None and op.name == "tt.expand_dims" and op.attribute("axis") == 1:
-        return row_masks(op.operands[0])
+    op, seen = mask.op, set() if seen is None else seen
+    if mask in seen:
+        return frozenset()
+    seen.add(mask)
+    if op is not None and (
+        op.name == "arith.andi"
+        or (op.name == "tt.broadcast" and op.operands[0].type.shape[1:] == (1,))
+        or (op.name == "tt.expand_dims" and op.attribute("axis") == 1)
+    ):
+        return frozenset.union(*[row_masks(operand, seen) for operand in op.operands])
     return frozenset([mask]) if len(mask.type.shape) == 1 else frozenset()
 
 
@@ -308,13 +312,23 @@ def permutation(op: Op) -> list[int]:
     return [int(d) for d in re.search(r"order = array<i32: ([\d, ]+)>", op.text).group(1).split(",")]  # type: ignore[union-attr]
 
 
-def stride(value: Value, dimension: int, origins: Mapping[Value, Value]) -> int | None:
+_Strides = dict[tuple[Value, int], int | None]
+
+
+def stride(value: Value, dimension: int, origins: Mapping[Value, Value], known: _Strides | None = None) -> int | None:
     """How much an integer or pointer tensor (in elements) grows from one index to the next along `dimension`.
 
     None if that differs from place to place or is known at run time only. `origins` names, for pointer tensors that a
-    loop moves as a whole, the tensor that they started as.
+    loop moves as a whole, the tensor that they started as. `known` are answers: an index may use a value many times.
     """
+    known = {} if known is None else known
     value = origins.get(value, value)
+    if (value, dimension) not in known:
+        known[value, dimension] = _stride(value, dimension, origins, known)
+    return known[value, dimension]
+
+
+def _stride(value: Value, dimension: int, origins: Mapping[Value, Value], known: _Strides) -> int | None:
     if not value.type.is_tensor or value.type.shape[dimension] == 1 or uniform(value):
         return 0
     op = value.op
@@ -324,15 +338,15 @@ def stride(value: Value, dimension: int, origins: Mapping[Value, Value]) -> int 
         return 1
     dimensions = operand_index(op, range(len(value.type.shape)), -1)
     if dimensions is not None:
-        return stride(op.operands[0], dimensions.index(dimension), origins) if dimension in dimensions else 0
+        return stride(op.operands[0], dimensions.index(dimension), origins, known) if dimension in dimensions else 0
     if op.name == "arith.trunci" and value.type.element != "i32":
         return None  # a range of 300 does not fit into i8
     if op.name in ("arith.extsi", "arith.extui", "arith.trunci", "arith.index_cast"):
-        return stride(op.operands[0], dimension, origins)
+        return stride(op.operands[0], dimension, origins, known)
     if op.name not in ("arith.addi", "tt.addptr", "arith.subi", "arith.muli"):
         elementwise = operation(op).kind in (Kind.LANEWISE, Kind.LOADS) and op.operands
-        return 0 if elementwise and all(stride(v, dimension, origins) == 0 for v in op.operands) else None
-    left, right = (stride(operand, dimension, origins) for operand in op.operands)
+        return 0 if elementwise and all(stride(v, dimension, origins, known) == 0 for v in op.operands) else None
+    left, right = (stride(operand, dimension, origins, known) for operand in op.operands)
     if left is None or right is None:
         return None
     if op.name == "arith.muli":

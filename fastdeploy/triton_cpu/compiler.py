@@ -20,6 +20,7 @@ from . import ttir
 from .bounds import Bounds
 from .context import Optimisations, Target
 from .emitter import argument_format, generate_c
+from .rewrites import rewrite
 from .toolchain import toolchain
 
 _HERE = Path(__file__).parent
@@ -162,6 +163,8 @@ def make_ttir(module: Any, metadata: dict[str, Any]) -> Any:
 
 def make_c(module: Any, metadata: dict[str, Any], options: CPUOptions) -> str:
     functions = ttir.parse(str(module))
+    for function in functions:
+        rewrite(function)
     metadata["name"] = functions[0].name
     metadata["shared"] = 1  # bytes of shared memory: none, but more than 0 is what tools for GPUs expect
     metadata["argument_format"] = argument_format(functions[0])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 from .analysis import is_lazy, moves_elements
+from .arrays import as_array
 from .carried import assign, carry, declare, for_header, publish, write
-from .context import Context
+from .context import Array, Context, Scalar
 from .ttir import Block, Op, Value
 
 
@@ -43,7 +44,11 @@ def _updated_in_place(argument: Value, new: Value, body: Block) -> bool:
     )
 
 
-def _only_read_by(value: Value, reader: Op) -> bool:
+def _only_read_by(value: Value, reader: Op, seen: set[Value] | None = None) -> bool:
+    seen = set() if seen is None else seen
+    if value in seen:  # and has been found to be so, or the search would be over
+        return True
+    seen.add(value)
     for user in value.uses:
         if user is reader:
             if any(operand is value for operand in reader.operands[:2]):
@@ -53,7 +58,7 @@ def _only_read_by(value: Value, reader: Op) -> bool:
             or not is_lazy(user)
             or moves_elements(user)
             or not user.results[0].type.is_tensor
-            or not all(_only_read_by(result, reader) for result in user.results)
+            or not all(_only_read_by(result, reader, seen) for result in user.results)
         ):
             return False
     return bool(value.uses)
@@ -89,12 +94,38 @@ def while_(context: Context, op: Op) -> None:
         assign(context, carried, after.terminator.operands)  # type: ignore[union-attr]
 
 
+def map_elementwise(context: Context, op: Op) -> None:
+    """A loop whose body is the mapped function, of scalars: `pack` neighbouring elements of each operand at a time."""
+    pack, body = op.attribute("pack"), op.regions[0]
+    sources = [as_array(context, operand) for operand in op.operands]
+    targets = [context.array(value.type, value.name) for value in op.results]
+    first = context.name("i")
+    with context.braces(f"for (int {first} = 0; {first} < {op.result.type.size}; {first} += {pack})"):
+        declare_labels(context, body)
+        places = [f"{name}[{first} + {number}]" for name in sources for number in range(pack)]
+        for argument, place in zip(body.arguments, places, strict=True):
+            context.storage[argument] = Scalar(place)
+        context.block(body, skip_terminator=True)
+        places = [f"{name}[{first} + {number}]" for name in targets for number in range(pack)]
+        for place, value in zip(places, body.terminator.operands, strict=True):  # type: ignore[union-attr]
+            context.line(f"{place} = {context.scalar(value)};")
+    for value, name in zip(op.results, targets):
+        context.storage[value] = Array(name)
+
+
 # ---- early returns: jumps, forward only, between the blocks of a function -------------------------------------------
-def declare_labels(context: Context) -> None:
+def declare_labels(context: Context, body: Block) -> None:
     """Storage for the arguments of all blocks, which jumps write before the block is reached."""
-    for op in context.unit.function.body.ops:
-        for argument in op.results if op.name == "cf.label" else []:
+    labels = _labels(body)
+    if labels:
+        context.line(f"__label__ {', '.join(text[1:] for text in labels)};")  # other regions may have the same
+    for label in labels.values():
+        for argument in label.results:
             declare(context, argument)
+
+
+def _labels(body: Block) -> dict[str, Op]:
+    return {op.text: op for op in body.ops if op.name == "cf.label"}
 
 
 def label(context: Context, op: Op) -> None:
@@ -104,7 +135,7 @@ def label(context: Context, op: Op) -> None:
 
 def jump(context: Context, op: Op) -> None:
     """`cf.br ^bb1(%x : i32)` or `cf.cond_br %condition, ^bb1, ^bb2(%y : i32)`"""
-    labels = {label.text: label for label in context.unit.function.body.ops if label.name == "cf.label"}
+    labels = _labels(op.block)
     targets = [labels[text] for text in re.findall(r"\^\w+", op.text)]
     passed = iter(op.operands)
     openings = [f"if ({context.scalar(next(passed))})", "else"] if len(targets) == 2 else [""]

@@ -86,17 +86,12 @@ def _scalar(context: Context, op: Op) -> None:
 
 def function_in_c(context: Context) -> str:
     """The C function, static, taking the kernel's arguments and the program's place in the grid."""
-    function = context.unit.function
-    for parameter in function.parameters:
-        context.storage[parameter] = Scalar(context.name("arg_" + parameter.name.lstrip("%")))
+    signature = calls.signature(context)
     if context.unit.target.bounds is not None:
         context.line("const struct extent *const extents = extents_of_launch;")
-    control_flow.declare_labels(context)
-    context.block(function.body)
-    parameters = [f"{value_type(p.type.element)} {context.scalar(p)}" for p in function.parameters]
-    signature = ", ".join([*parameters, "int pid_x", "int pid_y", "int pid_z", "int num_x", "int num_y", "int num_z"])
-    result = calls.result_type(function)
-    return "\n".join([f"static {result} {calls.function_name(function.name)}({signature}) {{", *context.lines, "}"])
+    control_flow.declare_labels(context, context.unit.function.body)
+    context.block(context.unit.function.body)
+    return "\n".join([f"{signature} {{", *context.lines, "}"])
 
 
 class Generated(NamedTuple):

@@ -68,10 +68,18 @@ def lanes(value: Value, index: tuple[Lanes, ...], origins: Mapping[Value, Value]
 class _Evaluation:
     def __init__(self, count: int, origins: Mapping[Value, Value]):
         self.zeros, self.origins = np.zeros(count, np.int64), origins
+        self.zero = exactly(self.zeros)
+        self.known: dict[tuple[Value, tuple[int, ...]], tuple[tuple[Lanes, ...], Lanes]] = {}
 
     def of(self, value: Value, index: tuple[Lanes, ...]) -> Lanes:
-        """The lanes of `value`, by those of what it is computed from."""
+        """The lanes of `value`, by those of what it is computed from; once, as an index may use it many times."""
         value = self.origins.get(value, value)
+        key = (value, tuple(map(id, index)))
+        if key not in self.known:
+            self.known[key] = index, self._of(value, index)  # with `index`, so that its ids stay its own
+        return self.known[key][1]
+
+    def _of(self, value: Value, index: tuple[Lanes, ...]) -> Lanes:
         op = value.op
         if op is None or op.name == "tt.get_program_id":
             if value.type.is_tensor:
@@ -81,7 +89,7 @@ class _Evaluation:
             return exactly(self.zeros + _integer(op, value.type.element))
         if op.name == "tt.make_range":
             return self._sum(index[0], exactly(self.zeros + op.attribute("start", 0)))
-        if moved := operand_index(op, index, exactly(self.zeros)):
+        if moved := operand_index(op, index, self.zero):
             return self.of(op.operands[0], moved)
         if op.name in ("tt.splat", "arith.extsi", "arith.index_cast"):
             return self.of(op.operands[0], index)

@@ -43,13 +43,17 @@ def columns_let_through(context: Context, mask: Value) -> str | None:
     return _count(context, mask) if _can_be_evaluated(context, mask) and context.wanted.live_rows else None
 
 
-def _can_be_evaluated(context: Context, value: Value) -> bool:
+def _can_be_evaluated(context: Context, value: Value, seen: set[Value] | None = None) -> bool:
     """Are the scalars known that a mask depends on, and is it cheap?"""
+    seen = set() if seen is None else seen
+    if value in seen:  # and has been found to be so, or the search would be over
+        return True
+    seen.add(value)
     if value in context.storage:
         return not value.type.is_tensor
     if value.op is None or not is_lazy(value.op) or is_expensive(value, context.unit.plan):
         return False
-    return all(_can_be_evaluated(context, operand) for operand in value.op.operands)
+    return all(_can_be_evaluated(context, operand, seen) for operand in value.op.operands)
 
 
 def _count(context: Context, mask: Value) -> str:

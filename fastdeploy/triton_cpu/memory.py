@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from .analysis import stride
-from .arrays import as_array
+from .arrays import as_array, materialise
 from .context import Array, Context, Scalar
-from .elements import memory_type, to_memory, value_type
+from .elements import to_memory, value_type
 from .failures import checked
 from .live_rows import number_of_live_rows
 from .loops import LoopNest, best_order, linear
 from .ttir import Op, Value
 
 # The atomic updates of prelude.h
-_INTEGER_ATOMICS = ("add", "max", "min", "umax", "umin", "and", "or", "xor", "exch")
-_ATOMICS = {"i32": _INTEGER_ATOMICS, "i64": _INTEGER_ATOMICS, "f32": ("fadd", "max", "min", "exch")}
-_ATOMICS |= {"f64": _ATOMICS["f32"], "f16": ("fadd", "exch"), "bf16": ("fadd", "exch")}
+_INTEGER_ATOMICS = ("add", "max", "min", "umax", "umin", "and", "or", "xor", "exch", "cas")
+_ATOMICS = {"i32": _INTEGER_ATOMICS, "i64": _INTEGER_ATOMICS, "f32": ("fadd", "max", "min", "exch", "cas")}
+_ATOMICS |= {"f64": _ATOMICS["f32"], "f16": ("fadd", "exch", "cas"), "bf16": ("fadd", "exch", "cas"), "i16": ("cas",)}
 
 
 def store(context: Context, op: Op) -> None:
@@ -45,44 +45,44 @@ def _store_order(context: Context, pointers: Value, value: Value) -> list[int]:
 
 
 def atomic_update(context: Context, op: Op) -> None:
-    """Read-modify-write by compare-and-swap, which serves every operation and type alike."""
-    kind = op.text.split()[1].rstrip(",")
-    value = op.operands[1]
-    mask = op.operands[2] if len(op.operands) > 2 else None
-    result, element = op.result, value.type.element
+    """Read-modify-write by compare-and-swap, which serves every operation and type alike; the result is the old value.
+
+    Elements of a tensor take their turns in order, so that of those at one address each sees the one before.
+    """
+    kind = "cas" if op.name == "tt.atomic_cas" else op.text.split()[1].rstrip(",")
+    values = op.operands[1:]
+    mask = values.pop() if len(values) > 1 and kind != "cas" else None
+    result, element, shape = op.result, op.result.type.element, op.result.type.shape
     update = f"atomic_{kind}_{element}"
     if kind not in _ATOMICS.get(element, ()):
         raise context.unsupported(op, f"{kind} of {element}")
-    if not value.type.is_tensor:
+    if not result.type.is_tensor:
         name = context.name(result.name)
         context.line(f"{value_type(element)} {name} = 0;")
         condition = f"if ({context.scalar(mask)}) " if mask else ""
-        context.line(f"{condition}{name} = {update}(&{_scalar_place(context, op)}, {context.scalar(value)});")
+        arguments = [f"&{_scalar_place(context, op)}", *map(context.scalar, values)]
+        context.line(f"{condition}{name} = {update}({', '.join(arguments)});")
         context.storage[result] = Scalar(name)
         return
     old = context.array(result.type, result.name) if result.uses else None
-    nest = LoopNest(context, value.type.shape, list(range(len(value.type.shape))))
-    place, operand = nest.place(op, nest.index).text, nest.evaluate(value).text
+    nest = LoopNest(context, shape, list(range(len(shape))))
+    arguments = [f"&{nest.place(op, nest.index).text}", *[nest.evaluate(value).text for value in values]]
     condition = f"if ({nest.evaluate(mask).text}) " if mask else ""
-    target = f"{old}[{linear(value.type.shape, nest.index).text}] = " if old else ""
-    nest.put(f"{condition}{target}{update}(&{place}, {operand});")
+    target = f"{old}[{linear(shape, nest.index).text}] = " if old else ""
+    nest.put(f"{condition}{target}{update}({', '.join(arguments)});")
     nest.write(vectorise=False)
     if old:
         context.storage[result] = Array(old)
 
 
-def compare_and_swap(context: Context, op: Op) -> None:
-    """tl.atomic_cas of a scalar; its result is the old value."""
-    _, expected, desired = op.operands
-    if expected.type.is_tensor:
-        raise context.unsupported(op, "on a tensor")
-    name, kind = context.name(op.result.name), memory_type(expected.type.element)
-    context.line(f"{kind} {name} = {context.scalar(expected)}, {name}_desired = {context.scalar(desired)};")
-    context.line(
-        f"__atomic_compare_exchange(&{_scalar_place(context, op)}, &{name}, &{name}_desired, 0, "
-        "__ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);"
-    )
-    context.storage[op.result] = Scalar(name)
+def keep(context: Context, op: Op) -> None:
+    """The operand, evaluated here into an array unless it has a place already."""
+    value = op.operands[0]
+    if value not in context.storage:
+        materialise(context, value)
+    context.storage[op.result] = context.storage[value]
+    if value in context.origins:
+        context.origins[op.result] = context.origins[value]
 
 
 def _scalar_place(context: Context, access: Op) -> str:

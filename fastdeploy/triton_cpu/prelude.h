@@ -48,10 +48,10 @@ INLINE double max_num(double a, double b) { double c = b > a ? b : a; return a !
 INLINE double min_num(double a, double b) { double c = b < a ? b : a; return a != a ? b : c; }
 INLINE double max_nan(double a, double b) { double c = a > b ? a : b; return a != a ? a : c; }
 INLINE double min_nan(double a, double b) { double c = a < b ? a : b; return a != a ? a : c; }
-INLINE float clamp_nanf(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
 INLINE float clamp_numf(float x, float low, float high) { return min_numf(max_numf(x, low), high); }
-INLINE double clamp_nan(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
+INLINE float clamp_nanf(float x, float low, float high) { return x != x ? x : clamp_numf(x, low, high); }
 INLINE double clamp_num(double x, double low, double high) { return min_num(max_num(x, low), high); }
+INLINE double clamp_nan(double x, double low, double high) { return x != x ? x : clamp_num(x, low, high); }
 
 /* ---- small floats ------------------------------------------------------------------------------------------------
  * bf16 is the upper half of a float. The others have `mantissa` bits and an exponent bias; a code, shifted to a
@@ -313,7 +313,7 @@ INLINE ivec ivec_exchanged(ivec x, int bit) { /* lane i of the result is lane i 
 #endif
 }
 INLINE vec vec_exchanged(vec x, int bit) { return (vec)ivec_exchanged((ivec)x, bit); }
-/* The same numbers as max_numf, min_numf, fast_exp2 and fast_exp give, in every lane and bit. */
+/* The same numbers as max_numf, clamp_numf, fast_exp2 and so on give, in every lane and bit. */
 INLINE vec vec_min_num(vec a, vec b) { return vec_select((ivec)(b < a) | (ivec)(a != a), b, a); }
 #if LANES == 16 && defined(__AVX512F__)
 INLINE vec vec_max_num(vec a, vec b) { /* the instruction gives its second operand where one is NaN */
@@ -336,6 +336,13 @@ INLINE vec vec_scaled(vec x, vec n) {
   return x * (vec)((half + 127) << 23) * (vec)((whole - half + 127) << 23);
 }
 #endif
+INLINE ivec ivec_min(ivec a, ivec b) { return ~ivec_max(~a, ~b); }
+INLINE ivec ivec_max_unsigned(ivec a, ivec b) { return ivec_max(a ^ INT32_MIN, b ^ INT32_MIN) ^ INT32_MIN; }
+INLINE ivec ivec_min_unsigned(ivec a, ivec b) { return ~ivec_max_unsigned(~a, ~b); }
+INLINE vec vec_max_nan(vec a, vec b) { return vec_select((ivec)(a > b) | (ivec)(a != a), a, b); }
+INLINE vec vec_min_nan(vec a, vec b) { return vec_select((ivec)(a < b) | (ivec)(a != a), a, b); }
+INLINE vec vec_clamp_num(vec x, vec low, vec high) { return vec_min_num(vec_max_num(x, low), high); }
+INLINE vec vec_clamp_nan(vec x, vec low, vec high) { return vec_select((ivec)(x != x), x, vec_clamp_num(x, low, high)); }
 INLINE vec vec_exp2(vec x) {
   vec y = vec_where_above(x, -150.f, x);
   y = vec_select((ivec)(y > 129.f), vec_splat(129.f), y);
@@ -435,6 +442,23 @@ INLINE float add_dot2_to_one(float sum, int32_t a, int32_t b) {
   ATOMIC(max, suffix, type, word, old > operand ? old : operand) \
   ATOMIC(min, suffix, type, word, old < operand ? old : operand) \
   ATOMIC(exch, suffix, type, word, operand)
+#define COMPARE_AND_SWAP(suffix, type, memory, word, from_memory, to_memory)                                   \
+  static inline type atomic_cas_##suffix(memory *p, type expected, type desired) { /* of bits, whatever they mean */ \
+    memory before = to_memory(expected), after = to_memory(desired);                                           \
+    word seen, wanted;                                                                                         \
+    memcpy(&seen, &before, sizeof seen);                                                                       \
+    memcpy(&wanted, &after, sizeof wanted);                                                                    \
+    __atomic_compare_exchange_n((word *)p, &seen, wanted, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);              \
+    memcpy(&before, &seen, sizeof seen);                                                                       \
+    return from_memory(before);                                                                                \
+  }
+COMPARE_AND_SWAP(i16, int16_t, int16_t, uint16_t, , )
+COMPARE_AND_SWAP(i32, int32_t, int32_t, uint32_t, , )
+COMPARE_AND_SWAP(i64, int64_t, int64_t, uint64_t, , )
+COMPARE_AND_SWAP(f32, float, float, uint32_t, , )
+COMPARE_AND_SWAP(f64, double, double, uint64_t, , )
+COMPARE_AND_SWAP(f16, float, uint16_t, uint16_t, f16_to_float, float_to_f16)
+COMPARE_AND_SWAP(bf16, float, uint16_t, uint16_t, bf16_to_float, float_to_bf16)
 INTEGER_ATOMICS(i32, int32_t, uint32_t)
 INTEGER_ATOMICS(i64, int64_t, uint64_t)
 FLOAT_ATOMICS(f32, float, uint32_t)

@@ -120,7 +120,7 @@ def parse_type(text: str) -> Type:
     tensor = re.match(r"tensor<((?:\d+x)*)(.*)>$", text)
     if tensor:
         shape, text = tuple(int(extent) for extent in tensor.group(1).split("x") if extent), tensor.group(2)
-    pointer = re.match(r"!tt\.ptr<(.*?)(?:, \d+)?>$", text)
+    pointer = re.match(r'!tt\.ptr<(.*?)(?:, (?:\d+|"\w+"))?>$', text)  # an address space is of no use here
     return Type(shape, "*" + parse_type(pointer.group(1)).element if pointer else text)
 
 
@@ -185,7 +185,7 @@ class _Parser:
         block = Block(None)
         self.scopes = [{}]
         self.block_arguments(block, re.sub(r"\{[^{}]*\}", "", header[start : end - 1]))
-        results = re.match(r" -> (\(.*?\)|\S+)", header[end:])
+        results = re.match(r" -> (\(.*?\)|.*?)(?= attributes| \{$)", header[end:])
         types = [parse_type(t) for t in _split(results.group(1).strip("()"))] if results else []
         self.fill(block)
         return Function(name, block, types), " private " in header
@@ -227,7 +227,7 @@ class _Parser:
             line, location = self.lines[self.at]
             self.at += 1
             arguments = line[line.index("(") + 1 : line.rindex(")")] if line.startswith("^bb") and "(" in line else ""
-            if line.startswith("^bb") and block.parent is None:
+            if line.startswith("^bb") and (block.parent is None or block.ops):
                 block.ops.append(self.label(line, arguments, block))
             elif line.startswith("^bb"):
                 self.block_arguments(block, arguments)
@@ -235,7 +235,7 @@ class _Parser:
                 block.ops.append(self.op(line, location, block))
 
     def label(self, line: str, arguments: str, block: Block) -> Op:
-        """An early return cuts a function into blocks: `^bb2(%x: i32)` becomes an operation with %x as its result."""
+        """A return cuts a function or region into blocks: `^bb2(%x: i32)` is an operation with %x as its result."""
         op = Op("cf.label", [], re.match(r"\^\w+", line).group(), "", block)  # type: ignore[union-attr]
         for argument in _split(arguments):
             name, type_ = argument.split(":", 1)

@@ -11,7 +11,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from . import test_control_flow, test_dot, test_memory, test_reductions, test_registers, test_shapes
+from . import test_control_flow, test_dot, test_memory, test_reductions, test_registers, test_shapes, test_vectors
 from .arrays import Tensor, empty
 
 
@@ -95,6 +95,7 @@ def table() -> dict[str, Program]:
         "while": Program(flow.collatz_kernel, (1,), (Tensor(np.arange(1, 33, dtype=np.int32)), empty(32, "int32"), 32)),
         "reshapes": Program(moved.reshape_kernel, (1,), (normal(64), empty((7, 64)), 64)),
         "gather": Program(moved.gather_kernel, (1,), (*gathered, empty((2, 8, 32)), 8, 32)),
+        "limits": Program(test_vectors.limits_kernel, (1,), test_vectors.limits_arguments(rng)),
         "in place": Program(test_memory.transpose_in_place_kernel, (1,), (normal(16, 16), 16)),
     }  # fmt: skip
 

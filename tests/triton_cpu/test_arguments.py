@@ -196,3 +196,16 @@ def test_random_numbers_are_philox():
         signed = words[0].astype(np.uint32).view(np.int32).astype(np.int64)
         expected = np.where(signed < 0, -signed - 1, signed).astype(np.float32) * np.float32(4.6566127342e-10)
         np.testing.assert_array_equal(uniform.stored, expected)
+
+
+@triton.jit
+def constant_pointer_kernel(x_ptr: tl.const, out_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out_ptr + i, tl.load(x_ptr + i) + tl.load(x_ptr))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int64"])
+def test_a_pointer_to_what_is_only_read(dtype):
+    out = empty(8, dtype)
+    constant_pointer_kernel[(1,)](Tensor(np.arange(1, 9), dtype), out, 8)
+    np.testing.assert_array_equal(out.values, np.arange(2, 10))

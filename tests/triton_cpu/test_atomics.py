@@ -89,3 +89,65 @@ def test_a_lock_made_of_compare_and_swap():
     lock, total = Tensor(np.zeros(1, np.int32)), Tensor(np.zeros(1, np.int32))
     lock_kernel[(500,)](lock, total)
     assert total.stored[0] == 500 and lock.stored[0] == 0
+
+
+@triton.jit
+def swap_kernel(x_ptr, expected_ptr, desired_ptr, index_ptr, old_ptr, lone_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    expected, desired = tl.load(expected_ptr + i), tl.load(desired_ptr + i)
+    tl.store(old_ptr + i, tl.atomic_cas(x_ptr + tl.load(index_ptr + i), expected, desired, sem="acquire", scope="cta"))
+    first = tl.atomic_cas(lone_ptr, tl.load(expected_ptr), tl.load(desired_ptr))
+    tl.store(lone_ptr + 1, first)
+
+
+@pytest.mark.parametrize("dtype", ["int16", "uint64", "int32", "int64", "float16", "bfloat16", "float32", "float64"])
+def test_compare_and_swap_of_a_tensor_goes_lane_by_lane(dtype, rng):
+    few = rng.integers(0, 3, (4, 64)) - (0 if dtype.startswith("u") else 1)
+    x, expected, desired = few[0, :16], few[1], few[2]
+    index = rng.integers(0, 16, 64).astype(np.int32)
+    memory, old, lone = Tensor(x, dtype), empty(64, dtype), Tensor(np.array([expected[0], 0]), dtype)
+    swap_kernel[(1,)](memory, Tensor(expected, dtype), Tensor(desired, dtype), Tensor(index), old, lone, 64)
+    after, seen = x.copy(), []
+    for place, wanted, new in zip(index, expected, desired):
+        seen.append(after[place])
+        after[place] = new if after[place] == wanted else after[place]
+    np.testing.assert_array_equal(memory.values, after)
+    np.testing.assert_array_equal(old.values, seen)
+    np.testing.assert_array_equal(lone.values, [desired[0], expected[0]])
+
+
+def test_compare_and_swap_compares_the_bits_of_floats():
+    x = Tensor(np.array([0.0, -0.0, np.nan, np.nan], np.float32))
+    expected, desired = Tensor(np.array([-0.0, -0.0, np.nan, 1], np.float32)), Tensor(np.arange(5, 9, dtype=np.float32))
+    old, index = empty(4), Tensor(np.arange(4, dtype=np.int32))
+    swap_kernel[(1,)](x, expected, desired, index, old, empty(2), 4)
+    np.testing.assert_array_equal(x.stored, np.array([0.0, 6, 7, np.nan], np.float32))
+
+
+@triton.jit
+def claim_kernel(owner_ptr, won_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    me = tl.zeros((N,), tl.int32) + tl.program_id(0) + 1
+    old = tl.atomic_cas(owner_ptr + i, tl.zeros((N,), tl.int32), me)
+    tl.atomic_add(won_ptr + tl.program_id(0), tl.sum((old == 0).to(tl.int32)))
+
+
+def test_of_all_programs_one_wins_each_place():
+    owner, won = Tensor(np.zeros(64, np.int32)), Tensor(np.zeros(500, np.int32))
+    claim_kernel[(500,)](owner, won, 64)
+    np.testing.assert_array_equal(np.bincount(owner.stored, minlength=501)[1:], won.stored)
+    assert won.stored.sum() == 64
+
+
+@triton.jit
+def shifted_swap_kernel(x_ptr, old_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    x = tl.load(x_ptr + i)
+    tl.store(old_ptr + i, tl.atomic_cas(x_ptr + i + 1, x + 1, x))
+
+
+def test_what_is_compared_is_read_before_the_first_swap():
+    x, old = Tensor(np.arange(65, dtype=np.int32)), empty(64, "int32")
+    shifted_swap_kernel[(1,)](x, old, 64)
+    np.testing.assert_array_equal(x.stored, [0, *range(64)])
+    np.testing.assert_array_equal(old.stored, np.arange(1, 65))

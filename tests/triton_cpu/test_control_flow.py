@@ -325,6 +325,44 @@ def test_calls_of_functions_that_are_not_inlined(rng):
     np.testing.assert_allclose(ratio.stored, total / divisor, rtol=1e-6)
 
 
+@triton.jit(noinline=True)
+def _scaled(pair, scale, N: tl.constexpr):
+    x, pointers = pair
+    if scale > 1:
+        return x + tl.load(pointers), scale + 1, pointers + scale, x > 0, scale * 2.0
+    return x * tl.arange(0, N), scale, pointers, x < 0, scale * 3.0
+
+
+@triton.jit
+def tensor_call_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    pid, i = tl.program_id(0), tl.arange(0, N)
+    value, scale, pointers, chosen, factor = _scaled((tl.load(x_ptr + i), x_ptr + i), pid, N)
+    for _ in range(2):
+        value, scale, pointers, more, factor = _scaled((value, pointers), scale, N)
+        chosen = chosen ^ more
+    tl.store(out_ptr + pid * N + i, tl.where(chosen, value, -value) * scale + tl.load(pointers) * factor)
+
+
+@pytest.mark.parametrize("n", [8, 16384], ids=["on the stack", "beyond it"])
+def test_calls_with_tensors_and_tuples_of_them(n, rng):
+    x = rng.integers(-5, 6, n + 16).astype(np.float32)
+    out = empty((4, n))
+    tensor_call_kernel[(4,)](Tensor(x), out, n)
+
+    def scaled(value, at, scale):
+        if scale > 1:
+            return value + x[at], scale + 1, at + scale, value > 0, scale * 2.0
+        return value * np.arange(n), scale, at, value < 0, scale * 3.0
+
+    for pid in range(4):
+        value, scale, at, chosen, factor = scaled(x[:n], np.arange(n), pid)
+        for _ in range(2):
+            value, scale, at, more, factor = scaled(value, at, scale)
+            chosen = chosen ^ more
+        expected = np.where(chosen, value, -value) * scale + x[at] * factor
+        np.testing.assert_allclose(out.stored[pid], expected, rtol=1e-6)
+
+
 @triton.jit
 def range_kernel(out_ptr, start, stop, STEP: tl.constexpr):
     count = 0
@@ -357,3 +395,55 @@ def test_program_ids_on_a_grid_of_three_dimensions():
     z, y, x = np.indices((5, 3, 7))
     np.testing.assert_array_equal(out.stored[0], x + 100 * y + 10000 * z)
     np.testing.assert_array_equal(out.stored[1].ravel(), np.arange(105))
+
+
+@triton.jit
+def _sign_of_difference(x, y):
+    if x < y:
+        return -1
+    elif x == y:
+        return 0
+    else:
+        return 1
+
+
+@triton.jit
+def _collatz_steps(n):
+    steps = n * 0
+    while n > 1:
+        n = tl.where(n % 2 == 0, n // 2, 3 * n + 1)
+        steps += 1
+    return steps
+
+
+@triton.jit
+def _two_quotients(a0, a1, b0, b1):
+    return a0 // b0, a1 // b1, (a0 % b1) > 3, (a1 % b0) > 3
+
+
+@triton.jit
+def mapped_kernel(a_ptr, b_ptr, out_ptr, M: tl.constexpr, N: tl.constexpr):
+    place = tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
+    a, b = tl.load(a_ptr + place), tl.load(b_ptr + place)
+    tl.store(out_ptr + place, tl.map_elementwise(_sign_of_difference, a, b))
+    tl.store(out_ptr + M * N + place, tl.map_elementwise(_sign_of_difference, b % 7, 3 + 0 * b))
+    tl.store(out_ptr + 2 * M * N + place, tl.map_elementwise(_collatz_steps, b))
+    quotient, above = tl.map_elementwise(_two_quotients, a + 1, b, pack=2)
+    tl.store(out_ptr + 3 * M * N + place, tl.where(above, quotient, -quotient))
+
+
+@pytest.mark.skipif(not hasattr(tl, "map_elementwise"), reason="this Triton has no tl.map_elementwise")
+def test_a_function_of_scalars_mapped_over_tensors(rng):
+    a, b = rng.integers(0, 99, (4, 16), np.int32), rng.integers(1, 60, (4, 16), np.int32)
+    out = empty((4, 4, 16), "int32")
+    mapped_kernel[(1,)](Tensor(a), Tensor(b), out, 4, 16)
+
+    def steps(n):
+        return 0 if n <= 1 else 1 + steps(n // 2 if n % 2 == 0 else 3 * n + 1)
+
+    other = b.reshape(-1, 2)[:, ::-1].reshape(b.shape)  # the neighbour in its pack
+    quotients = np.where((a + 1) % other > 3, (a + 1) // b, -((a + 1) // b))
+    np.testing.assert_array_equal(out.stored[0], np.sign(a - b))
+    np.testing.assert_array_equal(out.stored[1], np.sign(b % 7 - 3))
+    np.testing.assert_array_equal(out.stored[2], np.vectorize(steps)(b))
+    np.testing.assert_array_equal(out.stored[3], quotients)

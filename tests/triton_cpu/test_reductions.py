@@ -197,6 +197,72 @@ def test_scans(shape, axis, reverse, rng):
 
 
 @triton.jit
+def add(a, b):
+    return a + b
+
+
+@triton.jit
+def running_kernel(
+    x_ptr, out_ptr, sums_ptr, ROWS: tl.constexpr, N: tl.constexpr, AXIS: tl.constexpr, REVERSE: tl.constexpr
+):  # fmt: skip
+    place = tl.arange(0, ROWS)[:, None] * N + tl.arange(0, N)[None, :]
+    x = tl.load(x_ptr + place)
+    tl.store(out_ptr + place, tl.cumsum(x, AXIS, reverse=REVERSE))
+    tl.store(out_ptr + ROWS * N + place, tl.associative_scan(x, AXIS, add, reverse=REVERSE))
+    scale, shift = tl.associative_scan((x * 0 + 0.5, x), AXIS, affine, reverse=REVERSE)
+    tl.store(out_ptr + 2 * ROWS * N + place, scale)
+    tl.store(out_ptr + 3 * ROWS * N + place, shift)
+    kept = tl.arange(0, ROWS if AXIS == 1 else N)
+    tl.store(sums_ptr + kept, tl.reduce(x, AXIS, add))
+    total, _count = tl.reduce((x, x * 0 + 1), AXIS, add_pairs)
+    tl.store(sums_ptr + (ROWS if AXIS == 1 else N) + kept, total)
+
+
+@triton.jit
+def add_pairs(a, m, b, n):
+    return a + b, m + n
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("axis, shape", [(0, (2048, 2)), (1, (2, 2048))])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sums_of_small_floats_are_rounded_once(dtype, axis, shape, reverse, rng):
+    """A sum kept in bf16 would stagnate at 256 times its terms."""
+    x = Tensor(rng.uniform(0.5, 1.5, shape), dtype)
+    out, sums = empty((4, *shape), dtype), empty((2, max(2, shape[1 - axis])), dtype)
+    running_kernel[(1,)](x, out, sums, *shape, axis, reverse)
+    ordered = np.moveaxis(x.values, axis, 0)[:: -1 if reverse else 1]
+    shift = np.zeros_like(ordered)
+    for k in range(len(ordered)):
+        shift[k] = shift[k - 1] * 0.5 + ordered[k] if k else ordered[k]
+    scale = 0.5 ** np.arange(1, len(ordered) + 1)[:, None] + 0 * ordered
+    running = np.cumsum(ordered, 0)
+    expected = [np.moveaxis(e[:: -1 if reverse else 1], 0, axis) for e in (running, running, scale, shift)]
+    rounding = 2.0 ** (-8 if dtype == "bfloat16" else -11) * 1.01  # half a unit in the last place, and f32's own
+    np.testing.assert_allclose(out.values, expected, rtol=rounding, atol=1e-7)
+    np.testing.assert_allclose(sums.values, [running[-1]] * 2, rtol=rounding)
+
+
+@triton.jit
+def long_sort_kernel(x_ptr, sorted_ptr, top_ptr, N: tl.constexpr, K: tl.constexpr, DESCENDING: tl.constexpr):
+    i = tl.program_id(0) * N + tl.arange(0, N)
+    x = tl.load(x_ptr + i)
+    tl.store(sorted_ptr + i, tl.sort(x, descending=DESCENDING))
+    tl.store(top_ptr + tl.program_id(0) * K + tl.arange(0, K), tl.topk(x, K, descending=not DESCENDING))
+
+
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("n, dtype", [(1024, "float32"), (2, "bfloat16"), (256, "int64"), (128, "uint8")])
+def test_sort_and_topk_of_any_length(n, dtype, descending, rng):
+    x = Tensor(rng.integers(0, 200, (2, n)), dtype)
+    ordered, top = empty((2, n), dtype), empty((2, 2), dtype)
+    long_sort_kernel[(2,)](x, ordered, top, n, 2, descending)
+    expected = np.sort(x.values, 1)[:, :: -1 if descending else 1]
+    np.testing.assert_array_equal(ordered.values, expected)
+    np.testing.assert_array_equal(top.values, expected[:, ::-1][:, :2])
+
+
+@triton.jit
 def order_kernel(x_ptr, sorted_ptr, top_ptr, flip_ptr, N: tl.constexpr):
     i = tl.program_id(0) * N + tl.arange(0, N)
     x = tl.load(x_ptr + i)

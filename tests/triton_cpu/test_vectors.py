@@ -161,3 +161,69 @@ def test_an_expression_that_uses_its_values_many_times_compiles(rng):
     for _ in range(24):
         expected = expected * (1.5 - 0.5 * expected * expected)
     np.testing.assert_allclose(out.stored, expected, rtol=1e-3, atol=1e-3)
+
+
+@triton.jit
+def limits_kernel(a_ptr, b_ptr, floats_ptr, integers_ptr, sums_ptr, M: tl.constexpr, N: tl.constexpr):
+    m, n = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
+    place = m * N + n
+    a, b = tl.load(a_ptr + place), tl.load(b_ptr + place)
+    product = tl.dot(a, tl.load(b_ptr + tl.arange(0, N)[:, None] * N + n))
+    NAN: tl.constexpr = tl.PropagateNan.ALL
+    results = (
+        tl.clamp(a, b, 1.0),
+        tl.clamp(a, b, 1.0, propagate_nan=NAN),
+        tl.maximum(a, b, propagate_nan=NAN),
+        tl.minimum(a, b, propagate_nan=NAN),
+    )
+    for number in tl.static_range(4):
+        tl.store(sums_ptr + number * M + tl.arange(0, M), tl.max(tl.where(product == product, results[number], 0.0), 1))
+        tl.store(floats_ptr + number * M * N + place, results[number])
+    i, j = a.to(tl.int32, bitcast=True), b.to(tl.int32, bitcast=True)
+    u, v = a.to(tl.uint32, bitcast=True), b.to(tl.uint32, bitcast=True)
+    smallest = tl.minimum(i, j)
+    largest, least = tl.maximum(u, v).to(tl.int32, bitcast=True), tl.minimum(u, v).to(tl.int32, bitcast=True)
+    tl.store(integers_ptr + tl.arange(0, M), tl.sum(smallest, 1))
+    tl.store(integers_ptr + M + tl.arange(0, M), tl.sum(largest, 1))
+    tl.store(integers_ptr + 2 * M + tl.arange(0, M), tl.sum(least, 1))
+    tl.store(integers_ptr + 3 * M + tl.arange(0, M), tl.min(i, 1))
+
+
+SPECIAL = [np.inf, -np.inf, np.nan, -np.nan, 0.0, -0.0, 1.0, -1.0, 3e38, 1e-45, -1e-45, 2.0]
+
+
+def limits_arguments(rng):
+    a, b = np.array(np.meshgrid(SPECIAL + [0.5] * 4, SPECIAL + [0.25] * 4), np.float32)
+    return (
+        Tensor(rng.permuted(a, axis=1)),
+        Tensor(b),
+        empty((4, 16, 16)),
+        empty((4, 16), "int32"),
+        empty((4, 16)),
+        16,
+        16,
+    )
+
+
+def test_limits_of_all_special_numbers_are_vectors_and_those_of_the_general_path(rng):
+    a, b, *_ = limits_arguments(rng)
+    found = []
+    for register_tiles in (True, False):
+        outs = [empty((4, 16, 16)), empty((4, 16), "int32"), empty((4, 16))]
+        compiled = limits_kernel[(1,)](a, b, *outs, 16, 16, register_tiles=register_tiles)
+        c = compiled.asm["c"].split("run_programs")[0].split("kernel_limits")[-1]
+        for name in ("clamp_num", "clamp_nan", "max_nan", "min_nan"):
+            assert (f"vec_{name}(" in c) == register_tiles
+        for name in ("min", "max_unsigned", "min_unsigned"):
+            assert (f"ivec_{name}(" in c) == register_tiles
+        found.append([out.stored.tobytes() for out in outs])
+    assert found[0] == found[1]
+    a, b = a.stored, b.stored
+    floats, integers = outs[0].stored, outs[1].stored
+    clamped = np.fmin(np.fmax(a, b), 1)
+    expected = clamped, np.where(np.isnan(a), a, clamped), np.maximum(a, b), np.minimum(a, b)
+    np.testing.assert_array_equal(floats, expected)
+    i, j, u, v = a.view(np.int32), b.view(np.int32), a.view(np.uint32), b.view(np.uint32)
+    columns = np.minimum(i, j), np.maximum(u, v).view(np.int32), np.minimum(u, v).view(np.int32)
+    np.testing.assert_array_equal(integers[:3], [x.sum(1, dtype=np.int32) for x in columns])
+    np.testing.assert_array_equal(integers[3], i.min(1))
