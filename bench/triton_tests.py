@@ -52,6 +52,7 @@ RULES = (
         "",
     ),
     ("lists the fp8 formats of GPUs", "DID NOT RAISE", "supported_dtypes"),
+    ("the front end alone, which is of another version", "FileCheck|CHECK|DID NOT RAISE", "CHECK-LABEL|atomic_poll"),
     ("compiles for a GPU by name", "", r"GPUTarget\(['\"](cuda|hip)|nvidia\.|knobs\.amd|ptxas|sm_\d\d"),
     ("inline PTX assembly", r"inline_asm", "inline_asm_elementwise"),
     ("clusters of CTAs or warp specialisation", "", r"num_ctas=num_ctas|warp_specialize"),

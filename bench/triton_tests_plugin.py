@@ -81,12 +81,17 @@ def pytest_runtest_logstart(nodeid: str, location: Any) -> None:
     _write(id=nodeid, outcome="started")
 
 
+def _source(test: Any) -> str:
+    test = inspect.unwrap(test)  # of some tests, it is a kernel
+    return str(getattr(test, "src", "")) or inspect.getsource(test)
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
     report = (yield).get_result()
     if report.when == "call" or not report.passed:
         text = str(report.longrepr[2] if report.skipped and isinstance(report.longrepr, tuple) else report.longrepr)
-        source = inspect.getsource(item.obj) if report.failed and inspect.isfunction(item.obj) else ""
+        source = _source(item.obj) if report.failed and hasattr(item, "obj") else ""
         error = f"{call.excinfo.typename}: {call.excinfo.value}" if call.excinfo else ""
         _write(
             id=item.nodeid,
