@@ -36,6 +36,7 @@ def _on_cpu(value: Any) -> Any:
 def act_as_cpu() -> None:
     CudaIsCPU().__enter__()
     torch.cuda.synchronize = lambda device=None: None
+    torch.cpu.current_device = lambda: 0  # as the backend numbers it; PyTorch says "cpu"
 
 
 def _child(*arguments: Any) -> None:
