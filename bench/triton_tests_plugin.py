@@ -19,12 +19,14 @@ from torch.overrides import TorchFunctionMode
 
 
 class CudaIsCPU(TorchFunctionMode):
-    """Every "cuda" among the arguments of a PyTorch function reads "cpu"; `tensor.cuda()` is the tensor."""
+    """Every "cuda", and a device that is a number, reads "cpu" in PyTorch's functions; `tensor.cuda()` is the tensor."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), keywords: Any = None) -> Any:
         if function is torch.Tensor.cuda:
             return args[0]
         keywords = {name: _on_cpu(value) for name, value in (keywords or {}).items()}
+        if isinstance(keywords.get("device"), int):
+            keywords["device"] = "cpu"
         return function(*map(_on_cpu, args), **keywords)
 
 
@@ -36,7 +38,7 @@ def _on_cpu(value: Any) -> Any:
 def act_as_cpu() -> None:
     CudaIsCPU().__enter__()
     torch.cuda.synchronize = lambda device=None: None
-    torch.cpu.current_device = lambda: 0  # as the backend numbers it; PyTorch says "cpu"
+    torch.cpu.current_device = torch.accelerator.current_device_index = lambda: 0  # PyTorch says "cpu", the backend 0
 
 
 def _child(*arguments: Any) -> None:
