@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class CudaIsCPU(TorchFunctionMode):
-    """Every "cuda", and a device that is a number, reads "cpu" in PyTorch's functions; `tensor.cuda()` is the tensor."""
+    """Every "cuda", and every device by number, reads "cpu" in PyTorch's functions; `tensor.cuda()` is the tensor."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), keywords: Any = None) -> Any:
         if function is torch.Tensor.cuda:
