@@ -56,7 +56,9 @@ RULES = (
     ("compiles for a GPU by name", "", r"GPUTarget\(['\"](cuda|hip)|nvidia\.|knobs\.amd|ptxas|sm_\d\d"),
     ("inline PTX assembly", r"inline_asm", "inline_asm_elementwise"),
     ("clusters of CTAs or warp specialisation", "", r"num_ctas=num_ctas|warp_specialize"),
-    ("TTGIR of a GPU as input", "", r"ttg\.|ttng\."),
+    ("Gluon, a language for GPUs", "TranslatorTarget", ""),
+    ("remarks of GPU passes, LLVM bitcode", "", "remark|def test_link_extern_libs"),
+    ("TTGIR of a GPU as input", "", r"ttg\.|ttng\.|ttgir"),
 )
 
 
