@@ -43,22 +43,22 @@ CHUNK = 150  # tests in a process: starting it takes 5 s
 OUTSIDE = {"cuda", "instrumentation", "plugins"}  # folders that are a GPU's or LLVM's by name
 Result = dict[str, Any]
 
-# Why a failing test says nothing of a CPU: (reason, what its error says, what its source says); "" is anything.
+# Why a failing test says nothing of a CPU: (reason, what its error says, what its source says, "" for anything). What
+# the source says is never enough: tests that look at a GPU's assembly check results on the way.
 RULES = (
-    ("reads a GPU's assembly or layouts", r"KeyError: .*'(ptx|ttgir|llir|cubin|amdgcn|sass|hsaco)'|make_ttgir", ""),
     (
-        "calls the CUDA or HIP driver",
-        r"not compiled with CUDA|NVIDIA driver|libcuda|No CUDA|_cuda\w*'|CUDA_HOME|test_utils_src",
+        "reads a GPU's assembly or layouts",
+        r"KeyError: .*'(ptx|ttgir|llir|cubin|amdgcn|sass)'|make_ttgir|'ttgir' is",
         "",
     ),
+    ("calls the CUDA or HIP driver", r"compiled with CUDA|NVIDIA driver|libcuda|No CUDA|_cuda\w*'|test_utils_src", ""),
     ("lists the fp8 formats of GPUs", "DID NOT RAISE", "supported_dtypes"),
-    ("the front end alone, which is of another version", "CHECK|DID NOT RAISE", "CHECK-LABEL|atomic_poll"),
-    ("compiles for a GPU by name", "", r"GPUTarget\(['\"](cuda|hip)|nvidia\.|knobs\.amd|ptxas|sm_\d\d"),
-    ("inline PTX assembly", r"inline_asm", "inline_asm_elementwise"),
-    ("clusters of CTAs or warp specialisation", "", r"num_ctas=num_ctas|warp_specialize"),
+    ("the front end alone, of another version", "CHECK|DID NOT RAISE", "CHECK-LABEL|atomic_poll"),
+    ("inline PTX assembly", "inline_asm", "inline_asm_elementwise"),
     ("Gluon, a language for GPUs", "TranslatorTarget", ""),
-    ("remarks of GPU passes, LLVM bitcode", "", "remark|def test_link_extern_libs"),
-    ("TTGIR of a GPU as input", "", r"ttg\.|ttng\.|ttgir"),
+    ("remarks of GPU passes", "in the remark|remark: Warning", "remark"),
+    ("links LLVM bitcode", "assert False == True", "def test_link_extern_libs"),
+    ("removed from Triton 3.9", "Block pointers have been removed", ""),
 )
 
 
