@@ -83,7 +83,7 @@ def kind(result: Result) -> str:
 def cause(result: Result) -> str:
     """The error's most telling line without its numbers and paths: tests that fail alike share it."""
     lines = [line.strip() for line in (result.get("error") or result["text"]).splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"not supported|can't|cannot|Mismatched|Error: \w", line)]
+    telling = [line for line in lines if re.search(r"not supported|can't|cannot|Mismatched|Error: \w| error: ", line)]
     line = re.sub(r"(cannot compile|Mismatched elements):.*", r"\1", (telling or lines or ["?"])[-1])
     return re.sub(r"0x[0-9a-f]+|-?\d+(\.\d+)?(e[+-]?\d+)?", "N", re.sub(r"/\S+/", "", line))[:200]
 
