@@ -111,7 +111,7 @@ class CPUBackend(BaseBackend):
     def add_stages(self, stages: dict[str, Any], options: CPUOptions, language: Any = None) -> None:
         stages["ttir"] = make_ttir
         stages["c"] = lambda module, metadata: make_c(module, metadata, options)
-        stages["so"] = lambda source, metadata: toolchain().compile(source)
+        stages["so"] = make_so
 
 
 def make_ttir(module: Any, metadata: dict[str, Any]) -> Any:
@@ -143,6 +143,15 @@ def make_c(module: Any, metadata: dict[str, Any], options: CPUOptions) -> str:
     metadata["argument_format"] = argument_format(functions[0])
     wanted = Optimisations(*[getattr(options, name) for name in Optimisations._fields])
     return generate_c(functions, _prelude(), toolchain().lanes, options.enable_fp_fusion, wanted)
+
+
+def make_so(source: str, metadata: dict[str, Any]) -> bytes:
+    try:
+        return toolchain().compile(source)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the C of kernel {metadata['name']!r} does not compile, please report it: {error}"
+        ) from None
 
 
 @functools.lru_cache(None)
