@@ -123,7 +123,7 @@ class CPUBackend(BaseBackend):
     def add_stages(self, stages: dict[str, Any], options: CPUOptions, language: Any = None) -> None:
         stages["ttir"] = make_ttir
         stages["c"] = lambda module, metadata: make_c(module, metadata, options)
-        stages["so"] = lambda source, metadata: _machine_code(source, toolchain().fingerprint())
+        stages["so"] = make_so
 
 
 def _convert_e4b15(value: Any, type_: Any, rounding: Any, _semantic: Any) -> Any:
@@ -181,6 +181,15 @@ def make_c(module: Any, metadata: dict[str, Any], options: CPUOptions) -> str:
 def _machine_code(source: str, fingerprint: str) -> bytes:
     """Configurations of an autotuner often differ in what means nothing here, and their C not at all."""
     return toolchain().compile(source)
+
+
+def make_so(source: str, metadata: dict[str, Any]) -> bytes:
+    try:
+        return _machine_code(source, toolchain().fingerprint())
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the C of kernel {metadata['name']!r} does not compile, please report it: {error}"
+        ) from None
 
 
 @functools.lru_cache(None)

@@ -317,10 +317,8 @@ class _Parser:
         return [parse_type(t) for t in _split(results[1:-1] if results.startswith("(") else results)]
 
     def simple(self, op: Op, line: str, count: int) -> list[Type]:
-        """An operation on one line: every %name before the types is an operand."""
-        if op.name in ("tt.print", "tt.assert"):
-            op.operands = [self.find(name) for name in _VALUE.findall(re.sub(r'"[^"]*"', "", line))]
-            return []
+        """An operation on one line: every %name before the types, and in no string, is an operand."""
+        line = re.sub(r'"[^"]*"', '""', line)
         body, _, types = line.rpartition(" : ")
         if not body or op.name in ("arith.constant", "tt.make_range"):
             body = line

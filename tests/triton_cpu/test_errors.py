@@ -7,6 +7,7 @@ import pytest
 import triton
 import triton.language as tl
 
+from fastdeploy.triton_cpu import compiler
 from fastdeploy.triton_cpu.context import UnsupportedOperation
 from fastdeploy.triton_cpu.runtime import record
 
@@ -32,6 +33,22 @@ def test_an_unsupported_operation_is_named_with_its_source_line():
     message = str(raised.value)
     assert "tt.elementwise_inline_asm" in message and "assembly_kernel" in message
     assert f"{__file__}:{line_of(assembly_kernel, 'inline_asm')}" in message
+
+
+@triton.jit
+def clock_kernel(x_ptr):
+    tl.store(x_ptr, tl.extra.cuda.globaltimer())
+
+
+def test_names_in_assembly_are_no_operands():
+    with pytest.raises(UnsupportedOperation, match="globaltimer"):
+        clock_kernel[(1,)](empty(1, "int64"))
+
+
+def test_c_that_does_not_compile_is_told_with_the_kernel():
+    with pytest.raises(RuntimeError, match="kernel 'plain_kernel' does not compile") as raised:
+        compiler.make_so("#error of this test", {"name": "plain_kernel"})
+    assert "#error of this test" in str(raised.value)
 
 
 @triton.jit

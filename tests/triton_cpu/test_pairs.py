@@ -169,7 +169,7 @@ def layer(x, w):
     """x @ w.T by fastdeploy's linear layer, both in bfloat16."""
     data = view(encode(np.ascontiguousarray(pack_reference(w, 32)), "bfloat16"), "bfloat16")
     out = np.empty((len(x), len(w)), np.float32)
-    linear(out, Tensor(x, "bfloat16").view, LinearWeight(data, len(w), w.shape[1], 32))
+    linear(out, view(encode(x, "bfloat16"), "bfloat16"), LinearWeight(data, len(w), w.shape[1], 32))
     return out
 
 

@@ -252,7 +252,7 @@ def long_sort_kernel(x_ptr, sorted_ptr, top_ptr, N: tl.constexpr, K: tl.constexp
 
 
 @pytest.mark.parametrize("descending", [False, True])
-@pytest.mark.parametrize("n, dtype", [(1024, "float32"), (2, "bfloat16"), (256, "int64"), (128, "uint8")])
+@pytest.mark.parametrize("n, dtype", [(256, "float32"), (2, "bfloat16"), (64, "int64"), (32, "uint8")])
 def test_sort_and_topk_of_any_length(n, dtype, descending, rng):
     x = Tensor(rng.integers(0, 200, (2, n)), dtype)
     ordered, top = empty((2, n), dtype), empty((2, 2), dtype)
