@@ -102,6 +102,7 @@ class CPUBackend(BaseBackend):
         for name in Optimisations._fields:
             if (wanted := os.environ.get(f"FASTDEPLOY_{name.upper()}")) is not None:
                 chosen.setdefault(name, wanted != "0")
+        chosen["extern_libs"] = tuple(sorted(dict(chosen.get("extern_libs") or {}).items()))
         chosen["bf16_products"] = chosen.get("bf16_products", False) and toolchain().multiplies_bf16
         return CPUOptions(**chosen)
 
@@ -142,8 +143,9 @@ def _convert_e4b15(value: Any, type_: Any, rounding: Any, _semantic: Any) -> Any
 
 
 def make_ttir(module: Any, metadata: dict[str, Any]) -> Any:
-    """Triton's own target-independent passes."""
+    """Triton's own target-independent passes, those that its GPU backends have."""
     manager = ir.pass_manager(module.context)
+    manager.enable_debug()  # where MLIR_ENABLE_DUMP asks for it
     passes.common.add_inliner(manager)
     passes.ttir.add_rewrite_tensor_descriptor_to_pointer(manager)
     if hasattr(passes.ttir, "add_rewrite_tensor_pointer"):  # block pointers, until Triton 3.7
@@ -154,14 +156,17 @@ def make_ttir(module: Any, metadata: dict[str, Any]) -> Any:
     passes.common.add_cse(manager)
     passes.common.add_symbol_dce(manager)
     passes.ttir.add_loop_unroll(manager)
-    passes.ttir.add_triton_licm(manager)
-    passes.common.add_canonicalizer(manager)
-    passes.common.add_cse(manager)
     manager.run(module, "make_ttir")
     return module
 
 
 def make_c(module: Any, metadata: dict[str, Any], options: CPUOptions) -> str:
+    """TTIR, with what a loop does in every turn alike moved out of it, as C; what a launch must know as metadata."""
+    manager = ir.pass_manager(module.context)
+    passes.ttir.add_triton_licm(manager)
+    passes.common.add_canonicalizer(manager)
+    passes.common.add_cse(manager)
+    manager.run(module, "make_c")
     functions = ttir.parse(str(module))
     for function in functions:
         rewrite(function)

@@ -120,7 +120,7 @@ def parse_type(text: str) -> Type:
     tensor = re.match(r"tensor<((?:\d+x)*)(.*)>$", text)
     if tensor:
         shape, text = tuple(int(extent) for extent in tensor.group(1).split("x") if extent), tensor.group(2)
-    pointer = re.match(r'!tt\.ptr<(.*?)(?:, (?:\d+|"\w+"))?>$', text)  # an address space is of no use here
+    pointer = re.match(r'!tt\.ptr<(.*?)(?:, (?:\d+|"\w*"))?>$', text)  # an address space is of no use here
     return Type(shape, "*" + parse_type(pointer.group(1)).element if pointer else text)
 
 

@@ -392,3 +392,19 @@ def test_what_a_mask_excludes_is_neither_read_nor_multiplied(dtype, mask, rng):
         )  # fmt: skip
         exact = 1 + a.astype(float) @ np.where(kept, b, 0.0)
         np.testing.assert_allclose(out.stored, exact, rtol=1e-5, atol=1e-4)
+
+
+@triton.jit
+def sloping_kernel(a_ptr, b_ptr, out_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    sums = tl.where(n[None, :] < m[:, None], n[None, :].to(tl.float32), 0.5)
+    a, b = tl.load(a_ptr + m[:, None] * K + k[None, :]), tl.load(b_ptr + k[:, None] * N + n[None, :])
+    tl.store(out_ptr + m[:, None] * N + n[None, :], tl.dot(a, b, sums))
+
+
+@pytest.mark.parametrize("m, n, k", [(16, 64, 32), (2, 128, 8), (64, 32, 16)])
+def test_sums_begin_with_what_is_computed_of_columns(m, n, k, rng):
+    a, b = rng.standard_normal((m, k)).astype(np.float32), rng.standard_normal((k, n)).astype(np.float32)
+    out, rows, columns = empty((m, n)), np.arange(m)[:, None], np.arange(n)[None]
+    sloping_kernel[(1,)](Tensor(a), Tensor(b), out, m, n, k)
+    np.testing.assert_allclose(out.stored, np.where(columns < rows, columns, 0.5) + a.astype(float) @ b, atol=1e-4)
