@@ -129,6 +129,7 @@ def generate_c(functions: list[Function], prelude: str, target: Target) -> Gener
 _USES = {
     "USES_VECTORS": ("vec ", "add_dot2_to_one"),
     "USES_ATOMICS": ("atomic_",),
+    "USES_POLL": ("atomic_poll",),
     "USES_LIBDEVICE": ("nv_",),
     "USES_FNUZ": ("fnuz",),
     "USES_MX": ("mx_",),

@@ -12,9 +12,14 @@ from .loops import LoopNest, best_order, linear
 from .ttir import Op, Value
 
 # The atomic updates of prelude.h
-_INTEGER_ATOMICS = ("add", "max", "min", "umax", "umin", "and", "or", "xor", "exch", "cas")
+_INTEGER_ATOMICS = ("add", "max", "min", "umax", "umin", "and", "or", "xor", "exch", "cas", "poll")
 _ATOMICS = {"i32": _INTEGER_ATOMICS, "i64": _INTEGER_ATOMICS, "f32": ("fadd", "max", "min", "exch", "cas")}
-_ATOMICS |= {"f64": _ATOMICS["f32"], "f16": ("fadd", "exch", "cas"), "bf16": ("fadd", "exch", "cas"), "i16": ("cas",)}
+_ATOMICS |= {
+    "f64": _ATOMICS["f32"],
+    "f16": ("fadd", "exch", "cas"),
+    "bf16": ("fadd", "exch", "cas"),
+    "i16": ("cas", "poll"),
+}
 
 
 def store(context: Context, op: Op) -> None:
@@ -46,27 +51,34 @@ def _store_order(context: Context, pointers: Value, value: Value) -> list[int]:
 
 def atomic_update(context: Context, op: Op) -> None:
     """Read-modify-write by compare-and-swap, which serves every operation and type alike; the result is the old value.
+    Or tl.atomic_poll, whose elements share the time that they may wait.
 
     Elements of a tensor take their turns in order, so that of those at one address each sees the one before.
     """
-    kind = "cas" if op.name == "tt.atomic_cas" else op.text.split()[1].rstrip(",")
+    kind = op.name.removeprefix("tt.atomic_") if op.name != "tt.atomic_rmw" else op.text.split()[1].rstrip(",")
     values = op.operands[1:]
-    mask = values.pop() if len(values) > 1 and kind != "cas" else None
-    result, element, shape = op.result, op.result.type.element, op.result.type.shape
+    mask = values.pop() if len(values) > 1 and op.name == "tt.atomic_rmw" else None
+    timeout = values.pop() if len(values) > 1 and kind == "poll" else None
+    result, element, shape = op.result, op.operands[0].type.pointee, op.result.type.shape
     update = f"atomic_{kind}_{element}"
     if kind not in _ATOMICS.get(element, ()):
         raise context.unsupported(op, f"{kind} of {element}")
+    deadline = []
+    if kind == "poll":
+        deadline.append(context.name("deadline"))
+        text = f"deadline_after({context.scalar(timeout)})" if timeout is not None else "INT64_MAX"
+        context.line(f"const int64_t {deadline[0]} = {text};")
     if not result.type.is_tensor:
         name = context.name(result.name)
-        context.line(f"{value_type(element)} {name} = 0;")
+        context.line(f"{value_type(result.type.element)} {name} = 0;")
         condition = f"if ({context.scalar(mask)}) " if mask else ""
-        arguments = [f"&{_scalar_place(context, op)}", *map(context.scalar, values)]
+        arguments = [f"&{_scalar_place(context, op)}", *map(context.scalar, values), *deadline]
         context.line(f"{condition}{name} = {update}({', '.join(arguments)});")
         context.storage[result] = Scalar(name)
         return
     old = context.array(result.type, result.name) if result.uses else None
     nest = LoopNest(context, shape, list(range(len(shape))))
-    arguments = [f"&{nest.place(op, nest.index).text}", *[nest.evaluate(value).text for value in values]]
+    arguments = [f"&{nest.place(op, nest.index).text}", *[nest.evaluate(value).text for value in values], *deadline]
     condition = f"if ({nest.evaluate(mask).text}) " if mask else ""
     target = f"{old}[{linear(shape, nest.index).text}] = " if old else ""
     nest.put(f"{condition}{target}{update}({', '.join(arguments)});")

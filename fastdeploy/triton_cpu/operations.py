@@ -339,6 +339,7 @@ OPERATIONS: dict[str, Operation] = {
     "tt.store": stands("memory.store", writes=True),
     "tt.atomic_rmw": stands("memory.atomic_update", writes=True),
     "tt.atomic_cas": stands("memory.atomic_update", writes=True),
+    "tt.atomic_poll": stands("memory.atomic_update", writes=True),
     "tt.histogram": stands("memory.histogram"),
     "tt.reduce": stands("reductions.vectors", "reductions.last_axis", "reductions.outer_axis"),
     "tt.scan": stands("reductions.scan"),

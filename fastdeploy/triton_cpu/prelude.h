@@ -479,6 +479,24 @@ SMALL_FLOAT_ATOMIC(fadd, bf16, old + operand)
 SMALL_FLOAT_ATOMIC(exch, bf16, operand)
 #endif
 
+#ifdef USES_POLL
+#include <sched.h>
+#include <time.h>
+static inline int64_t nanoseconds(void) { struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_sec * INT64_C(1000000000) + t.tv_nsec; }
+static inline int64_t deadline_after(uint64_t time) { return nanoseconds() + (int64_t)(time < INT64_MAX / 2 ? time : INT64_MAX / 2); }
+#define POLL(suffix, type)                                                                           \
+  static inline _Bool atomic_poll_##suffix(type *p, type expected, int64_t deadline) {               \
+    while (__atomic_load_n(p, __ATOMIC_ACQUIRE) != expected) {                                       \
+      if (nanoseconds() >= deadline) return 0;                                                       \
+      sched_yield(); /* the program that it waits for may want this core */                          \
+    }                                                                                                \
+    return 1;                                                                                        \
+  }
+POLL(i16, int16_t)
+POLL(i32, int32_t)
+POLL(i64, int64_t)
+#endif
+
 /* ---- failures: a program that finds something wrong says so and ends; the others of its launch run. The launch's
  * `struct failure` (the same is in runtime.py) keeps the words of the first program of the grid that failed. --------- */
 #ifdef USES_FAILURES

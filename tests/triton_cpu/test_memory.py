@@ -255,3 +255,25 @@ def test_a_tile_larger_than_a_stack(rng):
     large_tile_kernel[(1,)](Tensor(x), out, *x.shape)
     shifted = x.astype(float) - x.max(1, keepdims=True)
     np.testing.assert_allclose(out.stored, shifted / shifted.sum(1, keepdims=True), rtol=1e-5, atol=1e-12)
+
+
+@triton.jit
+def poll_kernel(flag_ptr, payload_ptr, out_ptr, timeout, N: tl.constexpr):
+    i = tl.arange(0, N)
+    if tl.program_id(0) == 0:
+        for turn in range(1000):  # work, so that the other program waits
+            tl.store(payload_ptr + i, i + turn)
+        tl.atomic_xchg(flag_ptr, 1)
+    else:
+        tl.atomic_poll(flag_ptr, 1)
+        tl.store(out_ptr + i, tl.load(payload_ptr + i))
+        tl.store(
+            out_ptr + N + i, tl.atomic_poll(payload_ptr + i, 1000, timeout_ns=timeout).to(payload_ptr.dtype.element_ty)
+        )
+
+
+@pytest.mark.parametrize("dtype", ["int16", "int32", "int64"])
+def test_a_program_waits_for_another_or_for_a_time(dtype):
+    flag, payload, out = Tensor(np.zeros(1, dtype)), Tensor(np.zeros(4, dtype)), empty(8, dtype)
+    poll_kernel[(2,)](flag, payload, out, 1000, 4)
+    np.testing.assert_array_equal(out.stored, [999, 1000, 1001, 1002, 0, 1, 0, 0])
