@@ -274,6 +274,6 @@ def poll_kernel(flag_ptr, payload_ptr, out_ptr, timeout, N: tl.constexpr):
 
 @pytest.mark.parametrize("dtype", ["int16", "int32", "int64"])
 def test_a_program_waits_for_another_or_for_a_time(dtype):
-    flag, payload, out = Tensor(np.zeros(1, dtype)), Tensor(np.zeros(4, dtype)), empty(8, dtype)
+    flag, payload, out = Tensor(np.zeros(1, np.int32)), Tensor(np.zeros(4, dtype)), empty(8, dtype)
     poll_kernel[(2,)](flag, payload, out, 1000, 4)
     np.testing.assert_array_equal(out.stored, [999, 1000, 1001, 1002, 0, 1, 0, 0])
