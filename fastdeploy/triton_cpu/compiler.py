@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,8 +26,13 @@ from .toolchain import toolchain
 _HERE = Path(__file__).parent
 
 
+_GPU_OPTIONS = """maxnreg ptx_version ptx_options sched4reg enable_reflect_ftz clc min_shared_mem waves_per_eu
+    matrix_instr_nonkdim kpack allow_flush_denorm schedule_hint llvm_fn_attrs wgp_cu_mode""".split()
+GPUOptions: Any = make_dataclass("GPUOptions", [(name, Any, None) for name in _GPU_OPTIONS], frozen=True)
+
+
 @dataclass(frozen=True)
-class CPUOptions:
+class CPUOptions(GPUOptions):
     """Launch options. The GPU ones are accepted, so that a kernel tuned for GPUs runs here, and mean nothing.
 
     register_tiles, live_rows, direct_stores, prefetch, disjoint, bf16_products: see `Optimisations`.

@@ -134,6 +134,20 @@ def test_configurations_of_the_same_machine_code_are_compiled_and_measured_once(
     assert len(measured) == 4
 
 
+def test_what_a_configuration_asks_of_a_gpu_means_nothing():
+    out = Tensor(np.zeros(8, np.int32))
+    options = {"num_warps": 8, "maxnreg": 64, "waves_per_eu": 2, "matrix_instr_nonkdim": 16, "kpack": 2}
+    count_kernel[(8,)](out, **options)
+    np.testing.assert_array_equal(out.stored, np.arange(8))
+    with pytest.raises(KeyError, match="waves_per_ue"):
+        count_kernel[(8,)](out, waves_per_ue=2)
+
+
+@triton.jit
+def count_kernel(out_ptr):
+    tl.store(out_ptr + tl.program_id(0), tl.program_id(0))
+
+
 def test_values_are_reset_or_restored_around_each_run():
     x = Tensor(np.ones(256, np.float32))
     _kernel(configs=_configs(), restore_value=["x_ptr"])(add_kernel)[_grid](x, 256)
