@@ -58,6 +58,12 @@ RULES = (
     ("Gluon, a language for GPUs", "TranslatorTarget", ""),
     ("remarks of GPU passes", "in the remark|remark: Warning", "remark"),
     ("links LLVM bitcode", "assert False == True", "def test_link_extern_libs"),
+    ("counts a line for each thread of a GPU", r"test_print\.<locals>\.<genexpr>", "num_warps|warp"),
+    (
+        "reads what a GPU's driver writes, which here is the error's text",
+        "overflow detected.*driver_stderr_output=''",
+        "",
+    ),
     ("removed from Triton 3.9", "Block pointers have been removed", ""),
 )
 
