@@ -208,7 +208,7 @@ def _is_affine(value: Value, seen: set[Value]) -> bool:
 
 
 _AFFINE = {"tt.make_range", "tt.addptr", "arith.addi", "arith.subi", "arith.muli", "arith.extsi", "arith.extui"}
-_AFFINE |= {"arith.trunci", "tt.broadcast", "tt.expand_dims", "tt.trans", "tt.reshape"}
+_AFFINE |= {"tt.broadcast", "tt.expand_dims", "tt.trans", "tt.reshape"}
 
 
 def bases(pointer: Value, seen: set[Value] | None = None) -> set[Value | None]:
