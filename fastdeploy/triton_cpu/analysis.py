@@ -96,12 +96,13 @@ class StoragePlan:
     def _may_write(self, writer: Op, source: Value) -> bool:
         """May `writer` at one element change what is read from `source` for a later one?"""
         target, is_store = writer.operands[0], writer.name == "tt.store"
-        if source is target and is_store:
+        alone = is_store and not _may_repeat(target)  # what an element writes is read for that element alone
+        if source is target and alone:
             return False
         read, written = bases(source), bases(target)
         if not self.disjoint or None in read | written or read & written:
             return True
-        in_place = is_store and _is_the_same_place(source, target)
+        in_place = alone and _is_the_same_place(source, target)
         self.apart |= {(a, b, in_place) for a in read for b in written if a is not None and b is not None}
         return False
 
@@ -178,6 +179,36 @@ def _is_the_same_place(first: Value, second: Value) -> bool:
         and first.op.operands[1:] == second.op.operands[1:]
         and _is_the_same_place(first.op.operands[0], second.op.operands[0])
     )
+
+
+def _may_repeat(pointers: Value) -> bool:
+    """May two elements of a pointer tensor be the same place? A stride that is known at run time only is taken to be
+    one of a tensor, whose rows lie apart."""
+    shape, reach = pointers.type.shape, 0
+    steps = [(stride(pointers, d, {}), extent) for d, extent in enumerate(shape) if extent > 1]
+    for step, extent in sorted((abs(step), extent) for step, extent in steps if step is not None):
+        if step <= reach:
+            return True
+        reach += step * (extent - 1)
+    return not _is_affine(pointers, set())
+
+
+def _is_affine(value: Value, seen: set[Value]) -> bool:
+    """Is an integer or pointer tensor a sum of dimensions' indices, each times a number?"""
+    op = value.op
+    if value in seen or uniform(value):
+        return True
+    seen.add(value)
+    if op is None or op.name == "scf.for":
+        sources = _passed_to(value) if op is None else _sources(value)
+        return bool(sources) and all(_is_affine(source, seen) for source in sources)
+    if op.name == "arith.muli" and not any(map(uniform, op.operands)):
+        return False
+    return op.name in _AFFINE and all(_is_affine(operand, seen) for operand in op.operands)
+
+
+_AFFINE = {"tt.make_range", "tt.addptr", "arith.addi", "arith.subi", "arith.muli", "arith.extsi", "arith.extui"}
+_AFFINE |= {"tt.broadcast", "tt.expand_dims", "tt.trans", "tt.reshape"}
 
 
 def bases(pointer: Value, seen: set[Value] | None = None) -> set[Value | None]:
@@ -341,6 +372,8 @@ def _stride(value: Value, dimension: int, origins: Mapping[Value, Value], known:
         return stride(op.operands[0], dimensions.index(dimension), origins, known) if dimension in dimensions else 0
     if op.name == "arith.trunci" and value.type.element != "i32":
         return None  # a range of 300 does not fit into i8
+    if op.name == "arith.extui" and not _is_nonnegative(op.operands[0], set()):
+        return 0 if stride(op.operands[0], dimension, origins, known) == 0 else None  # 2**32 - 1, then 0
     if op.name in ("arith.extsi", "arith.extui", "arith.trunci", "arith.index_cast"):
         return stride(op.operands[0], dimension, origins, known)
     if op.name not in ("arith.addi", "tt.addptr", "arith.subi", "arith.muli"):
@@ -352,6 +385,21 @@ def _stride(value: Value, dimension: int, origins: Mapping[Value, Value], known:
     if op.name == "arith.muli":
         return _product_stride(op, left, right)
     return left - right if op.name == "arith.subi" else left + right
+
+
+def _is_nonnegative(value: Value, seen: set[Value]) -> bool:
+    """Is an integer no less than 0, by what it is computed from?"""
+    op, number = value.op, splat_constant(value)
+    if value in seen or number is not None:
+        return number is None or number >= 0
+    seen.add(value)
+    return op is not None and (
+        op.name in ("tt.make_range", "tt.get_program_id")
+        or (op.name in _KEEPS_SIGN and all(_is_nonnegative(operand, seen) for operand in op.operands))
+    )
+
+
+_KEEPS_SIGN = {"tt.splat", "tt.broadcast", "tt.expand_dims", "arith.addi", "arith.muli"}
 
 
 def _product_stride(op: Op, left: int, right: int) -> int | None:

@@ -87,9 +87,9 @@ def _scalar(context: Context, op: Op) -> None:
 def function_in_c(context: Context) -> str:
     """The C function, static, taking the kernel's arguments and the program's place in the grid."""
     signature = calls.signature(context)
+    control_flow.declare_labels(context, context.unit.function.body)  # which C wants first
     if context.unit.target.bounds is not None:
         context.line("const struct extent *const extents = extents_of_launch;")
-    control_flow.declare_labels(context, context.unit.function.body)
     context.block(context.unit.function.body)
     return "\n".join([f"{signature} {{", *context.lines, "}"])
 

@@ -362,6 +362,21 @@ def test_a_replay_raises():
 
 
 @triton.jit
+def returning_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    if tl.program_id(0) >= n:
+        return
+    tl.store(out_ptr + tl.program_id(0), tl.load(x_ptr + tl.program_id(0)))
+
+
+def test_a_program_that_returns_early():
+    x, out = view(np.ones(4, np.float32)), np.zeros(4, np.float32)
+    returning_kernel[(8,)](x, view(out), 4, 16, check=True)
+    np.testing.assert_array_equal(out, 1)
+    with pytest.raises(IndexError, match=r"x_ptr\[4\] is out of bounds"):
+        returning_kernel[(8,)](x, view(out), 5, 16, check=True)
+
+
+@triton.jit
 def counted_kernel(x_ptr, n_ptr, out_ptr, BLOCK: tl.constexpr):
     i, n = tl.arange(0, BLOCK), tl.load(n_ptr)
     tl.store(out_ptr + i, tl.load(x_ptr + i, i < n, 0), i < 32)

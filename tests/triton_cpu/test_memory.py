@@ -112,6 +112,21 @@ def test_an_index_that_wraps_in_a_narrow_type():
 
 
 @triton.jit
+def unsigned_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    row, column = (i - 3).to(tl.uint32), (j - 3).to(tl.uint32)  # one comparison bounds them at both ends
+    x = tl.load(x_ptr + row * n + column, (row < n) & (column < n), 0)
+    tl.store(out_ptr + i * BLOCK + j, x)
+
+
+def test_an_unsigned_index_that_wraps(rng):
+    x = rng.standard_normal((11, 11)).astype(np.float32)
+    out = empty((16, 16))
+    unsigned_kernel[(1,)](Tensor(x), out, 11, 16)
+    np.testing.assert_array_equal(out.values, np.pad(x, ((3, 2), (3, 2))))
+
+
+@triton.jit
 def shift_kernel(x_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
     tl.store(x_ptr + 1 + i, tl.load(x_ptr + i))

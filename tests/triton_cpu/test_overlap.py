@@ -249,3 +249,57 @@ def test_an_atomic_does_not_change_what_its_own_operand_reads():
     x = Tensor(np.arange(32, dtype=np.int32))
     double_kernel[(1,)](x, 32)
     np.testing.assert_array_equal(x.stored, np.arange(32) * np.where(np.arange(32) < 16, 3, 1))
+
+
+@triton.jit
+def low_bits_kernel(x_ptr, N: tl.constexpr):
+    pointers = x_ptr + (tl.arange(0, N) & 7)
+    tl.store(pointers, tl.load(pointers) + 1)
+
+
+@triton.jit
+def repeated_rows_kernel(x_ptr, N: tl.constexpr):
+    pointers = x_ptr + tl.arange(0, N)[None, :] + tl.zeros((N, N), tl.int32)
+    tl.store(pointers, tl.load(pointers) + 1)
+
+
+@triton.jit
+def diagonals_kernel(x_ptr, N: tl.constexpr):
+    pointers = x_ptr + tl.arange(0, N)[None, :] + tl.arange(0, N)[:, None]
+    tl.store(pointers, tl.load(pointers) + 1)
+
+
+@triton.jit
+def indexed_kernel(x_ptr, N: tl.constexpr):
+    i = tl.load(x_ptr + tl.arange(0, N)).to(tl.int32) // 4
+    tl.store(x_ptr + i, tl.load(x_ptr + i) + 1)
+
+
+@triton.jit
+def moved_kernel(x_ptr, N: tl.constexpr):
+    pointers = x_ptr + tl.arange(0, N) % 4
+    for _ in range(2):
+        tl.store(pointers, tl.load(pointers) + 1)
+        pointers += 4
+
+
+@pytest.mark.parametrize("check", [False, True])
+@pytest.mark.parametrize(
+    "kernel, written",
+    [(low_bits_kernel, 8), (repeated_rows_kernel, 16), (diagonals_kernel, 31), (indexed_kernel, 4), (moved_kernel, 8)],
+)
+def test_a_place_that_many_elements_write_is_read_before_by_each(kernel, written, check):
+    x = Tensor(np.arange(64, dtype=np.float32))
+    kernel[(1,)](x, 16, check=check)
+    np.testing.assert_array_equal(x.stored, np.arange(64) + (np.arange(64) < written))
+
+
+def test_elements_apart_are_updated_without_an_array():
+    @triton.jit
+    def rows_kernel(x_ptr, stride, N: tl.constexpr):
+        pointers = x_ptr + tl.arange(0, N)[:, None] * stride + tl.arange(0, N)[None, :]
+        tl.store(pointers, tl.load(pointers) + 1)
+
+    x = Tensor(np.zeros((16, 16), np.float32))
+    assert "[256]" not in rows_kernel[(1,)](x, 16, 16).asm["c"].split("kernel_rows_kernel")[-1]
+    np.testing.assert_array_equal(x.stored, 1)
