@@ -297,9 +297,7 @@ def _emit_blocks(  # type: ignore[no-untyped-def]
         right.prepare(context, [])
         sums = [[f"sum{r}x{v}" for v in range(vectors)] for r in range(rows)]
         places = [[f"{target} + ({name}) * {n} + {col}" for col in columns] for name in row_names]
-        begin = Vectors(
-            context, [Term(name, 0) for name in row_names], [Term(f"(int)({col})", 0) for col in columns], False
-        )
+        begin = Vectors(context, [Term(name, 0) for name in row_names], [Term(f"({col})", 0) for col in columns], False)
         for place in begin.places:
             r, v = place.register  # type: ignore[misc]
             first = begin.vector(initial, place) if initial else f"vec_from_float({places[r][v]})"

@@ -6,6 +6,8 @@ nothing else: not on the tile's other extents, the vector width or the C compile
 * Along the last axis, LANES_OF_A_SUM partial results: lane l takes elements l, l + 16, l + 32, ...; the lanes are then
   combined as a tree (l with l + 8, l + 4, l + 2, l + 1). The loop over lanes is one vector instruction.
 * Along another axis, one element after the other, for all columns at once.
+
+So a combiner of tl.reduce has to be commutative, as on a GPU, where threads hold elements in turns. Scans keep the order.
 """
 
 from __future__ import annotations

@@ -190,7 +190,7 @@ class Vectors:
         if op.name == "tt.load":
             return self._load(op, place)
         if op.name == "tt.make_range":
-            return f"(ivec_lane_numbers() + {plus(place.column.text, op.attribute('start', 0)).text})"
+            return f"(ivec_lane_numbers() + (int){plus(place.column.text, op.attribute('start', 0)).text})"
         if fused := contraction(self.context, op):
             return fused.text("vec_fused", *[self.vector(v, place) for v in fused.values])
         form = vector_form(op)
