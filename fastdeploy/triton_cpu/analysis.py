@@ -17,7 +17,7 @@ from collections.abc import Container, Mapping, Sequence
 from typing import TypeVar
 
 from .operations import Kind, operation
-from .ttir import Block, Function, Op, Value
+from .ttir import Block, Function, Op, Value, reachable
 
 
 def is_lazy(op: Op) -> bool:
@@ -25,6 +25,7 @@ def is_lazy(op: Op) -> bool:
 
 
 MANY = 48  # cheap operations are together as expensive as a division or a load
+Apart = set[tuple[Value, Value, bool]]  # arguments: the one read, the one written, may both be the same address
 _Root = tuple[Op, tuple[int, ...]]  # a user, and the shape it takes: the end of a loop has a nest for each shape
 
 
@@ -32,12 +33,12 @@ class StoragePlan:
     """`value in plan` says whether a lazy operation's tensor is stored when it is reached.
 
     disjoint: is the function's memory that comes by different arguments taken not to overlap?
-    apart: where that was decisive, as (argument read, argument written, may both be the same address).
+    apart: where that was decisive.
     """
 
     def __init__(self, function: Function, disjoint: bool):
         self.disjoint = disjoint
-        self.apart: set[tuple[Value, Value, bool]] = set()
+        self.apart: Apart = set()
         self._stored: set[Value] = set()
         self._roots: dict[Value, set[_Root]] = {}  # the loop nests that evaluate a lazy value
         self._escapes: dict[Value, bool] = {}  # evaluated from an inner block, so perhaps many times
@@ -98,11 +99,10 @@ class StoragePlan:
         target, is_store = writer.operands[0], writer.name == "tt.store"
         if source is target and is_store:
             return False
-        read, written = bases(source), bases(target)
-        if not self.disjoint or None in read | written or read & written:
+        apart = must_be_apart(source, target, is_store and _is_the_same_place(source, target))
+        if not self.disjoint or apart is None:
             return True
-        in_place = is_store and _is_the_same_place(source, target)
-        self.apart |= {(a, b, in_place) for a in read for b in written if a is not None and b is not None}
+        self.apart |= apart
         return False
 
 
@@ -149,19 +149,19 @@ class LiveRows:
         return frozenset.intersection(*map(self.conditions, user.results))
 
 
-def row_masks(mask: Value, seen: set[Value] | None = None) -> frozenset[Value]:
+def row_masks(mask: Value) -> frozenset[Value]:
     """The parts of a conjunction that are the same in a whole row, as masks [M]."""
-    op, seen = mask.op, set() if seen is None else seen
-    if mask in seen:
-        return frozenset()
-    seen.add(mask)
-    if op is not None and (
-        op.name == "arith.andi"
-        or (op.name == "tt.broadcast" and op.operands[0].type.shape[1:] == (1,))
-        or (op.name == "tt.expand_dims" and op.attribute("axis") == 1)
-    ):
-        return frozenset.union(*[row_masks(operand, seen) for operand in op.operands])
-    return frozenset([mask]) if len(mask.type.shape) == 1 else frozenset()
+
+    def parts(mask: Value) -> list[Value]:
+        op = mask.op
+        is_split = op is not None and (
+            op.name == "arith.andi"
+            or (op.name == "tt.broadcast" and op.operands[0].type.shape[1:] == (1,))
+            or (op.name == "tt.expand_dims" and op.attribute("axis") == 1)
+        )
+        return op.operands if is_split else []  # type: ignore[union-attr]
+
+    return frozenset(part for part in reachable(mask, parts) if len(part.type.shape) == 1 and not parts(part))
 
 
 def _is_the_same_place(first: Value, second: Value) -> bool:
@@ -180,16 +180,18 @@ def _is_the_same_place(first: Value, second: Value) -> bool:
     )
 
 
-def bases(pointer: Value, seen: set[Value] | None = None) -> set[Value | None]:
+def must_be_apart(source: Value, target: Value, in_place: bool) -> Apart | None:
+    """What must not overlap in memory, so that nothing written to `target` is read from `source`; None: it may be."""
+    read, written = bases(source), bases(target)
+    if None in read | written or read & written:
+        return None
+    return {(a, b, in_place) for a in read for b in written if a is not None and b is not None}
+
+
+def bases(pointer: Value) -> set[Value | None]:
     """The function's arguments that a pointer may be based on; None among them where that is not known."""
-    seen = set() if seen is None else seen
-    if pointer in seen:
-        return set()
-    seen.add(pointer)
-    if pointer.op is None and pointer.block.parent is None:
-        return {pointer}
-    sources = _sources(pointer)
-    return set().union(*[bases(source, seen) for source in sources]) if sources else {None}
+    ends = [value for value in reachable(pointer, _sources) if not _sources(value)]
+    return {value if value.op is None and value.block.parent is None else None for value in ends}
 
 
 def _sources(pointer: Value) -> list[Value]:
@@ -206,7 +208,7 @@ def _sources(pointer: Value) -> list[Value]:
         return [region.terminator.operands[number] for region in op.regions]  # type: ignore[union-attr]
     if op.name in ("arith.select", "tt.join", "tt.cat"):
         return op.operands[op.name == "arith.select" :]
-    if op.name == "tt.addptr" and _holds_address(op.operands[1], set()):
+    if op.name == "tt.addptr" and _holds_address(op.operands[1]):
         return []
     return op.operands[:1] if operation(op).in_place or op.name == "tt.gather" else []
 
@@ -225,12 +227,10 @@ def _passed_to(argument: Value) -> list[Value]:
     return [loop.operands[number], after.terminator.operands[number]]  # type: ignore[union-attr]
 
 
-def _holds_address(offset: Value, seen: set[Value]) -> bool:
+def _holds_address(offset: Value) -> bool:
     """Is an integer computed from a pointer?"""
-    if offset in seen or offset.op is None or offset.op.name == "tt.load":
-        return False
-    seen.add(offset)
-    return offset.op.name == "tt.ptr_to_int" or any(_holds_address(operand, seen) for operand in offset.op.operands)
+    values = reachable(offset, lambda v: v.op.operands if v.op is not None and v.op.name != "tt.load" else ())
+    return any(value.op is not None and value.op.name == "tt.ptr_to_int" for value in values)
 
 
 def rearranges(value: Value, sources: Container[Value], stored: Container[Value]) -> bool:

@@ -19,9 +19,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .analysis import is_lazy
-from .operations import operation
-from .ttir import Op, Value, walk
+from .analysis import Apart, is_lazy, must_be_apart
+from .ttir import Op, walk
 
 
 class Ending(NamedTuple):
@@ -29,7 +28,7 @@ class Ending(NamedTuple):
 
     before: list[Op]  # what may be done before the loop, in order
     after: list[Op]  # what is computed from the sums, and last the store
-    apart: set[tuple[Value, Value, bool]]  # as StoragePlan.apart
+    apart: Apart
 
     @property
     def store(self) -> Op:
@@ -53,30 +52,13 @@ def ending_of(loop: Op) -> Ending | None:
         return None
     if any(user not in ending.after for value in sums for user in value.uses):
         return None
-    written, kernel = _argument(ending.store.operands[0]), loop.block
+    kernel = loop.block
     while kernel.parent is not None:
         kernel = kernel.parent.block
     for load in walk(kernel):  # all loads: one from before the loop may be evaluated in it
-        if load.name != "tt.load":
-            continue
-        read = _argument(load.operands[0])
-        if read is None or written is None or read is written:
-            return None
-        ending.apart.add((read, written, False))
+        if load.name == "tt.load":
+            apart = must_be_apart(load.operands[0], ending.store.operands[0], in_place=False)
+            if apart is None:
+                return None
+            ending.apart.update(apart)
     return ending
-
-
-def _argument(pointers: Value) -> Value | None:
-    """The kernel's argument that pointers are computed from, if that is plain to see."""
-    while True:
-        op, parent = pointers.op, pointers.block.parent
-        if op is not None and operation(op).in_place:
-            pointers = op.operands[0]
-        elif op is not None:
-            return None
-        elif parent is None:
-            return pointers
-        elif parent.name == "scf.for" and pointers is not pointers.block.arguments[0]:  # what the loop began with
-            pointers = parent.operands[2 + pointers.block.arguments.index(pointers)]
-        else:
-            return None
