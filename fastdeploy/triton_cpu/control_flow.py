@@ -6,9 +6,9 @@ import re
 
 from .analysis import is_lazy, moves_elements
 from .arrays import as_array
-from .carried import assign, carry, declare, for_header, publish, write
-from .context import Array, Context, Scalar
-from .ttir import Block, Op, Value
+from .carried import assign, carry, for_header, write
+from .context import Context, Scalar
+from .ttir import Block, Op, Value, reachable
 
 
 def for_(context: Context, op: Op) -> None:
@@ -25,7 +25,8 @@ def for_(context: Context, op: Op) -> None:
     with context.braces(for_header(context, op)):
         context.block(body, skip_terminator=_ends_in_yield(body))
         assign(context, carried, yielded)
-    publish(context, op.results, carried)
+    for result, argument in zip(op.results, arguments):
+        context.give_same_place(result, argument)
 
 
 def _ends_in_yield(block: Block) -> bool:
@@ -44,30 +45,22 @@ def _updated_in_place(argument: Value, new: Value, body: Block) -> bool:
     )
 
 
-def _only_read_by(value: Value, reader: Op, seen: set[Value] | None = None) -> bool:
-    seen = set() if seen is None else seen
-    if value in seen:  # and has been found to be so, or the search would be over
-        return True
-    seen.add(value)
-    for user in value.uses:
-        if user is reader:
-            if any(operand is value for operand in reader.operands[:2]):
-                return False
-        elif (
-            user.block is not reader.block
-            or not is_lazy(user)
-            or moves_elements(user)
-            or not user.results[0].type.is_tensor
-            or not all(_only_read_by(result, reader, seen) for result in user.results)
-        ):
-            return False
-    return bool(value.uses)
+def _only_read_by(value: Value, reader: Op) -> bool:
+    def users(value: Value) -> list[Op]:
+        return [user for user in value.uses if user is not reader]
+
+    read = list(reachable(value, lambda v: [result for user in users(v) for result in user.results]))
+    return all(
+        user.block is reader.block and is_lazy(user) and not moves_elements(user) and user.results[0].type.is_tensor
+        for value in read
+        for user in users(value)
+    ) and all(value.uses and value not in reader.operands[:2] for value in read)
 
 
 def if_(context: Context, op: Op) -> None:
     """Declares the results, which each branch writes before it ends."""
     for result in op.results:
-        declare(context, result)
+        context.declare(result)
     for number, region in enumerate(op.regions):
         with context.braces("else" if number else f"if ({context.scalar(op.operands[0])})"):
             context.block(region, skip_terminator=_ends_in_yield(region))
@@ -81,7 +74,7 @@ def while_(context: Context, op: Op) -> None:
     before, after = op.regions
     carried = [carry(context, argument, initial, None) for argument, initial in zip(before.arguments, op.operands)]
     for result in op.results:
-        declare(context, result)
+        context.declare(result)
     condition = before.terminator
     with context.braces("for (;;)"):
         context.block(before, skip_terminator=True)
@@ -98,7 +91,7 @@ def map_elementwise(context: Context, op: Op) -> None:
     """A loop whose body is the mapped function, of scalars: `pack` neighbouring elements of each operand at a time."""
     pack, body = op.attribute("pack"), op.regions[0]
     sources = [as_array(context, operand) for operand in op.operands]
-    targets = [context.array(value.type, value.name) for value in op.results]
+    targets = [context.declare(value) for value in op.results]
     first = context.name("i")
     with context.braces(f"for (int {first} = 0; {first} < {op.result.type.size}; {first} += {pack})"):
         declare_labels(context, body)
@@ -109,8 +102,6 @@ def map_elementwise(context: Context, op: Op) -> None:
         places = [f"{name}[{first} + {number}]" for name in targets for number in range(pack)]
         for place, value in zip(places, body.terminator.operands, strict=True):  # type: ignore[union-attr]
             context.line(f"{place} = {context.scalar(value)};")
-    for value, name in zip(op.results, targets):
-        context.storage[value] = Array(name)
 
 
 # ---- early returns: jumps, forward only, between the blocks of a function -------------------------------------------
@@ -121,7 +112,7 @@ def declare_labels(context: Context, body: Block) -> None:
         context.line(f"__label__ {', '.join(text[1:] for text in labels)};")  # other regions may have the same
     for label in labels.values():
         for argument in label.results:
-            declare(context, argument)
+            context.declare(argument)
 
 
 def _labels(body: Block) -> dict[str, Op]:

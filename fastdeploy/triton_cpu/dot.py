@@ -22,7 +22,7 @@ Where products of bf16 are made in pairs (pairs.py), k counts pairs, and what is
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from .analysis import is_zero, stride
 from .arrays import as_array, materialise
@@ -30,7 +30,7 @@ from .carried import in_next_turn
 from .context import Array, Context, NotATile
 from .elements import FUSED, SMALL_FLOATS, from_memory, rounded, value_type
 from .live_rows import columns_let_through, rows_let_through
-from .loops import ZERO, Index, LoopNest, Term
+from .loops import ZERO, Term, evaluated
 from .pairs import Products, copy_of, products
 from .ttir import Op, Type, Value
 from .vectors import PREFETCH_BYTES, Place, Vectors, has_vectors, is_splat
@@ -142,7 +142,7 @@ class _RowPointers:
         return cls(load, by) if contiguous else None
 
     def prepare(self, context: Context, rows: list[str]) -> None:
-        self.rows = [_address(context, self.pointers, (Term(row, 0), Term("0", 0))) for row in rows]
+        self.rows = [_address(context, self.pointers, row) for row in rows]
 
     def element(self, row: int, k: str) -> str:
         if self.by.terms == 2:
@@ -188,7 +188,7 @@ class _VectorRows:
         self.base = self._first()
 
     def _first(self) -> str:
-        return _address(self.context, self.pointers, (Term("0", 0), Term("0", 0)))
+        return _address(self.context, self.pointers, "0")
 
     def _next(self) -> str:
         columns = columns_let_through(self.context, self.column_mask) if self.column_mask else None
@@ -198,7 +198,7 @@ class _VectorRows:
     def _row(self, k: str) -> str:
         if self.step is not None:
             return f"{self.base} + {self.step} * {k}"
-        return _address(self.context, self.pointers, (Term(k, 0), Term("0", 0)))
+        return _address(self.context, self.pointers, k)
 
     def vector(self, k: str, column: str, some: str | None = None) -> str:
         """some: the columns that there are, if not all of them."""
@@ -215,8 +215,8 @@ class _VectorRows:
         text = f"{load.replace('from', 'from_some')}({place}, {some})" if some else f"{load}({place})"
         if not self.row_masks:
             return text
-        masks = " && ".join(_scalar(self.context, value, (Term(k, 0), ZERO)) for value in self.row_masks)
-        other = [_scalar(self.context, value, (Term(k, 0), ZERO)) for value in self.other]
+        masks = " && ".join(_of_row(self.context, value, k) for value in self.row_masks)
+        other = [_of_row(self.context, value, k) for value in self.other]
         return f"{masks} ? {text} : {kind}_splat({other[0] if other else '0'})"
 
     def prefetch(self, k: str, column: str) -> str | None:
@@ -262,21 +262,13 @@ def _plain_load(context: Context, value: Value, masked: bool = False) -> Op | No
     return None if context.holds_addresses(op.operands[0]) else op
 
 
-def _address(context: Context, pointers: Value, index: Index) -> str:
-    """Evaluates a pointer at one index, writing the temporaries that it needs here and now."""
-    return _written(context, lambda nest: nest.address(pointers, index))
+def _address(context: Context, pointers: Value, row: str) -> str:
+    """Of the first element in a row."""
+    return evaluated(context, lambda nest: nest.address(pointers, (Term(row, 0), ZERO)))
 
 
-def _scalar(context: Context, value: Value, index: Index) -> str:
-    return _written(context, lambda nest: nest.evaluate(value, index))
-
-
-def _written(context: Context, evaluate: Callable[[LoopNest], Term]) -> str:
-    nest = LoopNest(context, (), [])
-    term = evaluate(nest)
-    for text in nest.lines[0]:
-        context.line(text)
-    return term.text
+def _of_row(context: Context, value: Value, row: str) -> str:
+    return evaluated(context, lambda nest: nest.evaluate(value, (Term(row, 0), ZERO)))
 
 
 def _emit_blocks(  # type: ignore[no-untyped-def]

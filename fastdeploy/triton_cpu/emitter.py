@@ -16,12 +16,11 @@ from types import ModuleType
 from typing import NamedTuple
 
 from . import calls, control_flow, dot, memory, programs, reductions, registers, scaled_dot
-from .arrays import as_array, materialise
+from .arrays import materialise
 from .bounds import Bounds
 from .context import Context, Scalar, Target, UnsupportedOperation
-from .elements import ELEMENTS, FUSED, constant, constant_declaration, from_memory, memory_type, rounded, value_type
-from .failures import checked
-from .loops import computed, contraction
+from .elements import ELEMENTS, memory_type, rounded, value_type
+from .loops import evaluated
 from .operations import OPERATIONS, operation
 from .ttir import Function, Op, Value
 
@@ -58,30 +57,10 @@ def _try_in_turn(context: Context, op: Op, lowerings: list[Callable[[Context, Op
 
 def _compute(context: Context, op: Op) -> None:
     if not op.result.type.is_tensor:
-        _scalar(context, op)
+        context.storage[op.result] = Scalar(evaluated(context, lambda nest: nest.computed(op.result, op, ())))
     for value in op.results:
         if value in context.unit.plan:
             materialise(context, value)
-
-
-def _scalar(context: Context, op: Op) -> None:
-    value = op.result
-    element = value.type.element
-    if op.name == "arith.constant":
-        context.storage[value] = Scalar(constant(op, element))
-        return
-    arguments = [as_array(context, v) if v.type.is_tensor else context.scalar(v) for v in op.operands]
-    if op.name == "tt.load":
-        text = from_memory(element, checked(context, op, f"*{arguments[0]}", ()))
-        if len(arguments) > 1:
-            text = f"{arguments[1]} ? {text} : {arguments[2] if len(arguments) > 2 else '0'}"
-    elif fused := contraction(context, op):
-        text = fused.text(FUSED[element], *[context.scalar(v) for v in fused.values])
-    else:
-        text = computed(context, op, arguments)
-    name = context.name(value.name)
-    context.line(f"{constant_declaration(element, name)} = {text};")
-    context.storage[value] = Scalar(name)
 
 
 def function_in_c(context: Context) -> str:

@@ -43,7 +43,7 @@ def copy_of(context: Context, value: Value, by: Products, axis: int, first: str 
     shape = [rows or value.type.shape[0], value.type.shape[1]]
     shape[axis] //= by.terms
     name = context.array(Type(tuple(shape), by.element), value.name)
-    nest = LoopNest(context, tuple(shape), [0, 1] if axis else best_order(context, [value], tuple(shape)))
+    nest = LoopNest(context, tuple(shape), None if axis else best_order(context, [value], tuple(shape)))
     row, column = nest.index
 
     def term(number: int) -> str:

@@ -21,7 +21,7 @@ from .context import Array, Context, NotATile
 from .lanes import Lanes, Unknown, lanes
 from .loops import ZERO, Index, LoopNest, Term, contraction, linear
 from .operations import Kind, operation, vector_form
-from .ttir import Op, Value
+from .ttir import Op, Value, reachable
 
 PREFETCH_BYTES = 4096  # ahead of the row being read
 
@@ -95,7 +95,7 @@ class Vectors:
         self.context, self.rows, self.columns, self.read_once = context, rows, columns, read_once
         self.places = [Place(row, column, (r, v)) for r, row in enumerate(rows) for v, column in enumerate(columns)]
         self.registers: dict[Value, list[list[str]]] = {}
-        self.nest = LoopNest(context, (), [])  # evaluates scalars
+        self.nest = LoopNest(context)  # evaluates scalars
         self.memo: dict[tuple[Value, Term | None, Term], str] = {}
 
     @contextmanager
@@ -121,19 +121,16 @@ class Vectors:
         return self._written(self.nest.address(pointers, index))
 
     def _written(self, term: Term) -> str:
-        for text in self.nest.lines[0]:
-            self.context.line(text)
+        self.context.line(*self.nest.lines[0])
         self.nest.lines[0].clear()
         return term.text
 
-    def _reads_registers(self, value: Value, seen: set[Value] | None = None) -> bool:
-        seen = set() if seen is None else seen
-        if value in self.registers:
-            return True
-        if value in seen or value in self.context.storage or value.op is None or not is_lazy(value.op):
-            return False
-        seen.add(value)
-        return any(self._reads_registers(operand, seen) for operand in value.op.operands)
+    def _reads_registers(self, value: Value) -> bool:
+        def sources(value: Value) -> list[Value]:
+            op = value.op
+            return op.operands if op is not None and is_lazy(op) and value not in self.context.storage else []
+
+        return any(part in self.registers for part in reachable(value, sources))
 
     def scalars_of(self, value: Value, row: Term, seen: set[Value] | None = None) -> None:
         """Evaluates here and now what `vector` will splat in this row: the loop over its columns need not."""
