@@ -141,7 +141,7 @@ class LiveRows:
     def _of_use(self, user: Op, value: Value) -> frozenset[Value]:
         if user.name == "tt.store":
             return row_masks(user.operands[2]) if len(user.operands) > 2 else frozenset()
-        keeps_rows = is_lazy(user) and not operation(user).moves_elements
+        keeps_rows = operation(user).kind not in (Kind.PERMUTES, Kind.SCATTERS, Kind.STANDS)
         if user.name in ("tt.expand_dims", "tt.reduce"):
             keeps_rows = user.attribute("axis") > 0
         if not keeps_rows or any(result.type.shape[:1] != value.type.shape[:1] for result in user.results):

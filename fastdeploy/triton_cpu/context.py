@@ -50,7 +50,8 @@ class MovingPointers(NamedTuple):
     moved: str
 
 
-class Optimisations(NamedTuple):
+@dataclass(frozen=True)
+class Optimisations:
     """What is done for speed. Each can be left out, to see what it is worth; results are the same but for the last one.
 
     register_tiles: loops around tl.dot as in registers.py, single ones as in dot.py, and vectors.py.

@@ -55,6 +55,11 @@ def exactly(pattern: np.ndarray) -> Lanes:
     return Lanes(0, pattern, bool((pattern >= 0).all()))
 
 
+def row_of_lanes(count: int) -> tuple[Lanes, Lanes]:
+    """The index (row, column) of `count` neighbours in any row, from a column on that is a multiple of `count`."""
+    return Lanes(1, np.zeros(count, np.int64)), Lanes(count, np.arange(count))
+
+
 def lanes(value: Value, index: tuple[Lanes, ...], origins: Mapping[Value, Value]) -> Lanes:
     """The lanes of an integer or pointer (in elements) tensor at `index`, one `Lanes` for each dimension.
 

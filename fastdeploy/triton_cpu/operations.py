@@ -61,11 +61,6 @@ class Operation(NamedTuple):
     def lazy(self) -> bool:
         return self.kind is not Kind.STANDS
 
-    @property
-    def moves_elements(self) -> bool:
-        """Does it read elements of its operand at other indices than its own?"""
-        return self.kind in (Kind.PERMUTES, Kind.SCATTERS)
-
 
 def lanewise(scalar: Scalar, vector: Vector = MappingProxyType({}), **what: bool | str) -> Operation:
     return Operation(Kind.LANEWISE, scalar, vector, **what)  # type: ignore[arg-type]

@@ -95,6 +95,7 @@ def vectors(context: Context, op: Op) -> None:
 
 
 def last_axis(context: Context, op: Op) -> None:
+    """tt.reduce along the last axis whose partial results are elements of small arrays."""
     if not _along_last_axis(op):
         raise NotATile
     identity = _arrays_or_identity(context, op)
@@ -181,27 +182,24 @@ class _Lanes:
 
 
 def outer_axis(context: Context, op: Op) -> None:
+    """tt.reduce along any axis, one element after the other, for all columns at once."""
     axis, shape, identity = op.attribute("axis"), op.operands[0].type.shape, _arrays_or_identity(context, op)
     results = [context.declare(value) for value in op.results]
     kept = [d for d in range(len(shape)) if d != axis]
     if identity is not None:
         context.line(f"for (int i = 0; i < {op.result.type.size}; i++) {results[0]}[i] = {identity};")
-        start = 0
     else:
         _copy_first(context, op, axis, results)
-        start = 1
     inner = [d for d in best_order(context, op.operands, shape) if d != axis]
     nest = LoopNest(context, shape, [axis, *inner])
     target = linear(op.result.type.shape, tuple(nest.index[d] for d in kept)).text
-    if start:
-        step = Term(f"({nest.index[axis].text} + 1)", nest.index[axis].level)
-        nest.index = (*nest.index[:axis], step, *nest.index[axis + 1 :])
-        nest.shape = (*shape[:axis], shape[axis] - 1, *shape[axis + 1 :])
-        if nest.shape[axis] == 0:
+    if identity is None:  # from the second element on
+        if shape[axis] == 1:
             return
-        if nest.shape[axis] == 1:  # a loop of one turn has no variable
-            one = Term("1", 0)
-            nest.index = (*nest.index[:axis], one, *nest.index[axis + 1 :])
+        here = nest.index[axis]
+        second = Term(f"({here.text} + 1)", here.level) if shape[axis] > 2 else Term("1", 0)  # one turn has no variable
+        nest.index = (*nest.index[:axis], second, *nest.index[axis + 1 :])
+        nest.shape = (*shape[:axis], shape[axis] - 1, *shape[axis + 1 :])
     elements = [nest.evaluate(operand, nest.index).text for operand in op.operands]
     nest.put(*_update(context, op, [f"{name}[{target}]" for name in results], elements))
     nest.write()

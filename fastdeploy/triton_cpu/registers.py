@@ -39,7 +39,7 @@ from .analysis import is_lazy, splat_constant, stride
 from .carried import assign, carry, for_header, uniform_step
 from .context import Array, Context, NotATile
 from .endings import Ending, ending_of
-from .lanes import Lanes
+from .lanes import Lanes, row_of_lanes
 from .live_rows import number_of_live_rows
 from .loops import Term, linear
 from .pairs import Products, copy_of, products
@@ -330,7 +330,7 @@ class _Block(Vectors):
         count, name = 4 * len(steps), self.context.name("flipped")
         if a.op is None or a in self.context.storage or a.op.name != "tt.load":
             return None
-        self._expect_plain(a.op, (Lanes(1, np.zeros(count, np.int64)), Lanes(count, np.arange(count))))
+        self._expect_plain(a.op, row_of_lanes(count))
         self.context.line(f"int32_t {name}[{len(self.rows) * len(steps)}] __attribute__((aligned(64)));")
         for r, row in enumerate(self.rows):
             address = self.address(a.op.operands[0], (row, steps[0]))
@@ -363,7 +363,7 @@ class _Block(Vectors):
         sign = _BYTEWISE.get(op.name.removeprefix("arith."))
         if sign and (constant := splat_constant(op.operands[1])) is not None:
             return f"({self._four(op.operands[0], row, k)} {sign} {_repeated(constant)})"
-        self._expect_plain(op, (Lanes(1, np.zeros(4, np.int64)), Lanes(4, np.arange(4))))
+        self._expect_plain(op, row_of_lanes(4))
         return f"four_bytes({self.address(op.operands[0], (row, k))})"
 
     def _quads(self, value: Value, k: Term, column: Term) -> str:

@@ -14,11 +14,9 @@ from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import numpy as np
-
 from .analysis import is_lazy, is_zero, uniform
 from .context import Array, Context, NotATile
-from .lanes import Lanes, Unknown, lanes
+from .lanes import Lanes, Unknown, lanes, row_of_lanes
 from .loops import ZERO, Index, LoopNest, Term, contraction, linear
 from .operations import Kind, operation, vector_form
 from .ttir import Op, Value, reachable
@@ -199,8 +197,7 @@ class Vectors:
         """in_halves: bf16 as they lie in memory, in half a vector."""
         element, shape = op.result.type.element, op.result.type.shape
         count = self.context.lanes
-        row, column = Lanes(1, np.zeros(count, np.int64)), Lanes(count, np.arange(count))
-        self.expect_consecutive(op, (row, column)[2 - len(shape) :])
+        self.expect_consecutive(op, row_of_lanes(count)[2 - len(shape) :])
         address = self.address(op.operands[0], (place.row, place.column)[2 - len(shape) :])
         if self.read_once and len(shape) == 2 and place.register is None:  # it would delay blocks that read it again
             if self.columns.index(place.column) * count * _SIZES[element] % 64 == 0:
@@ -224,8 +221,7 @@ class Vectors:
         pointers, value, *mask = op.operands
         if pointers.type.pointee != "f32":
             raise NotATile(f"a vector of floats as {pointers.type.pointee}")
-        count = self.context.lanes
-        self.expect_consecutive(op, (Lanes(1, np.zeros(count, np.int64)), Lanes(count, np.arange(count))))
+        self.expect_consecutive(op, row_of_lanes(self.context.lanes))
         address, text = self.address(pointers, (place.row, place.column)), self.vector(value, place)
         if mask:
             self.context.line(f"vec_store_some({address}, {self.vector(mask[0], place)}, {text});")
