@@ -32,7 +32,7 @@ from .elements import FUSED, SMALL_FLOATS, from_memory, rounded, value_type
 from .live_rows import columns_let_through, rows_let_through
 from .loops import ZERO, Term, evaluated
 from .pairs import Products, copy_of, products
-from .ttir import Op, Type, Value
+from .ttir import Op, Type, Value, reachable
 from .vectors import PREFETCH_BYTES, Place, Vectors, has_vectors, is_splat
 
 # The vector loads of prelude.h, by the element type in memory.
@@ -237,10 +237,11 @@ class _VectorRows:
 
 def _masks(load: Op) -> list[Value]:
     """The masks that must all hold for an element to be read."""
-    masks = load.operands[1:2]
-    while split := next((mask for mask in masks if mask.op is not None and mask.op.name == "arith.andi"), None):
-        masks = [*(mask for mask in masks if mask is not split), *split.op.operands]  # type: ignore[union-attr]
-    return masks
+
+    def parts(mask: Value) -> list[Value]:
+        return mask.op.operands if mask.op is not None and mask.op.name == "arith.andi" else []
+
+    return [part for mask in load.operands[1:2] for part in reachable(mask, parts) if not parts(part)]
 
 
 def _of_columns(mask: Value) -> Value | None:

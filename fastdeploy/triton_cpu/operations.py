@@ -303,16 +303,12 @@ OPERATIONS: dict[str, Operation] = {
     "math.log": lanewise(_call("fast_log", "log"), rounds=True, expensive=True),
     "math.log2": lanewise(_call("fast_log2", "log2"), rounds=True, expensive=True),
     "math.tanh": lanewise(_call("fast_tanh", "tanh"), rounds=True, expensive=True),
-    "math.sqrt": lanewise("sqrt{f}({0})", rounds=True, expensive=True),
     "math.rsqrt": lanewise(_call("fast_rsqrt", "1.0 / sqrt"), rounds=True, expensive=True),
-    "math.sin": lanewise("sin{f}({0})", rounds=True, expensive=True),
-    "math.cos": lanewise("cos{f}({0})", rounds=True, expensive=True),
-    "math.erf": lanewise("erf{f}({0})", rounds=True, expensive=True),
-    "math.log1p": lanewise("log1p{f}({0})", rounds=True, expensive=True),
-    "math.expm1": lanewise("expm1{f}({0})", rounds=True, expensive=True),
-    "math.round": lanewise("round{f}({0})", rounds=True, expensive=True),
     "math.roundeven": lanewise("rint{f}({0})", rounds=True, expensive=True),
-    "math.trunc": lanewise("trunc{f}({0})", rounds=True, expensive=True),
+    **{
+        f"math.{name}": lanewise(f"{name}{{f}}({{0}})", rounds=True, expensive=True)
+        for name in ("sqrt", "sin", "cos", "erf", "log1p", "expm1", "round", "trunc")
+    },
     "math.floor": lanewise("floor{f}({0})", rounds=True),
     "math.ceil": lanewise("ceil{f}({0})", rounds=True),
     "math.absf": lanewise("fabs{f}({0})", {"f32": "vec_abs({0})"}, rounds=True),

@@ -39,19 +39,14 @@ def _identity(op: Op) -> str | None:
     return operation(body[0]).identity.format(bits=element[1:]) or None if element != "i1" else None
 
 
-def _combine(context: Context, op: Op, left: list[str], right: list[str]) -> tuple[list[str], list[str]]:
-    """The combiner on C expressions: (lines of code, the results)."""
+def _update(context: Context, op: Op, targets: list[str], operands: list[str]) -> list[str]:
+    """C lines for targets = combine(targets, operands)."""
     region = op.regions[0]
-    for argument, text in zip(region.arguments, left + right):
+    for argument, text in zip(region.arguments, targets + operands):
         context.storage[argument] = Scalar(text)
     with context.aside() as lines:
         context.block(region, skip_terminator=True)
-    return lines, [context.scalar(value) for value in region.terminator.operands]  # type: ignore[union-attr]
-
-
-def _update(context: Context, op: Op, targets: list[str], operands: list[str]) -> list[str]:
-    """C lines for targets = combine(targets, operands)."""
-    lines, results = _combine(context, op, targets, operands)
+    results = [context.scalar(value) for value in region.terminator.operands]  # type: ignore[union-attr]
     if len(targets) == 1:
         return [*lines, f"{targets[0]} = {results[0]};"]
     fresh = [context.name("next") for _ in targets]

@@ -86,7 +86,7 @@ def _emit(context: Context, loop: Op, ending: Ending | None = None) -> None:
         context.written |= {*ending.before, *ending.after}
     (m, n), dots = tiles[0].argument.type.shape, [op for op in loop.regions[0].ops if op.name == "tt.dot"]
     rows, vectors = _block_size(context, m, n, dots, tiles)
-    arrays = [] if ending else [context.array(tile.result.type, tile.result.name) for tile in tiles]
+    arrays = [] if ending else [context.declare(tile.result) for tile in tiles]
     row, column = context.name("m"), context.name("n")
     width = vectors * context.lanes
     counts = {number_of_live_rows(context, tile.result) for tile in tiles}
@@ -110,8 +110,6 @@ def _emit(context: Context, loop: Op, ending: Ending | None = None) -> None:
             block.registers |= {tile.result: block.registers[tile.argument] for tile in tiles}
             for place in block.places:
                 block.store(ending.store, place)
-    for tile, name in zip(tiles, arrays):
-        context.storage[tile.result] = Array(name)
 
 
 def _carried_tiles(loop: Op) -> list[_Sums]:

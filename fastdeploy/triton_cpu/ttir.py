@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from math import prod
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,7 @@ class Type:
 
     @property
     def size(self) -> int:
-        size = 1
-        for extent in self.shape:
-            size *= extent
-        return size
+        return prod(self.shape)
 
 
 @dataclass(eq=False)
@@ -141,6 +139,7 @@ _FOR = re.compile(
     r"scf\.for (?:unsigned )?(%\S+) = (%\S+) to (%\S+) step (%\S+?)"
     r"(?: iter_args\((.*?)\) -> \((.*)\))?\s*(?:: (\w+))?\s*\{$"
 )
+_IF = re.compile(r"scf\.if (%\S+)(?: -> \((.*)\))? \{$")
 _WHILE = re.compile(r"scf\.while(?: \((.*?)\))? : \((.*?)\) -> (.*?) \{$")
 
 
@@ -161,6 +160,12 @@ def _split(text: str) -> list[str]:
 def _types(text: str) -> list[Type]:
     """A list such as `tensor<2xf32>, i32`, perhaps in parentheses."""
     return [parse_type(part) for part in _split(text[1:-1] if text.startswith("(") else text)]
+
+
+def _read(pattern: re.Pattern[str], line: str) -> re.Match[str]:
+    if not (found := pattern.match(line)):
+        raise ValueError(f"cannot read the operation: {line}")
+    return found
 
 
 class _Parser:
@@ -285,10 +290,7 @@ class _Parser:
 
     def for_(self, op: Op, line: str, count: int) -> list[Type]:
         """scf.for %i = %lower to %upper step %step iter_args(%carried = %initial, ...) -> (types) {"""
-        found = _FOR.match(line)
-        if not found:
-            raise ValueError(f"cannot read the loop: {line}")
-        variable, lower, upper, step, carried, types_text, variable_type = found.groups()
+        variable, lower, upper, step, carried, types_text, variable_type = _read(_FOR, line).groups()
         pairs = [pair.split(" = ") for pair in _split(carried or "")]
         types = _types(types_text or "")
         op.operands = [self.find(name) for name in [lower, upper, step] + [initial for _, initial in pairs]]
@@ -298,26 +300,22 @@ class _Parser:
 
     def if_(self, op: Op, line: str, count: int) -> list[Type]:
         """scf.if %condition -> (types) { ... } else { ... }"""
-        found = re.match(r"scf\.if (%\S+)(?: -> \((.*)\))? \{$", line)
-        if not found:
-            raise ValueError(f"cannot read the branch: {line}")
-        op.operands = [self.find(found.group(1))]
+        condition, types_text = _read(_IF, line).groups()
+        op.operands = [self.find(condition)]
         closing, op.location = self.region(op)
         if closing.endswith("{"):
             _, op.location = self.region(op)
-        return _types(found.group(2) or "")
+        return _types(types_text or "")
 
     def while_(self, op: Op, line: str, count: int) -> list[Type]:
         """scf.while (%carried = %initial, ...) : (types) -> types { ... } do { ... }"""
-        found = _WHILE.match(line)
-        if not found:
-            raise ValueError(f"cannot read the loop: {line}")
-        pairs = [pair.split(" = ") for pair in _split(found.group(1) or "")]
+        carried, types_text, results = _read(_WHILE, line).groups()
+        pairs = [pair.split(" = ") for pair in _split(carried or "")]
         op.operands = [self.find(initial) for _, initial in pairs]
-        types = _types(found.group(2))
+        types = _types(types_text)
         self.region(op, [(name, t) for (name, _), t in zip(pairs, types)])  # "before": condition
         _, op.location = self.region(op)  # "after": body; its arguments stand on its ^bb line
-        return _types(found.group(3))
+        return _types(results)
 
     def with_region(self, op: Op, line: str, count: int) -> list[Type]:
         """The generic form: "tt.reduce"(%x) <{axis = 0 : i32}> ({ ... }) : (operand types) -> result types."""
