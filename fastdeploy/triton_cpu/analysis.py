@@ -1,13 +1,13 @@
 """Decides which tensors of a kernel live in memory and which are recomputed where they are used.
 
-A tensor value is either
+A tensor value is lazy or stored:
 
-* lazy: an expression of its index, evaluated inside the loops of whoever uses it, so that
-  `tl.store(o, tl.load(x) * 2)` becomes one loop without temporaries, or
+* lazy: an expression of its index, evaluated inside the loops of its users. So `tl.store(o, tl.load(x) * 2)` becomes
+  one loop without temporaries.
 * stored: computed once, where the kernel's source does, into a local array.
 
-A value is stored if it is expensive (its expression holds a load or a division, say) and more than one loop nest, or
-one inside another block, would evaluate it; and if it loads memory that is written before its last use.
+An expensive value (its expression holds a load or a division, say) is stored if several loop nests, or one inside
+another block, would evaluate it. A load is stored, too, if its memory is written before its last use.
 """
 
 from __future__ import annotations
@@ -377,5 +377,5 @@ def splat_constant(value: Value) -> int | None:
         op = op.operands[0].op
     if op is None or op.name != "arith.constant" or not value.type.element.startswith("i"):
         return None
-    found = re.search(r"dense<(-?\d+)>|constant (-?\d+)", op.text)
-    return int(found.group(1) or found.group(2)) if found else None
+    found = re.search(r"(?:dense<|constant )(-?\d+|true|false)", op.text)
+    return int({"true": "1", "false": "0"}.get(found[1], found[1])) if found else None

@@ -92,8 +92,8 @@ def assign(context: Context, carried: list[Carried], yielded: list[Value]) -> No
 def _assign_tensors(context: Context, pending: list[tuple[str, Value]]) -> list[str]:
     """New tensors of one shape share a loop nest, which reads an element of all before it writes one of any.
 
-    A value that reads an array of another shape, or elements at other indices, of those to be overwritten is computed
-    into a copy before any array changes; returns the lines that move the copies.
+    A value may read what is to be overwritten: an array of another shape, or elements at other indices. It is computed
+    into a copy before any array changes. Returns the lines that move the copies.
     """
     copies: list[str] = []
     groups: dict[tuple[int, ...], list[tuple[str, Value]]] = {}

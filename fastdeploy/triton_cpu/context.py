@@ -226,10 +226,10 @@ class Context:
         """Writes what an operation needs written where it stands; for most lazy ones, nothing."""
         self.unit.lower(self, op)
 
-    def block(self, block: Block, skip_terminator: bool = False) -> None:
+    def block(self, block: Block) -> None:
         outer, self.copies = self.copies, []
         row_counts = dict(self.row_counts)
-        for op in block.ops[:-1] if skip_terminator else block.ops:
+        for op in block.ops:
             if op not in self.written:
                 self.op(op)
         self.forget_copies(keep=block)

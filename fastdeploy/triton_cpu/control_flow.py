@@ -15,7 +15,7 @@ def for_(context: Context, op: Op) -> None:
     """Declares what the loop carries, then the C loop: its body, and at its end the new values."""
     body = op.regions[0]
     arguments = body.arguments[1:]
-    yielded = body.terminator.operands if _ends_in_yield(body) else []  # type: ignore[union-attr]
+    yielded = _yielded(body)
     carried = [
         carry(context, argument, initial, new) for argument, initial, new in zip(arguments, op.operands[3:], yielded)
     ]
@@ -23,14 +23,15 @@ def for_(context: Context, op: Op) -> None:
         if _updated_in_place(item.argument, new, body):
             context.destinations[new] = item.name
     with context.braces(for_header(context, op)):
-        context.block(body, skip_terminator=_ends_in_yield(body))
+        context.block(body)
         assign(context, carried, yielded)
     for result, argument in zip(op.results, arguments):
         context.give_same_place(result, argument)
 
 
-def _ends_in_yield(block: Block) -> bool:
-    return block.terminator is not None and block.terminator.name == "scf.yield"
+def _yielded(block: Block) -> list[Value]:
+    """The new values at a block's end; MLIR prints no yield of nothing."""
+    return block.ops[-1].operands if block.ops and block.ops[-1].name == "scf.yield" else []
 
 
 def _updated_in_place(argument: Value, new: Value, body: Block) -> bool:
@@ -63,10 +64,9 @@ def if_(context: Context, op: Op) -> None:
         context.declare(result)
     for number, region in enumerate(op.regions):
         with context.braces("else" if number else f"if ({context.scalar(op.operands[0])})"):
-            context.block(region, skip_terminator=_ends_in_yield(region))
-            if _ends_in_yield(region):
-                for result, value in zip(op.results, region.terminator.operands):  # type: ignore[union-attr]
-                    write(context, result, value)
+            context.block(region)
+            for result, value in zip(op.results, _yielded(region)):
+                write(context, result, value)
 
 
 def while_(context: Context, op: Op) -> None:
@@ -77,14 +77,14 @@ def while_(context: Context, op: Op) -> None:
         context.declare(result)
     condition = before.terminator
     with context.braces("for (;;)"):
-        context.block(before, skip_terminator=True)
+        context.block(before)
         for result, value in zip(op.results, condition.operands[1:]):  # type: ignore[union-attr]
             write(context, result, value)
         context.line(f"if (!{context.scalar(condition.operands[0])}) break;")  # type: ignore[union-attr]
         for argument, result in zip(after.arguments, op.results):
             context.storage[argument] = context.storage[result]
-        context.block(after, skip_terminator=True)
-        assign(context, carried, after.terminator.operands)  # type: ignore[union-attr]
+        context.block(after)
+        assign(context, carried, _yielded(after))
 
 
 def map_elementwise(context: Context, op: Op) -> None:
@@ -98,7 +98,7 @@ def map_elementwise(context: Context, op: Op) -> None:
         places = [f"{name}[{first} + {number}]" for name in sources for number in range(pack)]
         for argument, place in zip(body.arguments, places, strict=True):
             context.storage[argument] = Scalar(place)
-        context.block(body, skip_terminator=True)
+        context.block(body)
         places = [f"{name}[{first} + {number}]" for name in targets for number in range(pack)]
         for place, value in zip(places, body.terminator.operands, strict=True):  # type: ignore[union-attr]
             context.line(f"{place} = {context.scalar(value)};")

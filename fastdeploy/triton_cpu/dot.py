@@ -11,10 +11,9 @@ Every output element adds its K terms one by one in ascending k, whatever the bl
 how many rows are computed with it. On x86 an FMA has a latency of 4 cycles and two start per cycle, so 8 accumulators
 or more are needed; 16 of the 32 registers leave room for b and for the broadcast.
 
-Operands are read where they are when that is cheap. `a` is a plain load of rows: one pointer per row. `b` is a plain
-load whose rows are contiguous, and few blocks of rows use it: the vectors come straight from memory, converted in
-registers, with a prefetch (decode: a GEMV at memory speed). Otherwise the operand is evaluated into a local
-array of floats first, which pays when many blocks of rows use it (prefill).
+Operands are read where they are when that is cheap: `a` if it is a plain load of rows, by one pointer per row; `b` if
+it is a plain load of contiguous rows and few blocks use it (decode: a GEMV at memory speed). Otherwise the operand is
+evaluated into a local array of floats first, which pays when many blocks of rows use it (prefill).
 
 Where products of bf16 are made in pairs (pairs.py), k counts pairs, and what is said of floats holds for pairs.
 """

@@ -5,14 +5,13 @@
     sums += tl.load(bias + n, mask=n < N)[None, :]          nothing but computation,
     tl.store(y_tile, sums, mask=...)                        and one store
 
-A store to memory that is not in a cache has to wait for it. A tile's worth at a time, as at the end of a program, is
-more than a core keeps waiting in the background, and it stops; the few of a block of registers wait while the next
-block is computed (64 x 32 sums of 4-bit products, K = 576, on a core: 355 GOP/s, as a tile 282).
+A store to memory that is not in a cache has to wait for it. At the end of a program a whole tile's stores come at
+once, and the core stops. A block's few wait while the next block is computed. (64 x 32 sums of 4-bit products, K = 576,
+on a core: 355 GOP/s, as a tile 282.)
 
-So the store moves up, to the end of each block. That is right as long as nothing that is still to be read has been
-overwritten: all that is read must come by other arguments of the kernel than the one that is written. (Where arguments
-overlap in memory, the launcher takes a version of the kernel that doesn't do this.) What the kernel does between the
-loop and the store is done before the loop, unless it is computed from the sums.
+So the store moves up, to the end of each block. Nothing that is still to be read may be overwritten by it: all that is
+read must come by other arguments of the kernel than the one that is written. What the kernel does between the loop and
+the store is done before the loop, unless it is computed from the sums.
 """
 
 from __future__ import annotations

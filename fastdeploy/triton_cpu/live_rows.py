@@ -19,8 +19,8 @@ def number_of_live_rows(context: Context, value: Value) -> str | None:
     """C for how many rows of `value` are of use, the first ones; None for all, or if that is not known here."""
     conditions = context.unit.live_rows.conditions(value) if context.wanted.live_rows else []
     for mask in sorted(conditions, key=lambda mask: mask.name):
-        if mask not in context.row_counts and _can_be_evaluated(context, mask):
-            context.row_counts[mask] = _count(context, mask)
+        if mask not in context.row_counts and (count := _count(context, mask)):
+            context.row_counts[mask] = count
         if mask in context.row_counts:
             return context.row_counts[mask]
     return None
@@ -32,15 +32,13 @@ def rows_let_through(context: Context, load: Op) -> str | None:
     _, *masked = load.operands
     if not masked or not all(map(is_zero, masked[1:])) or not context.wanted.live_rows:
         return None
-    for mask in sorted(row_masks(masked[0]), key=lambda mask: mask.name):
-        if _can_be_evaluated(context, mask):
-            return _count(context, mask)
-    return None
+    counts = (_count(context, mask) for mask in sorted(row_masks(masked[0]), key=lambda mask: mask.name))
+    return next(filter(None, counts), None)
 
 
 def columns_let_through(context: Context, mask: Value) -> str | None:
     """The same of columns, by a mask [1, N]."""
-    return _count(context, mask) if _can_be_evaluated(context, mask) and context.wanted.live_rows else None
+    return _count(context, mask) if context.wanted.live_rows else None
 
 
 def _can_be_evaluated(context: Context, mask: Value) -> bool:
@@ -55,8 +53,10 @@ def _can_be_evaluated(context: Context, mask: Value) -> bool:
     return not any(is_expensive(value, context.unit.plan) for value in parts if is_open(value))
 
 
-def _count(context: Context, mask: Value) -> str:
+def _count(context: Context, mask: Value) -> str | None:
     """Writes a search, from the last row on, for one that the mask lets through."""
+    if not _can_be_evaluated(context, mask):
+        return None
     name = context.name("live")
     context.line(f"int {name} = {mask.type.shape[-1]};")
     nest = LoopNest(context)

@@ -1,7 +1,7 @@
 """Loop nests: a lazy tensor expression, evaluated at every index of a tile.
 
-A nest over a tile (16, 64) has three levels of code, and each temporary is put at the outermost level that its
-indices allow, so that `x / row_sum[:, None]` divides per element but reads row_sum once per row:
+A nest over a tile (16, 64) has three levels of code. Each temporary is put at the outermost level that its indices
+allow: `x / row_sum[:, None]` divides per element but reads row_sum once per row.
 
     level 0
     for (int i = 0; i < 16; i++) {

@@ -8,8 +8,9 @@
      `- name in TTIR
 
 In a form, {0}, {1}, ... are the operands, {u[0]}, ... the same as unsigned integers, {T} is the result's C type and {f}
-is "f" or, of doubles, nothing: the ending of libm's names. Instead of a form there may be a function of the operation,
-the operands' C and the element types of the first operand (of a selection, the second) and of the result.
+is "f" or, of doubles, nothing: the ending of libm's names. Instead of a form there may be a function (`Scalar`). It is
+given the operation, the operands' C, and the element types of the first operand (of a selection: the second) and of the
+result.
 
 Three rules keep the arithmetic strict:
 
@@ -350,8 +351,10 @@ OPERATIONS: dict[str, Operation] = {
     "cf.br": stands("control_flow.jump"),
     "cf.cond_br": stands("control_flow.jump"),
     "cf.label": stands("control_flow.label"),
+    # a program is one thread here; what a region ends in is read by the operation that it belongs to
+    **dict.fromkeys(("llvm.intr.assume", "gpu.barrier", "ttg.barrier", "tt.debug_barrier"), stands("programs.nothing")),
+    **dict.fromkeys(("scf.yield", "scf.condition"), stands("programs.nothing")),
     **dict.fromkeys(
-        ("llvm.intr.assume", "gpu.barrier", "ttg.barrier", "tt.debug_barrier"),
-        stands("programs.nothing"),  # a program is one thread here
+        [f"tt.{name}.return" for name in ("reduce", "scan", "map_elementwise")], stands("programs.nothing")
     ),
 }

@@ -6,8 +6,8 @@ Each lane of an operand is a pair: the values k and k + 1 of a row or column, th
 along k in memory are a pair as they lie. Two rows of a right operand become pairs on their way from memory, which costs
 1 % of the products' time. Any other operand is evaluated into a local array of pairs.
 
-Types and the number of dimensions decide, never the tile: all 2-D products of bf16 whose K is even add their pairs in
-ascending k, by the same instruction, in registers.py, in dot.py's blocks and in its plain loops.
+Types and the number of dimensions decide, never the tile. All 2-D products of bf16 whose K is even add their pairs in
+ascending k by the same instruction, be it in registers.py or in dot.py.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def number(context: Context, op: Op) -> None:
 
 
 def nothing(context: Context, op: Op) -> None:
-    """Barriers and hints: a program is one thread here."""
+    """Barriers, hints, and the ends of regions."""
 
 
 def assertion(context: Context, op: Op) -> None:

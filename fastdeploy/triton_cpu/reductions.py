@@ -1,7 +1,7 @@
 """tt.reduce and tt.scan.
 
-The order in which a reduction adds is part of its result, so it may depend on the length of the reduced axis and on
-nothing else: not on the tile's other extents, the vector width or the C compiler's taste.
+The order in which a reduction adds is part of its result. So it depends on the length of the reduced axis alone, not on
+the tile's other extents, the vector width or the C compiler's taste.
 
 * Along the last axis, LANES_OF_A_SUM partial results: lane l takes elements l, l + 16, l + 32, ...; the lanes are then
   combined as a tree (l with l + 8, l + 4, l + 2, l + 1). The loop over lanes is one vector instruction.
@@ -45,7 +45,7 @@ def _update(context: Context, op: Op, targets: list[str], operands: list[str]) -
     for argument, text in zip(region.arguments, targets + operands):
         context.storage[argument] = Scalar(text)
     with context.aside() as lines:
-        context.block(region, skip_terminator=True)
+        context.block(region)
     results = [context.scalar(value) for value in region.terminator.operands]  # type: ignore[union-attr]
     if len(targets) == 1:
         return [*lines, f"{targets[0]} = {results[0]};"]

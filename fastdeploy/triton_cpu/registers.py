@@ -12,19 +12,17 @@
             anything else, row by row and vector by vector
         the tile <- sum0x0 ... sum1x1                     or, endings.py, where the kernel stores it
 
-Integer products, conversions and scales live in such variables too, so a loop that multiplies bytes and scales the sums
-of each group of 32 touches no memory but its operands. (Written as tiles, the same loop would move every 32-bit sum
-through a cache five times.)
+Integer products, conversions and scales live in such variables too. So a loop that multiplies bytes and scales the sums
+of each group of 32 touches no memory but its operands; as tiles, every 32-bit sum would go through a cache five times.
 
 Bytes are multiplied four at a time: add_dot4 of prelude.h adds four products to each 32-bit lane. Its vector operand
-has the bytes (k..k+3, n..n+15) in the order of 16 columns of 4, which is how packed weights lie in memory. Whether a
-load finds its lanes one behind the other is answered by lanes.py for any layout. One side must be unsigned: if the
-right one is not known to be (as nibbles are), the left one is taken as x + 128 = x ^ 128, and 128 times the sum of the
-right one's column is subtracted, which costs as much as one more row. Where the kernel stores x ^ 128 and undoes it
-after the load, the two exclusive-ors cancel; else the block's rows are flipped into an array first.
+has the bytes (k..k+3, n..n+15) in the order of 16 columns of 4, which is how packed weights lie in memory (lanes.py
+finds it out). One side must be unsigned, as nibbles are on the right. Else the left one is taken as x + 128 = x ^ 128,
+and 128 times the sum of the right one's column is subtracted, which costs as much as one more row. Where the kernel
+stores x ^ 128 and undoes it after the load, the two cancel; else the block's rows are flipped into an array first.
 
-The arithmetic is that of the general path (py, dot.py), bit by bit: a sum takes its terms in ascending k,
-one FMA each, and the same additions are contracted. Loops that do not fit (`NotATile` says why) are left to that path.
+The arithmetic is that of the general path (control_flow.py, dot.py), bit by bit: a sum takes its terms in ascending k,
+one FMA each, and the same additions are contracted. Loops that do not fit are left to that path.
 """
 
 from __future__ import annotations
@@ -151,10 +149,9 @@ def _block_size(context: Context, m: int, n: int, dots: list[Op], tiles: list[_S
     where the right operand is converted on its way, in 16 x 1 blocks, which do that least often (bf16: 107 and 99).
 
     Packed bytes are read in tiles of one vector, because that is their order in memory: with two (M = 1, 4 bits) a
-    program jumps between two tiles and takes 42 us instead of 24. A float sum beside each integer sum makes it 11 rows,
-    and 11 of 64 rows are 6 blocks, of which the last one computes 2 rows again. Where there are many rows, what counts
-    is how often those are read: 6 x 2 blocks broadcast a word for two products (M = 512, K = 576, N = 3072, on a core:
-    296 GOP/s, with 11 x 1 blocks 230; 32 rows: 268, because 36 are computed, and 300).
+    program jumps between two tiles and takes 42 us instead of 24. With a float sum beside each integer sum there is
+    room for 11 rows. Many rows are taken in 6 x 2 blocks, which broadcast a word for two products (M = 512, K = 576,
+    N = 3072, on a core: 296 GOP/s, with 11 x 1 blocks 230; 32 rows: 268, because 36 are computed, and 300).
     """
     lane_count = context.lanes
     if n < lane_count:
