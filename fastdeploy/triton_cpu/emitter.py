@@ -22,7 +22,7 @@ from .context import Context, Scalar, Target, UnsupportedOperation
 from .elements import ELEMENTS, memory_type, rounded, value_type
 from .loops import evaluated
 from .operations import OPERATIONS, operation
-from .ttir import Function, Op, Value
+from .ttir import Function, Op
 
 MODULES: tuple[ModuleType, ...] = (calls, control_flow, dot, memory, programs, reductions, registers, scaled_dot)
 _BY_NAME = {module.__name__.rpartition(".")[2]: module for module in MODULES}
@@ -118,7 +118,8 @@ _USES = {
 
 def _entry(kernel: Function, can_fail: bool, bounds: Bounds | None) -> str:
     """C of `run_programs`, and of the arguments that it takes."""
-    fields = [f"{_field_type(p)} a{i};" for i, p in enumerate(kernel.parameters)]
+    types = [p.type.element for p in kernel.parameters]
+    fields = [f"{'int8_t' if t == 'i1' else value_type(t)} a{i};" for i, t in enumerate(types)]
     prepare, call = [], f"{calls.function_name(kernel.name)}({{}})"
     if can_fail:
         fields.append("struct failure *failure;")
@@ -127,7 +128,7 @@ def _entry(kernel: Function, can_fail: bool, bounds: Bounds | None) -> str:
     if bounds is not None:
         fields.append(f"struct extent extents[{len(bounds.pointers)}];")
         prepare.append("extents_of_launch = a->extents;")
-    arguments = [rounded(p.type.element, f"a->a{i}") for i, p in enumerate(kernel.parameters)]
+    arguments = [rounded(t, f"a->a{i}") for i, t in enumerate(types)]
     arguments += ["i % grid[0]", "i / grid[0] % grid[1]", "i / grid[0] / grid[1]", "grid[0]", "grid[1]", "grid[2]"]
     return f"""
 struct arguments {{ {" ".join(fields)} }};
@@ -136,11 +137,6 @@ void run_programs(const struct arguments *a, long begin, long end, const int *gr
   for (long i = begin; i < end; i++) {{ {call.format(", ".join(arguments))}; }}
 }}
 """
-
-
-def _field_type(parameter: Value) -> str:
-    element = parameter.type.element
-    return value_type(element) if element != "i1" else "int8_t"
 
 
 def argument_format(kernel: Function) -> str:
