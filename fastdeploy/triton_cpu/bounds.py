@@ -31,4 +31,4 @@ class Bounds:
         """Numbers of the pointer arguments, any of which may bound `pointer`; none: it can't be checked."""
         given = reachable(pointer, lambda v: [value for base in bases(v) for value in self._passed.get(base, [])])
         found = set().union(*map(bases, given)) - self._passed.keys()
-        return [] if None in found else sorted(map(self.pointers.index, found))
+        return [] if None in found else sorted(self.pointers.index(base) for base in found if base is not None)

@@ -37,16 +37,14 @@ def _yielded(block: Block) -> list[Value]:
 def _updated_in_place(argument: Value, new: Value, body: Block) -> bool:
     """Is `new` a tl.dot of this loop that alone reads `argument`, as (part of) its accumulator?"""
     op = new.op
-    return (
-        op is not None
-        and op.name == "tt.dot"
-        and op.block is body
-        and not argument.type.is_pointer
-        and _only_read_by(argument, op)
-    )
+    if op is None or op.name != "tt.dot" or op.block is not body or argument.type.is_pointer:
+        return False
+    return _only_read_by(argument, op)
 
 
 def _only_read_by(value: Value, reader: Op) -> bool:
+    """Is all that is made of `value` at its own place what `reader` adds to?"""
+
     def users(value: Value) -> list[Op]:
         return [user for user in value.uses if user is not reader]
 

@@ -48,20 +48,13 @@ class Contraction(NamedTuple):
 
 def contraction(context: Context, op: Op) -> Contraction | None:
     """How `op`, an addition, takes in a product beside it: by one rule, the left one first, not at gcc's taste."""
-    if (
-        not context.unit.target.contract
-        or op.name not in ("arith.addf", "arith.subf")
-        or op.result.type.element not in FUSED
-    ):
+    adds = op.name in ("arith.addf", "arith.subf") and op.result.type.element in FUSED
+    if not adds or not context.unit.target.contract:
         return None
 
     def is_open_product(value: Value) -> bool:
-        return (
-            value.op is not None
-            and value.op.name == "arith.mulf"
-            and value.block is op.block
-            and value not in context.unit.plan
-        )
+        multiplies = value.op is not None and value.op.name == "arith.mulf"
+        return multiplies and value.block is op.block and value not in context.unit.plan
 
     minus = "-" if op.name == "arith.subf" else ""
     left, right = op.operands
@@ -344,13 +337,9 @@ def _vote(context: Context, value: Value, dimensions: list[int | None], votes: l
     if op is None or not is_lazy(op):
         return
     if op.name == "tt.load":
-        for d, nest_dimension in enumerate(dimensions):
-            if (
-                nest_dimension is not None
-                and value.type.shape[d] > 1
-                and stride(op.operands[0], d, context.origins) == 1
-            ):
-                votes[nest_dimension] += value.type.size
+        for d, along in enumerate(dimensions):
+            if along is not None and value.type.shape[d] > 1 and stride(op.operands[0], d, context.origins) == 1:
+                votes[along] += value.type.size
     if scatters(op):
         return
     inner = operand_index(op, dimensions, None)

@@ -17,8 +17,8 @@ of each group of 32 touches no memory but its operands; as tiles, every 32-bit s
 
 Bytes are multiplied four at a time: add_dot4 of prelude.h adds four products to each 32-bit lane. Its vector operand
 has the bytes (k..k+3, n..n+15) in the order of 16 columns of 4, which is how packed weights lie in memory (lanes.py
-finds it out). One side must be unsigned, as nibbles are on the right. Else the left one is taken as x + 128 = x ^ 128,
-and 128 times the sum of the right one's column is subtracted, which costs as much as one more row. Where the kernel
+finds it out). One side must be unsigned, as nibbles are on the right. Else the left one is taken as x + 128 = x ^ 128.
+Then 128 times the sum of the right one's column is subtracted, which costs as much as one more row. Where the kernel
 stores x ^ 128 and undoes it after the load, the two cancel; else the block's rows are flipped into an array first.
 
 The arithmetic is that of the general path (control_flow.py, dot.py), bit by bit: a sum takes its terms in ascending k,

@@ -96,6 +96,7 @@ def explain_arrays() -> None:
         return
 
     def create_function_from_signature(signature: Any, parameters: Any, backend: Any) -> Callable:
+        """Triton's own, with the explanation around what it returns."""
         bind = create(signature, parameters, backend)
 
         def bind_or_explain(*arguments: Any, **keywords: Any) -> Any:
