@@ -358,8 +358,7 @@ def _product_stride(op: Op, left: int, right: int) -> int | None:
     if left == right == 0:
         return 0
     for step, factor in ((left, op.operands[1]), (right, op.operands[0])):
-        known = splat_constant(factor)
-        if known is not None and step:
+        if step and (known := splat_constant(factor)) is not None:
             return step * known
     return None
 

@@ -343,8 +343,7 @@ def plain(context: Context, op: Op) -> None:
     context.storage[op.result] = Array(target)
     kind = value_type(element) if by.terms == 1 else "int32_t"
     batches = batch[0] if batch else 1
-    call = FUSED.get(element, "fusedf")
-    product = "{t} + x * y" if element.startswith("i") else f"{call}(x, y, {{t}})"
+    product = "{t} + x * y" if element.startswith("i") else f"{FUSED.get(element, 'fusedf')}(x, y, {{t}})"
     if by.terms == 2:
         product = "add_dot2_to_one({t}, x, y)"
     place = f"{target}[(z * {m} + m) * {n} + n]"

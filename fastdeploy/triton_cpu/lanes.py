@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .analysis import operand_index, splat_constant
-from .ttir import Op, Value
+from .ttir import Value
 
 
 class Unknown(Exception):
@@ -98,16 +98,14 @@ class _Evaluation:
             return self.of(op.operands[0], moved)
         if op.name in ("tt.splat", "arith.extsi", "arith.index_cast"):
             return self.of(op.operands[0], index)
-        operands = [self.of(v, index) for v in op.operands] if op.name in _ARITHMETIC or self._pointwise(op) else []
+        is_pointwise = op.name.startswith("arith.") or op.name in ("tt.addptr", "tt.load")
+        operands = [self.of(v, index) for v in op.operands] if is_pointwise else []
         found = _ARITHMETIC[op.name](self, *operands) if op.name in _ARITHMETIC else None
         if found is not None:
             return found
         if not value.type.is_tensor or (operands and all(operand.uniform for operand in operands)):
             return Lanes(1, self.zeros, nonnegative=False)
         raise Unknown(f"{op.name} of lanes that differ")
-
-    def _pointwise(self, op: Op) -> bool:
-        return op.name.startswith("arith.") or op.name == "tt.load"
 
     # ---- arithmetic; None where the result has no such form -----------------------------------------------------
     def _sum(self, a: Lanes, b: Lanes) -> Lanes:

@@ -112,8 +112,9 @@ def reachable(value: Value, sources: Callable[[Value], Iterable[Value]]) -> Iter
     seen, found = {value}, [value]
     for value in found:  # which grows
         yield value
-        found += (new := dict.fromkeys(source for source in sources(value) if source not in seen))
+        new = dict.fromkeys(source for source in sources(value) if source not in seen)
         seen.update(new)
+        found += new
 
 
 def parse(text: str) -> list[Function]:
