@@ -1,13 +1,13 @@
 """Decides which tensors of a kernel live in memory and which are recomputed where they are used.
 
-A tensor value is either
+A tensor value is lazy or stored:
 
-* lazy: an expression of its index, evaluated inside the loops of whoever uses it, so that
-  `tl.store(o, tl.load(x) * 2)` becomes one loop without temporaries, or
+* lazy: an expression of its index, evaluated inside the loops of its users. So `tl.store(o, tl.load(x) * 2)` becomes
+  one loop without temporaries.
 * stored: computed once, where the kernel's source does, into a local array.
 
-A value is stored if it is expensive (its expression holds a load or a division, say) and more than one loop nest, or
-one inside another block, would evaluate it; and if it loads memory that is written before its last use.
+An expensive value (its expression holds a load or a division, say) is stored if several loop nests, or one inside
+another block, would evaluate it. A load is stored, too, if its memory is written before its last use.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Container, Mapping, Sequence
 from typing import TypeVar
 
 from .operations import Kind, operation
-from .ttir import Block, Function, Op, Value
+from .ttir import Block, Function, Op, Value, reachable
 
 
 def is_lazy(op: Op) -> bool:
@@ -25,6 +25,7 @@ def is_lazy(op: Op) -> bool:
 
 
 MANY = 48  # cheap operations are together as expensive as a division or a load
+Apart = set[tuple[Value, Value, bool]]  # arguments: the one read, the one written, may both be the same address
 _Root = tuple[Op, tuple[int, ...]]  # a user, and the shape it takes: the end of a loop has a nest for each shape
 
 
@@ -32,12 +33,12 @@ class StoragePlan:
     """`value in plan` says whether a lazy operation's tensor is stored when it is reached.
 
     disjoint: is the function's memory that comes by different arguments taken not to overlap?
-    apart: where that was decisive, as (argument read, argument written, may both be the same address).
+    apart: where that was decisive.
     """
 
     def __init__(self, function: Function, disjoint: bool):
         self.disjoint = disjoint
-        self.apart: set[tuple[Value, Value, bool]] = set()
+        self.apart: Apart = set()
         self._stored: set[Value] = set()
         self._roots: dict[Value, set[_Root]] = {}  # the loop nests that evaluate a lazy value
         self._escapes: dict[Value, bool] = {}  # evaluated from an inner block, so perhaps many times
@@ -99,11 +100,10 @@ class StoragePlan:
         alone = is_store and not _may_repeat(target)  # what an element writes is read for that element alone
         if source is target and alone:
             return False
-        read, written = bases(source), bases(target)
-        if not self.disjoint or None in read | written or read & written:
+        apart = must_be_apart(source, target, alone and _is_the_same_place(source, target))
+        if not self.disjoint or apart is None:
             return True
-        in_place = alone and _is_the_same_place(source, target)
-        self.apart |= {(a, b, in_place) for a in read for b in written if a is not None and b is not None}
+        self.apart |= apart
         return False
 
 
@@ -142,7 +142,7 @@ class LiveRows:
     def _of_use(self, user: Op, value: Value) -> frozenset[Value]:
         if user.name == "tt.store":
             return row_masks(user.operands[2]) if len(user.operands) > 2 else frozenset()
-        keeps_rows = is_lazy(user) and not operation(user).moves_elements
+        keeps_rows = operation(user).kind not in (Kind.PERMUTES, Kind.SCATTERS, Kind.STANDS)
         if user.name in ("tt.expand_dims", "tt.reduce"):
             keeps_rows = user.attribute("axis") > 0
         if not keeps_rows or any(result.type.shape[:1] != value.type.shape[:1] for result in user.results):
@@ -150,19 +150,19 @@ class LiveRows:
         return frozenset.intersection(*map(self.conditions, user.results))
 
 
-def row_masks(mask: Value, seen: set[Value] | None = None) -> frozenset[Value]:
+def row_masks(mask: Value) -> frozenset[Value]:
     """The parts of a conjunction that are the same in a whole row, as masks [M]."""
-    op, seen = mask.op, set() if seen is None else seen
-    if mask in seen:
-        return frozenset()
-    seen.add(mask)
-    if op is not None and (
-        op.name == "arith.andi"
-        or (op.name == "tt.broadcast" and op.operands[0].type.shape[1:] == (1,))
-        or (op.name == "tt.expand_dims" and op.attribute("axis") == 1)
-    ):
-        return frozenset.union(*[row_masks(operand, seen) for operand in op.operands])
-    return frozenset([mask]) if len(mask.type.shape) == 1 else frozenset()
+
+    def parts(mask: Value) -> list[Value]:
+        op = mask.op
+        is_split = op is not None and (
+            op.name == "arith.andi"
+            or (op.name == "tt.broadcast" and op.operands[0].type.shape[1:] == (1,))
+            or (op.name == "tt.expand_dims" and op.attribute("axis") == 1)
+        )
+        return op.operands if is_split else []  # type: ignore[union-attr]
+
+    return frozenset(part for part in reachable(mask, parts) if len(part.type.shape) == 1 and not parts(part))
 
 
 def _is_the_same_place(first: Value, second: Value) -> bool:
@@ -211,16 +211,18 @@ _AFFINE = {"tt.make_range", "tt.addptr", "arith.addi", "arith.subi", "arith.muli
 _AFFINE |= {"tt.broadcast", "tt.expand_dims", "tt.trans", "tt.reshape"}
 
 
-def bases(pointer: Value, seen: set[Value] | None = None) -> set[Value | None]:
+def must_be_apart(source: Value, target: Value, in_place: bool) -> Apart | None:
+    """What must not overlap in memory, so that nothing written to `target` is read from `source`; None: it may be."""
+    read, written = bases(source), bases(target)
+    if None in read | written or read & written:
+        return None
+    return {(a, b, in_place) for a in read for b in written if a is not None and b is not None}
+
+
+def bases(pointer: Value) -> set[Value | None]:
     """The function's arguments that a pointer may be based on; None among them where that is not known."""
-    seen = set() if seen is None else seen
-    if pointer in seen:
-        return set()
-    seen.add(pointer)
-    if pointer.op is None and pointer.block.parent is None:
-        return {pointer}
-    sources = _sources(pointer)
-    return set().union(*[bases(source, seen) for source in sources]) if sources else {None}
+    ends = [value for value in reachable(pointer, _sources) if not _sources(value)]
+    return {value if value.op is None and value.block.parent is None else None for value in ends}
 
 
 def _sources(pointer: Value) -> list[Value]:
@@ -237,7 +239,7 @@ def _sources(pointer: Value) -> list[Value]:
         return [region.terminator.operands[number] for region in op.regions]  # type: ignore[union-attr]
     if op.name in ("arith.select", "tt.join", "tt.cat"):
         return op.operands[op.name == "arith.select" :]
-    if op.name == "tt.addptr" and _holds_address(op.operands[1], set()):
+    if op.name == "tt.addptr" and _holds_address(op.operands[1]):
         return []
     return op.operands[:1] if operation(op).in_place or op.name == "tt.gather" else []
 
@@ -256,12 +258,10 @@ def _passed_to(argument: Value) -> list[Value]:
     return [loop.operands[number], after.terminator.operands[number]]  # type: ignore[union-attr]
 
 
-def _holds_address(offset: Value, seen: set[Value]) -> bool:
+def _holds_address(offset: Value) -> bool:
     """Is an integer computed from a pointer?"""
-    if offset in seen or offset.op is None or offset.op.name == "tt.load":
-        return False
-    seen.add(offset)
-    return offset.op.name == "tt.ptr_to_int" or any(_holds_address(operand, seen) for operand in offset.op.operands)
+    values = reachable(offset, lambda v: v.op.operands if v.op is not None and v.op.name != "tt.load" else ())
+    return any(value.op is not None and value.op.name == "tt.ptr_to_int" for value in values)
 
 
 def rearranges(value: Value, sources: Container[Value], stored: Container[Value]) -> bool:
@@ -406,8 +406,7 @@ def _product_stride(op: Op, left: int, right: int) -> int | None:
     if left == right == 0:
         return 0
     for step, factor in ((left, op.operands[1]), (right, op.operands[0])):
-        known = splat_constant(factor)
-        if known is not None and step:
+        if step and (known := splat_constant(factor)) is not None:
             return step * known
     return None
 
@@ -425,5 +424,5 @@ def splat_constant(value: Value) -> int | None:
         op = op.operands[0].op
     if op is None or op.name != "arith.constant" or not value.type.element.startswith("i"):
         return None
-    found = re.search(r"dense<(-?\d+)>|constant (-?\d+)", op.text)
-    return int(found.group(1) or found.group(2)) if found else None
+    found = re.search(r"(?:dense<|constant )(-?\d+|true|false)", op.text)
+    return int({"true": "1", "false": "0"}.get(found[1], found[1])) if found else None

@@ -12,7 +12,7 @@ is not inlined; and those into what came as an address (an int) or as an object 
 from __future__ import annotations
 
 from .analysis import bases
-from .ttir import SYMBOL, Function, Value, walk
+from .ttir import SYMBOL, Function, Value, reachable, walk
 
 
 class Bounds:
@@ -20,7 +20,7 @@ class Bounds:
 
     def __init__(self, functions: list[Function]):
         self.pointers = [parameter for parameter in functions[0].parameters if parameter.type.is_pointer]
-        self._passed: dict[Value, list[Value]] = {}  # parameters of called functions -> what they are given
+        self._passed: dict[Value | None, list[Value]] = {}  # parameters of called functions -> what they are given
         parameters = {function.name: function.parameters for function in functions}
         for call in (op for function in functions for op in walk(function.body) if op.name == "tt.call"):
             callee = SYMBOL.search(call.text).group(1).strip('"')  # type: ignore[union-attr]
@@ -29,14 +29,6 @@ class Bounds:
 
     def arguments(self, pointer: Value) -> list[int]:
         """Numbers of the pointer arguments, any of which may bound `pointer`; none: it can't be checked."""
-        found = self._arguments(pointer)
+        given = reachable(pointer, lambda v: [value for base in bases(v) for value in self._passed.get(base, [])])
+        found = set().union(*map(bases, given)) - self._passed.keys()
         return [] if None in found else sorted(self.pointers.index(base) for base in found if base is not None)
-
-    def _arguments(self, pointer: Value) -> set[Value | None]:
-        found: set[Value | None] = set()
-        for base in bases(pointer):
-            if base in self._passed:
-                found |= set().union(*map(self._arguments, self._passed[base]))
-            else:
-                found.add(base)
-        return found

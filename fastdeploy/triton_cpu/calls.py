@@ -80,6 +80,7 @@ def call(context: Context, op: Op) -> None:
 
 
 def return_(context: Context, op: Op) -> None:
+    """Tensors into the caller's arrays, scalars by value."""
     tensors = [value for value in op.operands if value.type.is_tensor]
     for number, value in enumerate(tensors):
         materialise(context, value, into=f"into{number}")

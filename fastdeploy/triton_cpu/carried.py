@@ -17,9 +17,9 @@ from .analysis import is_lazy, rearranges, uniform
 from .arrays import materialise
 from .context import Array, Context, MovingPointers, Scalar
 from .elements import constant_declaration, value_type
-from .loops import ZERO, LoopNest, best_order, linear
+from .loops import ZERO, LoopNest, best_order, evaluated, linear
 from .operations import operation
-from .ttir import Block, Op, Value, walk
+from .ttir import Block, Op, Value, reachable, walk
 
 
 @dataclass
@@ -86,15 +86,14 @@ def assign(context: Context, carried: list[Carried], yielded: list[Value]) -> No
         elif context.storage.get(new) != Array(item.name):
             pending.append((item.name, new))
     late += _assign_tensors(context, pending)
-    for text in late:
-        context.line(text)
+    context.line(*late)
 
 
 def _assign_tensors(context: Context, pending: list[tuple[str, Value]]) -> list[str]:
     """New tensors of one shape share a loop nest, which reads an element of all before it writes one of any.
 
-    A value that reads an array of another shape, or elements at other indices, of those to be overwritten is computed
-    into a copy before any array changes; returns the lines that move the copies.
+    A value may read what is to be overwritten: an array of another shape, or elements at other indices. It is computed
+    into a copy before any array changes. Returns the lines that move the copies.
     """
     copies: list[str] = []
     groups: dict[tuple[int, ...], list[tuple[str, Value]]] = {}
@@ -119,43 +118,18 @@ def _assign_tensors(context: Context, pending: list[tuple[str, Value]]) -> list[
 
 
 def _uniform_text(context: Context, value: Value) -> str:
-    nest = LoopNest(context, (), [])
-    term = nest.evaluate(value, (ZERO,) * len(value.type.shape))
-    for text in nest.lines[0]:
-        context.line(text)
-    return term.text
+    return evaluated(context, lambda nest: nest.evaluate(value, (ZERO,) * len(value.type.shape)))
 
 
-def _arrays_read(context: Context, value: Value, seen: set[Value] | None = None) -> set[str]:
-    seen = set() if seen is None else seen
-    if value in seen:
-        return set()
-    seen.add(value)
-    storage = context.storage.get(value)
-    if isinstance(storage, Array):
-        return {storage.name}
-    if isinstance(storage, MovingPointers):
-        return {storage.moved} | _arrays_read(context, storage.origin, seen)
-    if storage is not None or value.op is None:
-        return set()
-    return set().union(*[_arrays_read(context, operand, seen) for operand in value.op.operands])
+def _arrays_read(context: Context, value: Value) -> set[str]:
+    def sources(value: Value) -> list[Value]:
+        storage = context.storage.get(value)
+        if isinstance(storage, MovingPointers):
+            return [storage.origin]
+        return value.op.operands if storage is None and value.op is not None else []
 
-
-def publish(context: Context, results: list[Value], carried: list[Carried]) -> None:
-    for result, item in zip(results, carried):
-        context.storage[result] = context.storage[item.argument]
-        if item.argument in context.origins:
-            context.origins[result] = context.origins[item.argument]
-
-
-def declare(context: Context, value: Value) -> None:
-    """Storage for a result that different blocks write."""
-    if value.type.is_tensor:
-        context.storage[value] = Array(context.array(value.type, value.name))
-    else:
-        name = context.name(value.name)
-        context.line(f"{value_type(value.type.element)} {name};")
-        context.storage[value] = Scalar(name)
+    read = [context.storage.get(value) for value in reachable(value, sources)]
+    return {storage.name for storage in read if isinstance(storage, Array)}
 
 
 def write(context: Context, target: Value, source: Value) -> None:
@@ -173,11 +147,10 @@ def in_next_turn(context: Context, pointers: Value, evaluate: Callable[[], str])
     None unless it follows from the loop's variable by scalars alone: a block's number, looked up in a table, say.
     """
     loop = pointers.block.parent
-    scalars: set[Op] = set()
     if loop is None or loop.name != "scf.for" or loop.text.startswith("scf.for unsigned"):
         return None
     body = loop.regions[0]
-    if not _follows_from_variable(context, pointers, body, scalars) or not scalars:
+    if not (scalars := _scalars_to_repeat(context, pointers, body)):
         return None
     here, upper, step = (context.scalar(v) for v in (body.arguments[0], *loop.operands[1:3]))
     name, kind = context.name("next"), value_type(body.arguments[0].type.element)
@@ -192,23 +165,18 @@ def in_next_turn(context: Context, pointers: Value, evaluate: Callable[[], str])
     return text
 
 
-def _follows_from_variable(
-    context: Context, value: Value, body: Block, scalars: set[Op], seen: set[Value] | None = None
-) -> bool:
-    """Is `value` computed from the variable of the loop and what is known before it? Collects the loop's scalars."""
-    seen = set() if seen is None else seen
-    if value in seen:  # and has been found to be so, or the search would be over
-        return True
-    seen.add(value)
-    op = value.op
-    if op is None or op.block is not body:
-        return value not in body.arguments[1:]
-    if not is_lazy(op) or isinstance(context.storage.get(value), Array) or _writes_memory(body):
-        return False
-    if not value.type.is_tensor:
-        scalars.add(op)
-    return all(_follows_from_variable(context, operand, body, scalars, seen) for operand in op.operands)
-
-
-def _writes_memory(block: Block) -> bool:
-    return any(operation(op).writes and not op.regions for op in walk(block))
+def _scalars_to_repeat(context: Context, value: Value, body: Block) -> set[Op]:
+    """The body's scalars that `value` is computed from; none unless all it needs is those, the loop's variable and what
+    is known before the loop."""
+    scalars: set[Op] = set()
+    writes = any(operation(op).writes and not op.regions for op in walk(body))
+    for part in reachable(value, lambda v: v.op.operands if v.op is not None and v.op.block is body else ()):
+        op = part.op
+        if op is None or op.block is not body:
+            if part in body.arguments[1:]:
+                return set()
+        elif not is_lazy(op) or isinstance(context.storage.get(part), Array) or writes:
+            return set()
+        elif not part.type.is_tensor:
+            scalars.add(op)
+    return scalars

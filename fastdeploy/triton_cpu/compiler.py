@@ -32,13 +32,14 @@ GPUOptions: Any = make_dataclass("GPUOptions", [(name, Any, None) for name in _G
 
 
 @dataclass(frozen=True)
-class CPUOptions(GPUOptions):
+class CPUOptions(Optimisations, GPUOptions):
     """Launch options. The GPU ones are accepted, so that a kernel tuned for GPUs runs here, and mean nothing.
 
-    register_tiles, live_rows, direct_stores, prefetch, disjoint, bf16_products: see `Optimisations`.
-        $FASTDEPLOY_REGISTER_TILES=0 makes the first False, $FASTDEPLOY_BF16_PRODUCTS=1 the last one True, and so on.
+    Those of `Optimisations`: $FASTDEPLOY_REGISTER_TILES=0 makes the first False, $FASTDEPLOY_BF16_PRODUCTS=1 the last
+        one True, and so on.
     debug: tl.device_assert is checked.  sanitize_overflow: so are integer sums and products; by default as `debug`.
-    check: every access to memory is checked, as bounds.py says; by default where $FASTDEPLOY_CPU_CHECK is 1.
+    check: every access to memory is checked, as bounds.py says, and nothing is optimised; by default where
+        $FASTDEPLOY_CPU_CHECK is 1.
     """
 
     num_warps: int = 1
@@ -47,12 +48,6 @@ class CPUOptions(GPUOptions):
     warp_size: int = 1
     cluster_dims: tuple = (1, 1, 1)
     enable_fp_fusion: bool = True
-    register_tiles: bool = True
-    live_rows: bool = True
-    direct_stores: bool = True
-    prefetch: bool = True
-    disjoint: bool = True
-    bf16_products: bool = False
     check: bool = False
     debug: bool = False
     sanitize_overflow: bool = False
@@ -104,11 +99,14 @@ class CPUBackend(BaseBackend):
             chosen.setdefault("enable_fp_fusion", os.environ["TRITON_DEFAULT_FP_FUSION"] == "1")
         chosen.setdefault("sanitize_overflow", chosen.get("debug", False))
         chosen.setdefault("check", os.environ.get("FASTDEPLOY_CPU_CHECK", "0") not in ("", "0"))
-        for name in Optimisations._fields:
+        optimisations = [field.name for field in fields(Optimisations)]
+        for name in optimisations:
             if (wanted := os.environ.get(f"FASTDEPLOY_{name.upper()}")) is not None:
                 chosen.setdefault(name, wanted != "0")
         chosen["extern_libs"] = tuple(sorted(dict(chosen.get("extern_libs") or {}).items()))
         chosen["bf16_products"] = chosen.get("bf16_products", False) and toolchain().multiplies_bf16
+        if chosen["check"]:
+            chosen.update(dict.fromkeys(optimisations, False))
         return CPUOptions(**chosen)
 
     def pack_metadata(self, metadata: Any) -> Any:
@@ -178,9 +176,8 @@ def make_c(module: Any, metadata: dict[str, Any], options: CPUOptions) -> str:
     metadata["name"] = functions[0].name
     metadata["shared"] = 1  # bytes of shared memory: none, but more than 0 is what tools for GPUs expect
     metadata["argument_format"] = argument_format(functions[0])
-    wanted = Optimisations(*[getattr(options, name) and not options.check for name in Optimisations._fields])
     bounds = Bounds(functions) if options.check else None
-    target = Target(functions[0].name, toolchain().lanes, options.enable_fp_fusion, wanted, bounds)
+    target = Target(functions[0].name, toolchain().lanes, options.enable_fp_fusion, options, bounds)
     generated = generate_c(functions, _prelude(), target)
     metadata["can_fail"] = "#define USES_FAILURES" in generated.text
     metadata["apart"] = generated.apart

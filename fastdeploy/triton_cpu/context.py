@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from .analysis import LiveRows, StoragePlan
 from .bounds import Bounds
-from .elements import array_type, bytes_in_array
+from .elements import array_type, bytes_in_array, value_type
 from .operations import operation
 from .ttir import Block, Function, Op, Type, Value, walk
 
@@ -50,7 +50,8 @@ class MovingPointers(NamedTuple):
     moved: str
 
 
-class Optimisations(NamedTuple):
+@dataclass(frozen=True)
+class Optimisations:
     """What is done for speed. Each can be left out, to see what it is worth; results are the same but for the last one.
 
     register_tiles: loops around tl.dot as in registers.py, single ones as in dot.py, and vectors.py.
@@ -127,10 +128,11 @@ class Context:
         return self.wanted.register_tiles and self.unit.has_dot
 
     # ---- writing ------------------------------------------------------------------------------------------------
-    def line(self, text: str) -> None:
-        self.depth -= text.startswith("}")
-        self.lines.append(text if text.startswith("#") else "  " * self.depth + text)
-        self.depth += text.endswith("{")
+    def line(self, *lines: str) -> None:
+        for text in lines:
+            self.depth -= text.startswith("}")
+            self.lines.append(text if text.startswith("#") else "  " * self.depth + text)
+            self.depth += text.endswith("{")
 
     def name(self, hint: str) -> str:
         """A fresh C name that starts like `hint`, a TTIR name such as %acc_12."""
@@ -147,6 +149,23 @@ class Context:
             "__attribute__((aligned(64)));"
         )
         return name
+
+    def declare(self, value: Value) -> str:
+        """Storage for a result that is written later: an array, or a variable of C. Returns its name."""
+        if value.type.is_tensor:
+            name = self.array(value.type, value.name)
+            self.storage[value] = Array(name)
+        else:
+            name = self.name(value.name)
+            self.line(f"{value_type(value.type.element)} {name};")
+            self.storage[value] = Scalar(name)
+        return name
+
+    def give_same_place(self, new: Value, old: Value) -> None:
+        """`new` is `old` by another name."""
+        self.storage[new] = self.storage[old]
+        if old in self.origins:
+            self.origins[new] = self.origins[old]
 
     @contextmanager
     def braces(self, opening: str) -> Iterator[None]:
@@ -207,10 +226,10 @@ class Context:
         """Writes what an operation needs written where it stands; for most lazy ones, nothing."""
         self.unit.lower(self, op)
 
-    def block(self, block: Block, skip_terminator: bool = False) -> None:
+    def block(self, block: Block) -> None:
         outer, self.copies = self.copies, []
         row_counts = dict(self.row_counts)
-        for op in block.ops[:-1] if skip_terminator else block.ops:
+        for op in block.ops:
             if op not in self.written:
                 self.op(op)
         self.forget_copies(keep=block)

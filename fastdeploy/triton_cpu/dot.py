@@ -11,10 +11,9 @@ Every output element adds its K terms one by one in ascending k, whatever the bl
 how many rows are computed with it. On x86 an FMA has a latency of 4 cycles and two start per cycle, so 8 accumulators
 or more are needed; 16 of the 32 registers leave room for b and for the broadcast.
 
-Operands are read where they are when that is cheap. `a` is a plain load of rows: one pointer per row. `b` is a plain
-load whose rows are contiguous, and few blocks of rows use it: the vectors come straight from memory, converted in
-registers, with a prefetch (decode: a GEMV at memory speed). Otherwise the operand is evaluated into a local
-array of floats first, which pays when many blocks of rows use it (prefill).
+Operands are read where they are when that is cheap: `a` if it is a plain load of rows, by one pointer per row; `b` if
+it is a plain load of contiguous rows and few blocks use it (decode: a GEMV at memory speed). Otherwise the operand is
+evaluated into a local array of floats first, which pays when many blocks of rows use it (prefill).
 
 Where products of bf16 are made in pairs (pairs.py), k counts pairs, and what is said of floats holds for pairs.
 """
@@ -22,7 +21,7 @@ Where products of bf16 are made in pairs (pairs.py), k counts pairs, and what is
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from .analysis import is_zero, stride
 from .arrays import as_array, materialise
@@ -30,9 +29,9 @@ from .carried import in_next_turn
 from .context import Array, Context, NotATile
 from .elements import FUSED, SMALL_FLOATS, from_memory, rounded, value_type
 from .live_rows import columns_let_through, rows_let_through
-from .loops import ZERO, Index, LoopNest, Term
+from .loops import ZERO, Term, evaluated
 from .pairs import Products, copy_of, products
-from .ttir import Op, Type, Value
+from .ttir import Op, Type, Value, reachable
 from .vectors import PREFETCH_BYTES, Place, Vectors, has_vectors, is_splat
 
 # The vector loads of prelude.h, by the element type in memory.
@@ -142,7 +141,7 @@ class _RowPointers:
         return cls(load, by) if contiguous else None
 
     def prepare(self, context: Context, rows: list[str]) -> None:
-        self.rows = [_address(context, self.pointers, (Term(row, 0), Term("0", 0))) for row in rows]
+        self.rows = [_address(context, self.pointers, row) for row in rows]
 
     def element(self, row: int, k: str) -> str:
         if self.by.terms == 2:
@@ -188,7 +187,7 @@ class _VectorRows:
         self.base = self._first()
 
     def _first(self) -> str:
-        return _address(self.context, self.pointers, (Term("0", 0), Term("0", 0)))
+        return _address(self.context, self.pointers, "0")
 
     def _next(self) -> str:
         columns = columns_let_through(self.context, self.column_mask) if self.column_mask else None
@@ -198,7 +197,7 @@ class _VectorRows:
     def _row(self, k: str) -> str:
         if self.step is not None:
             return f"{self.base} + {self.step} * {k}"
-        return _address(self.context, self.pointers, (Term(k, 0), Term("0", 0)))
+        return _address(self.context, self.pointers, k)
 
     def vector(self, k: str, column: str, some: str | None = None) -> str:
         """some: the columns that there are, if not all of them."""
@@ -215,8 +214,8 @@ class _VectorRows:
         text = f"{load.replace('from', 'from_some')}({place}, {some})" if some else f"{load}({place})"
         if not self.row_masks:
             return text
-        masks = " && ".join(_scalar(self.context, value, (Term(k, 0), ZERO)) for value in self.row_masks)
-        other = [_scalar(self.context, value, (Term(k, 0), ZERO)) for value in self.other]
+        masks = " && ".join(_of_row(self.context, value, k) for value in self.row_masks)
+        other = [_of_row(self.context, value, k) for value in self.other]
         return f"{masks} ? {text} : {kind}_splat({other[0] if other else '0'})"
 
     def prefetch(self, k: str, column: str) -> str | None:
@@ -237,10 +236,11 @@ class _VectorRows:
 
 def _masks(load: Op) -> list[Value]:
     """The masks that must all hold for an element to be read."""
-    masks = load.operands[1:2]
-    while split := next((mask for mask in masks if mask.op is not None and mask.op.name == "arith.andi"), None):
-        masks = [*(mask for mask in masks if mask is not split), *split.op.operands]  # type: ignore[union-attr]
-    return masks
+
+    def parts(mask: Value) -> list[Value]:
+        return mask.op.operands if mask.op is not None and mask.op.name == "arith.andi" else []
+
+    return [part for mask in load.operands[1:2] for part in reachable(mask, parts) if not parts(part)]
 
 
 def _of_columns(mask: Value) -> Value | None:
@@ -262,21 +262,13 @@ def _plain_load(context: Context, value: Value, masked: bool = False) -> Op | No
     return None if context.holds_addresses(op.operands[0]) else op
 
 
-def _address(context: Context, pointers: Value, index: Index) -> str:
-    """Evaluates a pointer at one index, writing the temporaries that it needs here and now."""
-    return _written(context, lambda nest: nest.address(pointers, index))
+def _address(context: Context, pointers: Value, row: str) -> str:
+    """Of the first element in a row."""
+    return evaluated(context, lambda nest: nest.address(pointers, (Term(row, 0), ZERO)))
 
 
-def _scalar(context: Context, value: Value, index: Index) -> str:
-    return _written(context, lambda nest: nest.evaluate(value, index))
-
-
-def _written(context: Context, evaluate: Callable[[LoopNest], Term]) -> str:
-    nest = LoopNest(context, (), [])
-    term = evaluate(nest)
-    for text in nest.lines[0]:
-        context.line(text)
-    return term.text
+def _of_row(context: Context, value: Value, row: str) -> str:
+    return evaluated(context, lambda nest: nest.evaluate(value, (Term(row, 0), ZERO)))
 
 
 def _emit_blocks(  # type: ignore[no-untyped-def]
@@ -349,8 +341,7 @@ def plain(context: Context, op: Op) -> None:
     context.storage[op.result] = Array(target)
     kind = value_type(element) if by.terms == 1 else "int32_t"
     batches = batch[0] if batch else 1
-    call = FUSED.get(element, "fusedf")
-    product = "{t} + x * y" if element.startswith("i") else f"{call}(x, y, {{t}})"
+    product = "{t} + x * y" if element.startswith("i") else f"{FUSED.get(element, 'fusedf')}(x, y, {{t}})"
     if by.terms == 2:
         product = "add_dot2_to_one({t}, x, y)"
     place = f"{target}[(z * {m} + m) * {n} + n]"

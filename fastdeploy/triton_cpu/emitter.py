@@ -16,14 +16,13 @@ from types import ModuleType
 from typing import NamedTuple
 
 from . import calls, control_flow, dot, memory, programs, reductions, registers, scaled_dot
-from .arrays import as_array, materialise
+from .arrays import materialise
 from .bounds import Bounds
 from .context import Context, Scalar, Target, UnsupportedOperation
-from .elements import ELEMENTS, FUSED, constant, constant_declaration, from_memory, memory_type, rounded, value_type
-from .failures import checked
-from .loops import computed, contraction
+from .elements import ELEMENTS, memory_type, rounded, value_type
+from .loops import evaluated
 from .operations import OPERATIONS, operation
-from .ttir import Function, Op, Value
+from .ttir import Function, Op
 
 MODULES: tuple[ModuleType, ...] = (calls, control_flow, dot, memory, programs, reductions, registers, scaled_dot)
 _BY_NAME = {module.__name__.rpartition(".")[2]: module for module in MODULES}
@@ -58,30 +57,10 @@ def _try_in_turn(context: Context, op: Op, lowerings: list[Callable[[Context, Op
 
 def _compute(context: Context, op: Op) -> None:
     if not op.result.type.is_tensor:
-        _scalar(context, op)
+        context.storage[op.result] = Scalar(evaluated(context, lambda nest: nest.computed(op.result, op, ())))
     for value in op.results:
         if value in context.unit.plan:
             materialise(context, value)
-
-
-def _scalar(context: Context, op: Op) -> None:
-    value = op.result
-    element = value.type.element
-    if op.name == "arith.constant":
-        context.storage[value] = Scalar(constant(op, element))
-        return
-    arguments = [as_array(context, v) if v.type.is_tensor else context.scalar(v) for v in op.operands]
-    if op.name == "tt.load":
-        text = from_memory(element, checked(context, op, f"*{arguments[0]}", ()))
-        if len(arguments) > 1:
-            text = f"{arguments[1]} ? {text} : {arguments[2] if len(arguments) > 2 else '0'}"
-    elif fused := contraction(context, op):
-        text = fused.text(FUSED[element], *[context.scalar(v) for v in fused.values])
-    else:
-        text = computed(context, op, arguments)
-    name = context.name(value.name)
-    context.line(f"{constant_declaration(element, name)} = {text};")
-    context.storage[value] = Scalar(name)
 
 
 def function_in_c(context: Context) -> str:
@@ -140,7 +119,8 @@ _USES = {
 
 def _entry(kernel: Function, can_fail: bool, bounds: Bounds | None) -> str:
     """C of `run_programs`, and of the arguments that it takes."""
-    fields = [f"{_field_type(p)} a{i};" for i, p in enumerate(kernel.parameters)]
+    types = [p.type.element for p in kernel.parameters]
+    fields = [f"{'int8_t' if t == 'i1' else value_type(t)} a{i};" for i, t in enumerate(types)]
     prepare, call = [], f"{calls.function_name(kernel.name)}({{}})"
     if can_fail:
         fields.append("struct failure *failure;")
@@ -149,7 +129,7 @@ def _entry(kernel: Function, can_fail: bool, bounds: Bounds | None) -> str:
     if bounds is not None:
         fields.append(f"struct extent extents[{len(bounds.pointers)}];")
         prepare.append("extents_of_launch = a->extents;")
-    arguments = [rounded(p.type.element, f"a->a{i}") for i, p in enumerate(kernel.parameters)]
+    arguments = [rounded(t, f"a->a{i}") for i, t in enumerate(types)]
     arguments += ["i % grid[0]", "i / grid[0] % grid[1]", "i / grid[0] / grid[1]", "grid[0]", "grid[1]", "grid[2]"]
     return f"""
 struct arguments {{ {" ".join(fields)} }};
@@ -158,11 +138,6 @@ void run_programs(const struct arguments *a, long begin, long end, const int *gr
   for (long i = begin; i < end; i++) {{ {call.format(", ".join(arguments))}; }}
 }}
 """
-
-
-def _field_type(parameter: Value) -> str:
-    element = parameter.type.element
-    return value_type(element) if element != "i1" else "int8_t"
 
 
 def argument_format(kernel: Function) -> str:

@@ -5,23 +5,21 @@
     sums += tl.load(bias + n, mask=n < N)[None, :]          nothing but computation,
     tl.store(y_tile, sums, mask=...)                        and one store
 
-A store to memory that is not in a cache has to wait for it. A tile's worth at a time, as at the end of a program, is
-more than a core keeps waiting in the background, and it stops; the few of a block of registers wait while the next
-block is computed (64 x 32 sums of 4-bit products, K = 576, on a core: 355 GOP/s, as a tile 282).
+A store to memory that is not in a cache has to wait for it. At the end of a program a whole tile's stores come at
+once, and the core stops. A block's few wait while the next block is computed. (64 x 32 sums of 4-bit products, K = 576,
+on a core: 355 GOP/s, as a tile 282.)
 
-So the store moves up, to the end of each block. That is right as long as nothing that is still to be read has been
-overwritten: all that is read must come by other arguments of the kernel than the one that is written. (Where arguments
-overlap in memory, the launcher takes a version of the kernel that doesn't do this.) What the kernel does between the
-loop and the store is done before the loop, unless it is computed from the sums.
+So the store moves up, to the end of each block. Nothing that is still to be read may be overwritten by it: all that is
+read must come by other arguments of the kernel than the one that is written. What the kernel does between the loop and
+the store is done before the loop, unless it is computed from the sums.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from .analysis import is_lazy
-from .operations import operation
-from .ttir import Op, Value, walk
+from .analysis import Apart, is_lazy, must_be_apart
+from .ttir import Op, walk
 
 
 class Ending(NamedTuple):
@@ -29,7 +27,7 @@ class Ending(NamedTuple):
 
     before: list[Op]  # what may be done before the loop, in order
     after: list[Op]  # what is computed from the sums, and last the store
-    apart: set[tuple[Value, Value, bool]]  # as StoragePlan.apart
+    apart: Apart
 
     @property
     def store(self) -> Op:
@@ -53,30 +51,13 @@ def ending_of(loop: Op) -> Ending | None:
         return None
     if any(user not in ending.after for value in sums for user in value.uses):
         return None
-    written, kernel = _argument(ending.store.operands[0]), loop.block
+    kernel = loop.block
     while kernel.parent is not None:
         kernel = kernel.parent.block
     for load in walk(kernel):  # all loads: one from before the loop may be evaluated in it
-        if load.name != "tt.load":
-            continue
-        read = _argument(load.operands[0])
-        if read is None or written is None or read is written:
-            return None
-        ending.apart.add((read, written, False))
+        if load.name == "tt.load":
+            apart = must_be_apart(load.operands[0], ending.store.operands[0], in_place=False)
+            if apart is None:
+                return None
+            ending.apart.update(apart)
     return ending
-
-
-def _argument(pointers: Value) -> Value | None:
-    """The kernel's argument that pointers are computed from, if that is plain to see."""
-    while True:
-        op, parent = pointers.op, pointers.block.parent
-        if op is not None and operation(op).in_place:
-            pointers = op.operands[0]
-        elif op is not None:
-            return None
-        elif parent is None:
-            return pointers
-        elif parent.name == "scf.for" and pointers is not pointers.block.arguments[0]:  # what the loop began with
-            pointers = parent.operands[2 + pointers.block.arguments.index(pointers)]
-        else:
-            return None

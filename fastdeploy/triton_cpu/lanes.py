@@ -1,8 +1,8 @@
 """What neighbouring lanes of an index computation look like: are they neighbours in memory?
 
 A vector load needs addresses that follow each other. Kernels of packed weights compute them with divisions and
-remainders, `(n // 16) * (K * 8) + n % 16 * 4 + k // 4 * 64 + k % 4`, where n holds a program's number and K is known
-at run time only. So the expression is evaluated with NumPy, all lanes of a vector at a time, on numbers of the form
+remainders: `(n // 16) * (K * 8) + n % 16 * 4 + k // 4 * 64 + k % 4`. In n is a program's number, and K is known at run
+time only. So NumPy evaluates the expression, all lanes of a vector at a time, on numbers of the form
 
     multiple * t + pattern[lane]            t: an integer that nobody knows, the same in all lanes
 
@@ -10,8 +10,7 @@ at run time only. So the expression is evaluated with NumPy, all lanes of a vect
                     ... // 16                2 t + [0, 0, ..., 0]       exact, because 16 divides 32
                     ... % 16                       [0, 1, ..., 15]      (a multiple of 0: known exactly)
 
-What cannot be written like this and differs between lanes is not known, and the load is not a vector load. Nothing is
-guessed: a result holds for every t.
+What cannot be written so and differs between lanes is not known: no vector load. A result holds for every t.
 """
 
 from __future__ import annotations
@@ -22,9 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .analysis import operand_index
-from .elements import constant
-from .ttir import Op, Value
+from .analysis import operand_index, splat_constant
+from .ttir import Value
 
 
 class Unknown(Exception):
@@ -53,6 +51,11 @@ class Lanes(NamedTuple):
 
 def exactly(pattern: np.ndarray) -> Lanes:
     return Lanes(0, pattern, bool((pattern >= 0).all()))
+
+
+def row_of_lanes(count: int) -> tuple[Lanes, Lanes]:
+    """The index (row, column) of `count` neighbours in any row, from a column on that is a multiple of `count`."""
+    return Lanes(1, np.zeros(count, np.int64)), Lanes(count, np.arange(count))
 
 
 def lanes(value: Value, index: tuple[Lanes, ...], origins: Mapping[Value, Value]) -> Lanes:
@@ -86,23 +89,23 @@ class _Evaluation:
                 raise Unknown(f"{value} is an argument of a loop")
             return Lanes(1, self.zeros, nonnegative=op is not None)
         if op.name == "arith.constant":
-            return exactly(self.zeros + _integer(op, value.type.element))
+            if (number := splat_constant(value)) is None:
+                raise Unknown(f"{op.text} is no integer")
+            return exactly(self.zeros + number)
         if op.name == "tt.make_range":
             return self._sum(index[0], exactly(self.zeros + op.attribute("start", 0)))
         if moved := operand_index(op, index, self.zero):
             return self.of(op.operands[0], moved)
         if op.name in ("tt.splat", "arith.extsi", "arith.index_cast"):
             return self.of(op.operands[0], index)
-        operands = [self.of(v, index) for v in op.operands] if op.name in _ARITHMETIC or self._pointwise(op) else []
+        is_pointwise = op.name.startswith("arith.") or op.name in ("tt.addptr", "tt.load")
+        operands = [self.of(v, index) for v in op.operands] if is_pointwise else []
         found = _ARITHMETIC[op.name](self, *operands) if op.name in _ARITHMETIC else None
         if found is not None:
             return found
         if not value.type.is_tensor or (operands and all(operand.uniform for operand in operands)):
             return Lanes(1, self.zeros, nonnegative=False)
         raise Unknown(f"{op.name} of lanes that differ")
-
-    def _pointwise(self, op: Op) -> bool:
-        return op.name.startswith("arith.") or op.name == "tt.load"
 
     # ---- arithmetic; None where the result has no such form -----------------------------------------------------
     def _sum(self, a: Lanes, b: Lanes) -> Lanes:
@@ -158,13 +161,6 @@ class _Evaluation:
 
     def _shifted_right(self, a: Lanes, b: Lanes) -> Lanes | None:
         return self._quotient(a, exactly(1 << b.pattern)) if b.known and b.nonnegative else None
-
-
-def _integer(op: Op, element: str) -> int:
-    try:
-        return int(constant(op, element).removeprefix("INT64_C(").strip("()"))
-    except ValueError:
-        raise Unknown(f"{op.text} is no integer") from None
 
 
 _ARITHMETIC: dict[str, Callable[..., Lanes | None]] = {

@@ -99,27 +99,16 @@ class CPULauncher:
         source = getattr(self.source, "path", self.source)  # of a file with IR
         return triton.compile(source, self.metadata.target, options | {"disjoint": False})
 
-    def __call__(
-        self,
-        x: int,
-        y: int,
-        z: int,
-        stream: int,
-        function: int,
-        packed_metadata: Any,
-        launch_metadata: Any,
-        enter_hook: Callable | None,
-        exit_hook: Callable | None,
-        *arguments: Any,
-    ) -> None:
+    def __call__(self, x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
+        """Triton's convention: the grid, the kernel's address, metadata, hooks, the kernel's arguments."""
+        _, launch_metadata, enter_hook, exit_hook, *arguments = rest
         if self.descriptors:
             self.check_descriptors(arguments)
         values = self.values_of(arguments)
         numbers = self.numbers(values)
         if self.apart and self.overlap(values, numbers):
             run = self.careful.run  # which loads it
-            hooks = enter_hook, exit_hook
-            run(x, y, z, stream, self.careful.function, packed_metadata, launch_metadata, *hooks, *arguments)
+            run(x, y, z, stream, self.careful.function, *rest)
             return
         if enter_hook is not None:
             enter_hook(launch_metadata)

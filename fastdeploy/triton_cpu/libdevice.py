@@ -91,9 +91,7 @@ _WHOLE |= {"ilogb": "({0} == 0 || {0} != {0} ? INT32_MIN : ilogb({0}))"}
 _FAST = ("cos", "exp", "log", "log10", "log2", "pow", "sin", "tan")  # as `fast_cosf`
 
 _FLOATS = {f"{name}f": f"{name}f({{a}})" for name in _LIBM}
-_FLOATS |= {
-    f"{name}f": f"fast_{name}({{a}})" for name in ("exp", "exp2", "log", "log2", "rsqrt", "tanh")
-}  # prelude.h's
+_FLOATS |= {f"{name}f": f"fast_{name}({{a}})" for name in ("exp", "exp2", "log", "log2", "rsqrt", "tanh")}  # prelude.h
 FORMS: dict[str, str] = {
     **_FLOATS,
     **{name: f"{name}({{a}})" for name in _LIBM},

@@ -1,7 +1,7 @@
 """Loop nests: a lazy tensor expression, evaluated at every index of a tile.
 
-A nest over a tile (16, 64) has three levels of code, and each temporary is put at the outermost level that its
-indices allow, so that `x / row_sum[:, None]` divides per element but reads row_sum once per row:
+A nest over a tile (16, 64) has three levels of code. Each temporary is put at the outermost level that its indices
+allow: `x / row_sum[:, None]` divides per element but reads row_sum once per row.
 
     level 0
     for (int i = 0; i < 16; i++) {
@@ -14,6 +14,7 @@ indices allow, so that `x / row_sum[:, None]` divides per element but reads row_
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from .analysis import is_lazy, operand_index, scatters, stride, uniform
@@ -47,20 +48,13 @@ class Contraction(NamedTuple):
 
 def contraction(context: Context, op: Op) -> Contraction | None:
     """How `op`, an addition, takes in a product beside it: by one rule, the left one first, not at gcc's taste."""
-    if (
-        not context.unit.target.contract
-        or op.name not in ("arith.addf", "arith.subf")
-        or op.result.type.element not in FUSED
-    ):
+    adds = op.name in ("arith.addf", "arith.subf") and op.result.type.element in FUSED
+    if not adds or not context.unit.target.contract:
         return None
 
     def is_open_product(value: Value) -> bool:
-        return (
-            value.op is not None
-            and value.op.name == "arith.mulf"
-            and value.block is op.block
-            and value not in context.unit.plan
-        )
+        multiplies = value.op is not None and value.op.name == "arith.mulf"
+        return multiplies and value.block is op.block and value not in context.unit.plan
 
     minus = "-" if op.name == "arith.subf" else ""
     left, right = op.operands
@@ -73,20 +67,14 @@ def contraction(context: Context, op: Op) -> Contraction | None:
     return None
 
 
-def computed(context: Context, op: Op, arguments: list[str]) -> str:
-    """C for one element of a lazy operation that computes."""
-    target = op.results[0].type.element
-    source = op.operands[1 if op.name == "arith.select" else 0].type.element if op.operands else target
-    try:
-        return element(op, arguments, source, target)
-    except NotImplementedError as error:
-        raise context.unsupported(op, f"({error})") from None
-
-
 class LoopNest:
-    """Collects the code of one nest. `order` lists the tile's dimensions from the outermost loop to the innermost."""
+    """Collects the code of one nest. `order` lists the tile's dimensions from the outermost loop to the innermost.
 
-    def __init__(self, context: Context, shape: tuple[int, ...], order: list[int]):
+    A nest of no loops, for scalars, has no shape.
+    """
+
+    def __init__(self, context: Context, shape: tuple[int, ...] = (), order: list[int] | None = None):
+        order = list(range(len(shape))) if order is None else order
         self.context, self.shape, self.order = context, shape, order
         self.lines: list[list[str]] = [[] for _ in range(len(order) + 1)]
         self.variables = [context.name("i") for _ in order]
@@ -101,15 +89,14 @@ class LoopNest:
     def depth(self) -> int:
         return len(self.order)
 
-    def put(self, line: str, level: int | None = None) -> None:
-        self.lines[self.depth if level is None else level].append(line)
+    def put(self, *lines: str, level: int | None = None) -> None:
+        self.lines[self.depth if level is None else level] += lines
 
     def write(self, vectorise: bool = True) -> None:
         """Writes the nest into the kernel."""
         emit = self.context.line
         loops = [level for level, d in enumerate(self.order) if self.shape[d] > 1]
-        for text in self.lines[0]:
-            emit(text)
+        emit(*self.lines[0])
         for level, dimension in enumerate(self.order):
             if level in loops:
                 if vectorise and level == loops[-1] and self.context.unit.target.bounds is None:
@@ -117,14 +104,12 @@ class LoopNest:
                 variable = self.variables[level]
                 end = self.rows if self.rows and dimension == 0 else self.shape[dimension]
                 emit(f"for (int {variable} = 0; {variable} < {end}; {variable}++) {{")
-            for text in self.lines[level + 1]:
-                emit(text)
-        for _ in loops:
-            emit("}")
+            emit(*self.lines[level + 1])
+        emit(*["}"] * len(loops))
 
     def temporary(self, element: str, text: str, level: int, hint: str = "t") -> Term:
         name = self.context.name(hint)
-        self.put(f"{constant_declaration(element, name)} = {text};", level)
+        self.put(f"{constant_declaration(element, name)} = {text};", level=level)
         return Term(name, level)
 
     # ---- evaluation ---------------------------------------------------------------------------------------------
@@ -146,9 +131,12 @@ class LoopNest:
             return self.temporary(value.type.element, f"{storage.name}[{position.text}]", position.level, storage.name)
         if value.type.is_pointer and not self.context.holds_addresses(value):
             return self.address(value, index)
-        op = value.op
-        if op is None or not is_lazy(op):
+        if value.op is None or not is_lazy(value.op):
             raise AssertionError(f"{value} has neither storage nor an expression")  # a bug here, not a user's error
+        return self.computed(value, value.op, index)
+
+    def computed(self, value: Value, op: Op, index: Index) -> Term:
+        """The element of a result of a lazy operation, whether or not it is stored."""
         if op.name == "arith.constant":
             return Term(constant(op, value.type.element), 0)
         moved = self._index_map(op, value, index)
@@ -157,14 +145,22 @@ class LoopNest:
         if op.name == "tt.load":
             return self._load(op, index)
         arguments = [self.evaluate(operand, index) for operand in op.operands]
+        if fused := contraction(self.context, op):
+            arguments = [self.evaluate(operand, index) for operand in fused.values]
+            text = fused.text(FUSED[value.type.element], *[term.text for term in arguments])
+        else:
+            text = self._element(op, [term.text for term in arguments])
         level = max([term.level for term in arguments], default=0)
-        fused = contraction(self.context, op)
-        if fused is not None:
-            terms = [self.evaluate(v, index) for v in fused.values]
-            text = fused.text(FUSED[value.type.element], *[t.text for t in terms])
-            return self.temporary(value.type.element, text, max(t.level for t in terms), value.name)
-        text = computed(self.context, op, [term.text for term in arguments])
         return self.temporary(value.type.element, text, level, value.name)
+
+    def _element(self, op: Op, arguments: list[str]) -> str:
+        """C for one element of an operation that computes."""
+        target = op.results[0].type.element
+        source = op.operands[1 if op.name == "arith.select" else 0].type.element if op.operands else target
+        try:
+            return element(op, arguments, source, target)
+        except NotImplementedError as error:
+            raise self.context.unsupported(op, f"({error})") from None
 
     def _index_map(self, op: Op, value: Value, index: Index) -> Term | None:
         """Operations that only move elements: evaluate the operand at another index."""
@@ -181,15 +177,11 @@ class LoopNest:
         if op.name in ("tt.broadcast", "tt.expand_dims", "tt.trans", "tt.reshape", "tt.split"):
             return self.evaluate(first, self.source_index(op, value, index))  # type: ignore[arg-type]
         if op.name == "tt.join":
-            return self._choose(
-                value, index[-1].text, index[-1].level, op.operands[1], op.operands[0], index[:-1], index[:-1]
-            )
+            return self._second_or_first(op, index[-1], index[:-1])
         if op.name == "tt.cat":
-            extent, inner = first.type.shape[0], self._wrapped(index[0], first.type.shape[0])  # type: ignore[union-attr]
-            source = (inner, *index[1:])
-            return self._choose(
-                value, f"{index[0].text} >= {extent}", index[0].level, op.operands[1], op.operands[0], source, source
-            )
+            (place, level), extent = index[0], op.operands[0].type.shape[0]
+            inner = Term(f"({place} % {extent})", level)
+            return self._second_or_first(op, Term(f"{place} >= {extent}", level), (inner, *index[1:]))
         if op.name == "tt.gather":
             axis = op.attribute("axis", 0)
             chosen = self.evaluate(op.operands[1], index)
@@ -216,14 +208,11 @@ class LoopNest:
             step *= extent
         return tuple(reversed(terms))
 
-    def _wrapped(self, term: Term, extent: int) -> Term:
-        return Term(f"({term.text} % {extent})", term.level)
-
-    def _choose(
-        self, value: Value, condition: str, level: int, yes: Value, no: Value, yes_index: Index, no_index: Index
-    ) -> Term:
-        a, b = self.evaluate(yes, yes_index), self.evaluate(no, no_index)
-        return self.temporary(value.type.element, f"{condition} ? {a.text} : {b.text}", max(level, a.level, b.level))
+    def _second_or_first(self, op: Op, condition: Term, index: Index) -> Term:
+        """An element of the second operand if the condition holds, of the first one if not."""
+        second, first = self.evaluate(op.operands[1], index), self.evaluate(op.operands[0], index)
+        text = f"{condition.text} ? {second.text} : {first.text}"
+        return self.temporary(op.result.type.element, text, max(condition.level, second.level, first.level))
 
     # ---- memory -------------------------------------------------------------------------------------------------
     def _load(self, op: Op, index: Index) -> Term:
@@ -297,6 +286,14 @@ class LoopNest:
         return self._base_and_offset(op.operands[0], self.source_index(op, pointers, index))  # type: ignore
 
 
+def evaluated(context: Context, evaluate: Callable[[LoopNest], Term]) -> str:
+    """C for what `evaluate` finds without a loop; the temporaries that it needs are written here and now."""
+    nest = LoopNest(context)
+    term = evaluate(nest)
+    context.line(*nest.lines[0])
+    return term.text
+
+
 def _sum(left: Term | None, right: Term) -> Term:
     return right if left is None else Term(f"{left.text} + {right.text}", max(left.level, right.level))
 
@@ -340,13 +337,9 @@ def _vote(context: Context, value: Value, dimensions: list[int | None], votes: l
     if op is None or not is_lazy(op):
         return
     if op.name == "tt.load":
-        for d, nest_dimension in enumerate(dimensions):
-            if (
-                nest_dimension is not None
-                and value.type.shape[d] > 1
-                and stride(op.operands[0], d, context.origins) == 1
-            ):
-                votes[nest_dimension] += value.type.size
+        for d, along in enumerate(dimensions):
+            if along is not None and value.type.shape[d] > 1 and stride(op.operands[0], d, context.origins) == 1:
+                votes[along] += value.type.size
     if scatters(op):
         return
     inner = operand_index(op, dimensions, None)

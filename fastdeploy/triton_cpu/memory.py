@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from .analysis import stride
 from .arrays import as_array, materialise
-from .context import Array, Context, Scalar
+from .context import Context, Scalar
 from .elements import to_memory, value_type
-from .failures import checked
 from .live_rows import number_of_live_rows
 from .loops import LoopNest, best_order, linear
 from .ttir import Op, Value
@@ -27,10 +26,6 @@ def store(context: Context, op: Op) -> None:
     pointers, value = op.operands[:2]
     mask = op.operands[2] if len(op.operands) > 2 else None
     element = pointers.type.pointee
-    if not value.type.is_tensor:
-        condition = f"if ({context.scalar(mask)}) " if mask else ""
-        context.line(f"{condition}{_scalar_place(context, op)} = {to_memory(element, context.scalar(value))};")
-        return
     nest = LoopNest(context, value.type.shape, _store_order(context, pointers, value))
     nest.rows = number_of_live_rows(context, pointers)
     text = to_memory(element, nest.evaluate(value).text)
@@ -63,7 +58,7 @@ def atomic_update(context: Context, op: Op) -> None:
     update = f"atomic_{kind}_{element}"
     if kind not in _ATOMICS.get(element, ()):
         raise context.unsupported(op, f"{kind} of {element}")
-    deadline = []
+    target, deadline, nest = "", [], LoopNest(context, shape)
     if kind == "poll":
         deadline.append(context.name("deadline"))
         text = f"deadline_after({context.scalar(timeout)})" if timeout is not None else "INT64_MAX"
@@ -71,20 +66,14 @@ def atomic_update(context: Context, op: Op) -> None:
     if not result.type.is_tensor:
         name = context.name(result.name)
         context.line(f"{value_type(result.type.element)} {name} = 0;")
-        condition = f"if ({context.scalar(mask)}) " if mask else ""
-        arguments = [f"&{_scalar_place(context, op)}", *map(context.scalar, values), *deadline]
-        context.line(f"{condition}{name} = {update}({', '.join(arguments)});")
+        target = f"{name} = "
         context.storage[result] = Scalar(name)
-        return
-    old = context.array(result.type, result.name) if result.uses else None
-    nest = LoopNest(context, shape, list(range(len(shape))))
+    elif result.uses:
+        target = f"{context.declare(result)}[{linear(shape, nest.index).text}] = "
     arguments = [f"&{nest.place(op, nest.index).text}", *[nest.evaluate(value).text for value in values], *deadline]
     condition = f"if ({nest.evaluate(mask).text}) " if mask else ""
-    target = f"{old}[{linear(shape, nest.index).text}] = " if old else ""
     nest.put(f"{condition}{target}{update}({', '.join(arguments)});")
     nest.write(vectorise=False)
-    if old:
-        context.storage[result] = Array(old)
 
 
 def keep(context: Context, op: Op) -> None:
@@ -92,20 +81,13 @@ def keep(context: Context, op: Op) -> None:
     value = op.operands[0]
     if value not in context.storage:
         materialise(context, value)
-    context.storage[op.result] = context.storage[value]
-    if value in context.origins:
-        context.origins[op.result] = context.origins[value]
-
-
-def _scalar_place(context: Context, access: Op) -> str:
-    return checked(context, access, f"*{context.scalar(access.operands[0])}", ())
+    context.give_same_place(op.result, value)
 
 
 def histogram(context: Context, op: Op) -> None:
-    values, result = op.operands[0], op.result
-    source, counts = as_array(context, values), context.array(result.type, result.name)
-    mask = as_array(context, op.operands[1]) if len(op.operands) > 1 else None
-    condition = f"if ((uint64_t){source}[i] < {result.type.size}{f' && {mask}[i]' if mask else ''}) "
+    values, *mask = op.operands
+    source, counts = as_array(context, values), context.declare(op.result)
+    chosen = f" && {as_array(context, mask[0])}[i]" if mask else ""
+    condition = f"if ((uint64_t){source}[i] < {op.result.type.size}{chosen}) "
     context.line(f"memset({counts}, 0, sizeof {counts});")
     context.line(f"for (int i = 0; i < {values.type.size}; i++) {condition}{counts}[{source}[i]]++;")
-    context.storage[result] = Array(counts)

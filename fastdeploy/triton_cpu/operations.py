@@ -8,8 +8,9 @@
      `- name in TTIR
 
 In a form, {0}, {1}, ... are the operands, {u[0]}, ... the same as unsigned integers, {T} is the result's C type and {f}
-is "f" or, of doubles, nothing: the ending of libm's names. Instead of a form there may be a function of the operation,
-the operands' C and the element types of the first operand (of a selection, the second) and of the result.
+is "f" or, of doubles, nothing: the ending of libm's names. Instead of a form there may be a function (`Scalar`). It is
+given the operation, the operands' C, and the element types of the first operand (of a selection: the second) and of the
+result.
 
 Three rules keep the arithmetic strict:
 
@@ -60,11 +61,6 @@ class Operation(NamedTuple):
     @property
     def lazy(self) -> bool:
         return self.kind is not Kind.STANDS
-
-    @property
-    def moves_elements(self) -> bool:
-        """Does it read elements of its operand at other indices than its own?"""
-        return self.kind in (Kind.PERMUTES, Kind.SCATTERS)
 
 
 def lanewise(scalar: Scalar, vector: Vector = MappingProxyType({}), **what: bool | str) -> Operation:
@@ -134,23 +130,11 @@ _COMPARE = {"eq": "==", "ne": "!=", "slt": "<", "sle": "<=", "sgt": ">", "sge": 
 _COMPARE_UNSIGNED = {"ult": "<", "ule": "<=", "ugt": ">", "uge": ">="}
 # C's comparisons are the ordered ones (false on NaN); "une" is C's !=, and the other unordered ones negate.
 _COMPARE_FLOATS = {
-    "oeq": "{0} == {1}",
-    "ogt": "{0} > {1}",
-    "oge": "{0} >= {1}",
-    "olt": "{0} < {1}",
-    "ole": "{0} <= {1}",
-    "one": "({0} < {1}) | ({0} > {1})",
-    "une": "{0} != {1}",
-    "ueq": "!(({0} < {1}) | ({0} > {1}))",
-    "ugt": "!({0} <= {1})",
-    "uge": "!({0} < {1})",
-    "ult": "!({0} >= {1})",
-    "ule": "!({0} > {1})",
-    "ord": "({0} == {0}) & ({1} == {1})",
-    "uno": "({0} != {0}) | ({1} != {1})",
-    "false": "0",
-    "true": "1",
-}
+    "oeq": "{0} == {1}", "olt": "{0} < {1}", "ole": "{0} <= {1}", "ogt": "{0} > {1}", "oge": "{0} >= {1}",
+    "une": "{0} != {1}", "ult": "!({0} >= {1})", "ule": "!({0} > {1})", "ugt": "!({0} <= {1})", "uge": "!({0} < {1})",
+    "one": "({0} < {1}) | ({0} > {1})", "ueq": "!(({0} < {1}) | ({0} > {1}))", "true": "1", "false": "0",
+    "ord": "({0} == {0}) & ({1} == {1})", "uno": "({0} != {0}) | ({1} != {1})",
+}  # fmt: skip
 
 
 def _predicate(op: Op) -> str:
@@ -308,16 +292,12 @@ OPERATIONS: dict[str, Operation] = {
     "math.log": lanewise(_call("fast_log", "log"), rounds=True, expensive=True),
     "math.log2": lanewise(_call("fast_log2", "log2"), rounds=True, expensive=True),
     "math.tanh": lanewise(_call("fast_tanh", "tanh"), rounds=True, expensive=True),
-    "math.sqrt": lanewise("sqrt{f}({0})", rounds=True, expensive=True),
     "math.rsqrt": lanewise(_call("fast_rsqrt", "1.0 / sqrt"), rounds=True, expensive=True),
-    "math.sin": lanewise("sin{f}({0})", rounds=True, expensive=True),
-    "math.cos": lanewise("cos{f}({0})", rounds=True, expensive=True),
-    "math.erf": lanewise("erf{f}({0})", rounds=True, expensive=True),
-    "math.log1p": lanewise("log1p{f}({0})", rounds=True, expensive=True),
-    "math.expm1": lanewise("expm1{f}({0})", rounds=True, expensive=True),
-    "math.round": lanewise("round{f}({0})", rounds=True, expensive=True),
     "math.roundeven": lanewise("rint{f}({0})", rounds=True, expensive=True),
-    "math.trunc": lanewise("trunc{f}({0})", rounds=True, expensive=True),
+    **{
+        f"math.{name}": lanewise(f"{name}{{f}}({{0}})", rounds=True, expensive=True)
+        for name in ("sqrt", "sin", "cos", "erf", "log1p", "expm1", "round", "trunc")
+    },
     "math.floor": lanewise("floor{f}({0})", rounds=True),
     "math.ceil": lanewise("ceil{f}({0})", rounds=True),
     "math.absf": lanewise("fabs{f}({0})", {"f32": "vec_abs({0})"}, rounds=True),
@@ -360,8 +340,10 @@ OPERATIONS: dict[str, Operation] = {
     "cf.br": stands("control_flow.jump"),
     "cf.cond_br": stands("control_flow.jump"),
     "cf.label": stands("control_flow.label"),
+    # a program is one thread here; what a region ends in is read by the operation that it belongs to
+    **dict.fromkeys(("llvm.intr.assume", "gpu.barrier", "ttg.barrier", "tt.debug_barrier"), stands("programs.nothing")),
+    **dict.fromkeys(("scf.yield", "scf.condition"), stands("programs.nothing")),
     **dict.fromkeys(
-        ("llvm.intr.assume", "gpu.barrier", "ttg.barrier", "tt.debug_barrier"),
-        stands("programs.nothing"),  # a program is one thread here
+        [f"tt.{name}.return" for name in ("reduce", "scan", "map_elementwise")], stands("programs.nothing")
     ),
 }

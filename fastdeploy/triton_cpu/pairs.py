@@ -6,8 +6,8 @@ Each lane of an operand is a pair: the values k and k + 1 of a row or column, th
 along k in memory are a pair as they lie. Two rows of a right operand become pairs on their way from memory, which costs
 1 % of the products' time. Any other operand is evaluated into a local array of pairs.
 
-Types and the number of dimensions decide, never the tile: all 2-D products of bf16 whose K is even add their pairs in
-ascending k, by the same instruction, in registers.py, in dot.py's blocks and in its plain loops.
+Types and the number of dimensions decide, never the tile. All 2-D products of bf16 whose K is even add their pairs in
+ascending k by the same instruction, be it in registers.py or in dot.py.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def copy_of(context: Context, value: Value, by: Products, axis: int, first: str 
     shape = [rows or value.type.shape[0], value.type.shape[1]]
     shape[axis] //= by.terms
     name = context.array(Type(tuple(shape), by.element), value.name)
-    nest = LoopNest(context, tuple(shape), [0, 1] if axis else best_order(context, [value], tuple(shape)))
+    nest = LoopNest(context, tuple(shape), None if axis else best_order(context, [value], tuple(shape)))
     row, column = nest.index
 
     def term(number: int) -> str:

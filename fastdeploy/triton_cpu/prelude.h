@@ -416,67 +416,57 @@ INLINE float add_dot2_to_one(float sum, int32_t a, int32_t b) {
 
 /* ---- atomics: any operation on any word, by compare and swap; they return the old value -------------------------- */
 #ifdef USES_ATOMICS
-#define ATOMIC(kind, suffix, type, word, combined)                                                          \
-  static inline type atomic_##kind##_##suffix(type *p, type operand) {                                      \
-    word seen = __atomic_load_n((word *)p, __ATOMIC_RELAXED), wanted;                                       \
-    type old, updated;                                                                                      \
-    do {                                                                                                    \
-      memcpy(&old, &seen, sizeof old);                                                                      \
-      updated = (type)(combined);                                                                           \
-      memcpy(&wanted, &updated, sizeof wanted);                                                             \
-    } while (!__atomic_compare_exchange_n((word *)p, &seen, wanted, 1, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)); \
-    return old;                                                                                             \
+/* Of small floats `from_memory` and `to_memory` convert codes; of others they are nothing. */
+#define ATOMIC(kind, suffix, type, memory, word, from_memory, to_memory, combined)                                     \
+  static inline type atomic_##kind##_##suffix(memory *p, type operand) {                                               \
+    word seen = __atomic_load_n((word *)p, __ATOMIC_RELAXED), wanted;                                                  \
+    memory before, after;                                                                                              \
+    type old;                                                                                                          \
+    do {                                                                                                               \
+      memcpy(&before, &seen, sizeof before);                                                                           \
+      old = from_memory(before);                                                                                       \
+      after = to_memory(combined);                                                                                     \
+      memcpy(&wanted, &after, sizeof wanted);                                                                          \
+    } while (!__atomic_compare_exchange_n((word *)p, &seen, wanted, 1, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));           \
+    return old;                                                                                                        \
   }
-#define INTEGER_ATOMICS(suffix, type, word)                                                  \
-  ATOMIC(add, suffix, type, word, old + operand)                                             \
-  ATOMIC(max, suffix, type, word, old > operand ? old : operand)                             \
-  ATOMIC(min, suffix, type, word, old < operand ? old : operand)                             \
-  ATOMIC(umax, suffix, type, word, (word)old > (word)operand ? old : operand)                \
-  ATOMIC(umin, suffix, type, word, (word)old < (word)operand ? old : operand)                \
-  ATOMIC(and, suffix, type, word, old & operand)                                             \
-  ATOMIC(or, suffix, type, word, old | operand)                                              \
-  ATOMIC(xor, suffix, type, word, old ^ operand)                                             \
-  ATOMIC(exch, suffix, type, word, operand)
-#define FLOAT_ATOMICS(suffix, type, word)                \
-  ATOMIC(fadd, suffix, type, word, old + operand)        \
-  ATOMIC(max, suffix, type, word, old > operand ? old : operand) \
-  ATOMIC(min, suffix, type, word, old < operand ? old : operand) \
-  ATOMIC(exch, suffix, type, word, operand)
-#define COMPARE_AND_SWAP(suffix, type, memory, word, from_memory, to_memory)                                   \
-  static inline type atomic_cas_##suffix(memory *p, type expected, type desired) { /* of bits, whatever they mean */ \
-    memory before = to_memory(expected), after = to_memory(desired);                                           \
-    word seen, wanted;                                                                                         \
-    memcpy(&seen, &before, sizeof seen);                                                                       \
-    memcpy(&wanted, &after, sizeof wanted);                                                                    \
-    __atomic_compare_exchange_n((word *)p, &seen, wanted, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);              \
-    memcpy(&before, &seen, sizeof seen);                                                                       \
-    return from_memory(before);                                                                                \
+#define EXCHANGES(suffix, type, memory, word, from_memory, to_memory)                                                  \
+  ATOMIC(exch, suffix, type, memory, word, from_memory, to_memory, operand)                                            \
+  static inline type atomic_cas_##suffix(memory *p, type expected, type desired) { /* of bits, whatever they mean */   \
+    memory before = to_memory(expected), after = to_memory(desired);                                                   \
+    word seen, wanted;                                                                                                 \
+    memcpy(&seen, &before, sizeof seen);                                                                               \
+    memcpy(&wanted, &after, sizeof wanted);                                                                            \
+    __atomic_compare_exchange_n((word *)p, &seen, wanted, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);                      \
+    memcpy(&before, &seen, sizeof seen);                                                                               \
+    return from_memory(before);                                                                                        \
   }
-COMPARE_AND_SWAP(i16, int16_t, int16_t, uint16_t, , )
-COMPARE_AND_SWAP(i32, int32_t, int32_t, uint32_t, , )
-COMPARE_AND_SWAP(i64, int64_t, int64_t, uint64_t, , )
-COMPARE_AND_SWAP(f32, float, float, uint32_t, , )
-COMPARE_AND_SWAP(f64, double, double, uint64_t, , )
-COMPARE_AND_SWAP(f16, float, uint16_t, uint16_t, f16_to_float, float_to_f16)
-COMPARE_AND_SWAP(bf16, float, uint16_t, uint16_t, bf16_to_float, float_to_bf16)
+#define LIMITS(suffix, type, word)                                                                                     \
+  ATOMIC(max, suffix, type, type, word, , , old > operand ? old : operand)                                             \
+  ATOMIC(min, suffix, type, type, word, , , old < operand ? old : operand)
+#define INTEGER_ATOMICS(suffix, type, word)                                                                            \
+  EXCHANGES(suffix, type, type, word, , )                                                                              \
+  LIMITS(suffix, type, word)                                                                                           \
+  ATOMIC(add, suffix, type, type, word, , , old + operand)                                                             \
+  ATOMIC(umax, suffix, type, type, word, , , (word)old > (word)operand ? old : operand)                                \
+  ATOMIC(umin, suffix, type, type, word, , , (word)old < (word)operand ? old : operand)                                \
+  ATOMIC(and, suffix, type, type, word, , , old & operand)                                                             \
+  ATOMIC(or, suffix, type, type, word, , , old | operand)                                                              \
+  ATOMIC(xor, suffix, type, type, word, , , old ^ operand)
+#define FLOAT_ATOMICS(suffix, type, word)                                                                              \
+  EXCHANGES(suffix, type, type, word, , )                                                                              \
+  LIMITS(suffix, type, word)                                                                                           \
+  ATOMIC(fadd, suffix, type, type, word, , , old + operand)
+#define SMALL_FLOAT_ATOMICS(name)                                                                                      \
+  EXCHANGES(name, float, uint16_t, uint16_t, name##_to_float, float_to_##name)                                         \
+  ATOMIC(fadd, name, float, uint16_t, uint16_t, name##_to_float, float_to_##name, round_##name(old + operand))
+EXCHANGES(i16, int16_t, int16_t, uint16_t, , )
 INTEGER_ATOMICS(i32, int32_t, uint32_t)
 INTEGER_ATOMICS(i64, int64_t, uint64_t)
 FLOAT_ATOMICS(f32, float, uint32_t)
 FLOAT_ATOMICS(f64, double, uint64_t)
-#define SMALL_FLOAT_ATOMIC(kind, name, combined)                                                                 \
-  static inline float atomic_##kind##_##name(uint16_t *p, float operand) {                                       \
-    uint16_t seen = __atomic_load_n(p, __ATOMIC_RELAXED), wanted;                                                \
-    float old;                                                                                                   \
-    do {                                                                                                         \
-      old = name##_to_float(seen);                                                                               \
-      wanted = float_to_##name(round_##name(combined));                                                          \
-    } while (!__atomic_compare_exchange_n(p, &seen, wanted, 1, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));             \
-    return old;                                                                                                  \
-  }
-SMALL_FLOAT_ATOMIC(fadd, f16, old + operand)
-SMALL_FLOAT_ATOMIC(exch, f16, operand)
-SMALL_FLOAT_ATOMIC(fadd, bf16, old + operand)
-SMALL_FLOAT_ATOMIC(exch, bf16, operand)
+SMALL_FLOAT_ATOMICS(f16)
+SMALL_FLOAT_ATOMICS(bf16)
 #endif
 
 #ifdef USES_POLL

@@ -21,7 +21,7 @@ def number(context: Context, op: Op) -> None:
 
 
 def nothing(context: Context, op: Op) -> None:
-    """Barriers and hints: a program is one thread here."""
+    """Barriers, hints, and the ends of regions."""
 
 
 def assertion(context: Context, op: Op) -> None:
@@ -31,9 +31,8 @@ def assertion(context: Context, op: Op) -> None:
         context.line(f"if (!{context.scalar(condition)}) {failed_assertion(context, op, text)}")
         return
     holds, shape = as_array(context, condition), condition.type.shape
-    index = [f"i / {prod(shape[d + 1 :])} % {extent}" for d, extent in enumerate(shape)]
     text = text.replace(":", f" at [{', '.join(['%d'] * len(shape))}]:", 1)
-    report = failed_assertion(context, op, text, *index)
+    report = failed_assertion(context, op, text, *_index_of("i", shape))
     context.line(f"for (int i = 0; i < {condition.type.size}; i++) if (!{holds}[i]) {report}")
 
 
@@ -52,11 +51,14 @@ def print_values(context: Context, op: Op) -> None:
         line = f"pid (%d, %d, %d) idx ({index}){prefix}{operand}{code}\n"
         call = f"printf({c_string(line)}, pid_x, pid_y, pid_z, "
         if value.type.is_tensor:
-            places = [f"i / {prod(shape[d + 1 :])} % {extent}, " for d, extent in enumerate(shape)]
-            call = f"for (int i = 0; i < {value.type.size}; i++) {call}{''.join(places)}"
+            call = f"for (int i = 0; i < {value.type.size}; i++) {call}{', '.join(_index_of('i', shape))}, "
         text = f"{as_array(context, value)}[i]" if value.type.is_tensor else context.scalar(value)
         context.line(f"{call}{cast}({text}));")
     context.line("fflush(stdout);")
+
+
+def _index_of(position: str, shape: tuple[int, ...]) -> list[str]:
+    return [f"{position} / {prod(shape[d + 1 :])} % {extent}" for d, extent in enumerate(shape)]
 
 
 def _format(element: str, hexadecimal: bool, signed: bool) -> tuple[str, str]:

@@ -1,19 +1,19 @@
 """tt.reduce and tt.scan.
 
-The order in which a reduction adds is part of its result, so it may depend on the length of the reduced axis and on
-nothing else: not on the tile's other extents, the vector width or the C compiler's taste.
+The order in which a reduction adds is part of its result. So it depends on the length of the reduced axis alone, not on
+the tile's other extents, the vector width or the C compiler's taste.
 
 * Along the last axis, LANES_OF_A_SUM partial results: lane l takes elements l, l + 16, l + 32, ...; the lanes are then
   combined as a tree (l with l + 8, l + 4, l + 2, l + 1). The loop over lanes is one vector instruction.
 * Along another axis, one element after the other, for all columns at once.
 
-So a combiner of tl.reduce has to be commutative, as on a GPU, where threads hold elements in turns. Scans keep the order.
+So a combiner of tl.reduce has to be commutative, as on a GPU, whose threads take turns too. Scans keep the order.
 """
 
 from __future__ import annotations
 
 from .arrays import as_array
-from .context import Array, Context, NotATile, Scalar
+from .context import Context, NotATile, Scalar
 from .elements import value_type
 from .live_rows import number_of_live_rows
 from .loops import LoopNest, Term, best_order, linear
@@ -41,19 +41,14 @@ def _identity(op: Op) -> str | None:
     return operation(body[0]).identity.format(bits=element[1:]) or None if element != "i1" else None
 
 
-def _combine(context: Context, op: Op, left: list[str], right: list[str]) -> tuple[list[str], list[str]]:
-    """The combiner on C expressions: (lines of code, the results)."""
-    region = op.regions[0]
-    for argument, text in zip(region.arguments, left + right):
-        context.storage[argument] = Scalar(text)
-    with context.aside() as lines:
-        context.block(region, skip_terminator=True)
-    return lines, [context.scalar(value) for value in region.terminator.operands]  # type: ignore[union-attr]
-
-
 def _update(context: Context, op: Op, targets: list[str], operands: list[str]) -> list[str]:
     """C lines for targets = combine(targets, operands)."""
-    lines, results = _combine(context, op, targets, operands)
+    region = op.regions[0]
+    for argument, text in zip(region.arguments, targets + operands):
+        context.storage[argument] = Scalar(text)
+    with context.aside() as lines:
+        context.block(region)
+    results = [context.scalar(value) for value in region.terminator.operands]  # type: ignore[union-attr]
     if len(targets) == 1:
         return [*lines, f"{targets[0]} = {results[0]};"]
     fresh = [context.name("next") for _ in targets]
@@ -63,21 +58,6 @@ def _update(context: Context, op: Op, targets: list[str], operands: list[str]) -
         + [f"const {kind} {name} = {text};" for kind, name, text in zip(kinds, fresh, results)]
         + [f"{target} = {name};" for target, name in zip(targets, fresh)]
     )
-
-
-def _declare_results(context: Context, op: Op) -> list[str]:
-    """Names of the results: a scalar each, or an array without the reduced axis."""
-    names = []
-    for value in op.results:
-        if value.type.is_tensor:
-            name = context.array(value.type, value.name)
-            context.storage[value] = Array(name)
-        else:
-            name = context.name(value.name)
-            context.line(f"{value_type(value.type.element)} {name};")
-            context.storage[value] = Scalar(name)
-        names.append(name)
-    return names
 
 
 def vectors(context: Context, op: Op) -> None:
@@ -91,7 +71,7 @@ def vectors(context: Context, op: Op) -> None:
         raise NotATile(f"{combiner.name} of {value.type.element}")
     if value.type.shape[-1] < count:
         raise NotATile("less than one element for each partial result")
-    [result] = _declare_results(context, op)
+    result = context.declare(op.result)
     kind = VECTOR_TYPES[value.type.element]
     with rows_of(context, value, number_of_live_rows(context, op.result)) as (block, row):
         partial = [context.name("lane") for _ in range(count // context.lanes)]
@@ -112,18 +92,18 @@ def vectors(context: Context, op: Op) -> None:
 
 
 def last_axis(context: Context, op: Op) -> None:
+    """tt.reduce along the last axis whose partial results are elements of small arrays."""
     if not _along_last_axis(op):
         raise NotATile
     identity = _arrays_or_identity(context, op)
-    results = _declare_results(context, op)
+    results = [context.declare(value) for value in op.results]
     lanes = _Lanes(context, op)
     nest = lanes.nest
     lines = lanes.start(identity) + lanes.steps(0 if identity is not None else lanes.count) + lanes.tree()
     for value, name, lane in zip(op.results, results, lanes.partial):
         target = f"{name}[{linear(value.type.shape, lanes.row).text}]" if value.type.is_tensor else name
         lines.append(f"{target} = {lane}[0];")
-    for text in lines:
-        nest.put(text, nest.depth - 1)
+    nest.put(*lines, level=nest.depth - 1)
     nest.shape = (*nest.shape[:-1], 1)  # the last axis has its own loops, among the lines
     with context.braces(""):
         nest.write(vectorise=False)
@@ -144,7 +124,7 @@ class _Lanes:
         shape = op.operands[0].type.shape
         self.context, self.op, self.shape = context, op, shape
         self.count = min(LANES_OF_A_SUM, shape[-1])
-        self.nest = LoopNest(context, shape, list(range(len(shape))))
+        self.nest = LoopNest(context, shape)
         self.nest.rows = number_of_live_rows(context, op.result) if len(shape) > 1 else None
         self.row = self.nest.index[:-1]
         self.partial = [context.name("lane") for _ in op.operands]
@@ -199,37 +179,33 @@ class _Lanes:
 
 
 def outer_axis(context: Context, op: Op) -> None:
+    """tt.reduce along any axis, one element after the other, for all columns at once."""
     axis, shape, identity = op.attribute("axis"), op.operands[0].type.shape, _arrays_or_identity(context, op)
-    results = _declare_results(context, op)
+    results = [context.declare(value) for value in op.results]
     kept = [d for d in range(len(shape)) if d != axis]
     if identity is not None:
         context.line(f"for (int i = 0; i < {op.result.type.size}; i++) {results[0]}[i] = {identity};")
-        start = 0
     else:
         _copy_first(context, op, axis, results)
-        start = 1
     inner = [d for d in best_order(context, op.operands, shape) if d != axis]
     nest = LoopNest(context, shape, [axis, *inner])
     target = linear(op.result.type.shape, tuple(nest.index[d] for d in kept)).text
-    if start:
-        step = Term(f"({nest.index[axis].text} + 1)", nest.index[axis].level)
-        nest.index = (*nest.index[:axis], step, *nest.index[axis + 1 :])
-        nest.shape = (*shape[:axis], shape[axis] - 1, *shape[axis + 1 :])
-        if nest.shape[axis] == 0:
+    if identity is None:  # from the second element on
+        if shape[axis] == 1:
             return
-        if nest.shape[axis] == 1:  # a loop of one turn has no variable
-            one = Term("1", 0)
-            nest.index = (*nest.index[:axis], one, *nest.index[axis + 1 :])
+        here = nest.index[axis]
+        second = Term(f"({here.text} + 1)", here.level) if shape[axis] > 2 else Term("1", 0)  # one turn has no variable
+        nest.index = (*nest.index[:axis], second, *nest.index[axis + 1 :])
+        nest.shape = (*shape[:axis], shape[axis] - 1, *shape[axis + 1 :])
     elements = [nest.evaluate(operand, nest.index).text for operand in op.operands]
-    for text in _update(context, op, [f"{name}[{target}]" for name in results], elements):
-        nest.put(text)
+    nest.put(*_update(context, op, [f"{name}[{target}]" for name in results], elements))
     nest.write()
 
 
 def _copy_first(context: Context, op: Op, axis: int, results: list[str]) -> None:
     shape = op.operands[0].type.shape
     for operand, value, name in zip(op.operands, op.results, results):
-        nest = LoopNest(context, (*shape[:axis], 1, *shape[axis + 1 :]), list(range(len(shape))))
+        nest = LoopNest(context, (*shape[:axis], 1, *shape[axis + 1 :]))
         element = nest.evaluate(operand, nest.index).text
         kept = tuple(term for d, term in enumerate(nest.index) if d != axis)
         nest.put(f"{name}[{linear(value.type.shape, kept).text}] = {element};")
@@ -241,7 +217,7 @@ def scan(context: Context, op: Op) -> None:
     axis, shape = op.attribute("axis"), op.operands[0].type.shape
     reverse = "reverse = true" in op.text
     sources = [as_array(context, operand) for operand in op.operands]
-    targets = [context.array(value.type, value.name) for value in op.results]
+    targets = [context.declare(value) for value in op.results]
     order = [d for d in range(len(shape)) if d != axis] + [axis]
     nest = LoopNest(context, shape, order)
     step = nest.index[axis].text
@@ -249,18 +225,11 @@ def scan(context: Context, op: Op) -> None:
     running = [context.name("running") for _ in sources]
     position = linear(shape, (*nest.index[:axis], Term(here, nest.depth), *nest.index[axis + 1 :])).text
     for value, name in zip(op.operands, running):
-        nest.put(f"{value_type(value.type.element)} {name} = 0;", nest.depth - 1)
+        nest.put(f"{value_type(value.type.element)} {name} = 0;", level=nest.depth - 1)
     updates = _update(context, op, running, [f"{source}[{position}]" for source in sources])
-    nest.put(f"if ({step} == 0) {{")
-    for name, source in zip(running, sources):
-        nest.put(f"{name} = {source}[{position}];")
-    nest.put("} else {")
-    for text in updates:
-        nest.put(text)
-    nest.put("}")
-    for target, name, value in zip(targets, running, op.results):
-        nest.put(f"{target}[{position}] = {name};")
-        context.storage[value] = Array(target)
+    begin = [f"{name} = {source}[{position}];" for name, source in zip(running, sources)]
+    nest.put(f"if ({step} == 0) {{", *begin, "} else {", *updates, "}")
+    nest.put(*[f"{target}[{position}] = {name};" for target, name in zip(targets, running)])
     nest.write(vectorise=False)
 
 

@@ -12,19 +12,17 @@
             anything else, row by row and vector by vector
         the tile <- sum0x0 ... sum1x1                     or, endings.py, where the kernel stores it
 
-Integer products, conversions and scales live in such variables too, so a loop that multiplies bytes and scales the sums
-of each group of 32 touches no memory but its operands. (Written as tiles, the same loop would move every 32-bit sum
-through a cache five times.)
+Integer products, conversions and scales live in such variables too. So a loop that multiplies bytes and scales the sums
+of each group of 32 touches no memory but its operands; as tiles, every 32-bit sum would go through a cache five times.
 
 Bytes are multiplied four at a time: add_dot4 of prelude.h adds four products to each 32-bit lane. Its vector operand
-has the bytes (k..k+3, n..n+15) in the order of 16 columns of 4, which is how packed weights lie in memory. Whether a
-load finds its lanes one behind the other is answered by lanes.py for any layout. One side must be unsigned: if the
-right one is not known to be (as nibbles are), the left one is taken as x + 128 = x ^ 128, and 128 times the sum of the
-right one's column is subtracted, which costs as much as one more row. Where the kernel stores x ^ 128 and undoes it
-after the load, the two exclusive-ors cancel; else the block's rows are flipped into an array first.
+has the bytes (k..k+3, n..n+15) in the order of 16 columns of 4, which is how packed weights lie in memory (lanes.py
+finds it out). One side must be unsigned, as nibbles are on the right. Else the left one is taken as x + 128 = x ^ 128.
+Then 128 times the sum of the right one's column is subtracted, which costs as much as one more row. Where the kernel
+stores x ^ 128 and undoes it after the load, the two cancel; else the block's rows are flipped into an array first.
 
-The arithmetic is that of the general path (py, dot.py), bit by bit: a sum takes its terms in ascending k,
-one FMA each, and the same additions are contracted. Loops that do not fit (`NotATile` says why) are left to that path.
+The arithmetic is that of the general path (control_flow.py, dot.py), bit by bit: a sum takes its terms in ascending k,
+one FMA each, and the same additions are contracted. Loops that do not fit are left to that path.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ from .analysis import is_lazy, splat_constant, stride
 from .carried import assign, carry, for_header, uniform_step
 from .context import Array, Context, NotATile
 from .endings import Ending, ending_of
-from .lanes import Lanes
+from .lanes import Lanes, row_of_lanes
 from .live_rows import number_of_live_rows
 from .loops import Term, linear
 from .pairs import Products, copy_of, products
@@ -86,7 +84,7 @@ def _emit(context: Context, loop: Op, ending: Ending | None = None) -> None:
         context.written |= {*ending.before, *ending.after}
     (m, n), dots = tiles[0].argument.type.shape, [op for op in loop.regions[0].ops if op.name == "tt.dot"]
     rows, vectors = _block_size(context, m, n, dots, tiles)
-    arrays = [] if ending else [context.array(tile.result.type, tile.result.name) for tile in tiles]
+    arrays = [] if ending else [context.declare(tile.result) for tile in tiles]
     row, column = context.name("m"), context.name("n")
     width = vectors * context.lanes
     counts = {number_of_live_rows(context, tile.result) for tile in tiles}
@@ -110,8 +108,6 @@ def _emit(context: Context, loop: Op, ending: Ending | None = None) -> None:
             block.registers |= {tile.result: block.registers[tile.argument] for tile in tiles}
             for place in block.places:
                 block.store(ending.store, place)
-    for tile, name in zip(tiles, arrays):
-        context.storage[tile.result] = Array(name)
 
 
 def _carried_tiles(loop: Op) -> list[_Sums]:
@@ -153,10 +149,9 @@ def _block_size(context: Context, m: int, n: int, dots: list[Op], tiles: list[_S
     where the right operand is converted on its way, in 16 x 1 blocks, which do that least often (bf16: 107 and 99).
 
     Packed bytes are read in tiles of one vector, because that is their order in memory: with two (M = 1, 4 bits) a
-    program jumps between two tiles and takes 42 us instead of 24. A float sum beside each integer sum makes it 11 rows,
-    and 11 of 64 rows are 6 blocks, of which the last one computes 2 rows again. Where there are many rows, what counts
-    is how often those are read: 6 x 2 blocks broadcast a word for two products (M = 512, K = 576, N = 3072, on a core:
-    296 GOP/s, with 11 x 1 blocks 230; 32 rows: 268, because 36 are computed, and 300).
+    program jumps between two tiles and takes 42 us instead of 24. With a float sum beside each integer sum there is
+    room for 11 rows. Many rows are taken in 6 x 2 blocks, which broadcast a word for two products (M = 512, K = 576,
+    N = 3072, on a core: 296 GOP/s, with 11 x 1 blocks 230; 32 rows: 268, because 36 are computed, and 300).
     """
     lane_count = context.lanes
     if n < lane_count:
@@ -330,7 +325,7 @@ class _Block(Vectors):
         count, name = 4 * len(steps), self.context.name("flipped")
         if a.op is None or a in self.context.storage or a.op.name != "tt.load":
             return None
-        self._expect_plain(a.op, (Lanes(1, np.zeros(count, np.int64)), Lanes(count, np.arange(count))))
+        self._expect_plain(a.op, row_of_lanes(count))
         self.context.line(f"int32_t {name}[{len(self.rows) * len(steps)}] __attribute__((aligned(64)));")
         for r, row in enumerate(self.rows):
             address = self.address(a.op.operands[0], (row, steps[0]))
@@ -363,7 +358,7 @@ class _Block(Vectors):
         sign = _BYTEWISE.get(op.name.removeprefix("arith."))
         if sign and (constant := splat_constant(op.operands[1])) is not None:
             return f"({self._four(op.operands[0], row, k)} {sign} {_repeated(constant)})"
-        self._expect_plain(op, (Lanes(1, np.zeros(4, np.int64)), Lanes(4, np.arange(4))))
+        self._expect_plain(op, row_of_lanes(4))
         return f"four_bytes({self.address(op.operands[0], (row, k))})"
 
     def _quads(self, value: Value, k: Term, column: Term) -> str:

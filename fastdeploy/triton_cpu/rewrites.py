@@ -38,9 +38,8 @@ def _round_once(op: Op) -> None:
         _widen(value, small)
     for value in op.results:
         if value.type.element in small:
-            narrow = _insert_behind(op, Op("arith.truncf", [value], "arith.truncf", op.location, op.block), value.type)
+            _insert_behind(op, "arith.truncf", value)
             _widen(value, small)
-            _use_instead(narrow, value)
 
 
 def _widen(value: Value, small: set[str]) -> None:
@@ -59,18 +58,15 @@ def _cut(block: Block, depths: dict[Value, int]) -> None:
         for value in op.results:
             depths[value] = depth
             if depth >= DEEPEST:
-                kept = _insert_behind(op, Op("cpu.keep", [value], "cpu.keep", op.location, block), value.type)
-                _use_instead(kept, value)
+                _insert_behind(op, "cpu.keep", value)
 
 
-def _insert_behind(op: Op, new: Op, type_: Type) -> Value:
-    value = Value(new.operands[0].name, type_, op.block, new)
-    new.results = [value]
+def _insert_behind(op: Op, name: str, value: Value) -> None:
+    """A new operation on a result of `op`, of the same type; what used that now uses its result."""
+    new = Op(name, [value], name, op.location, op.block)
+    result = Value(value.name, value.type, op.block, new)
+    new.results = [result]
     op.block.ops.insert(op.block.ops.index(op) + 1, new)
-    return value
-
-
-def _use_instead(new: Value, old: Value) -> None:
-    for user in old.uses:
-        user.operands = [new if operand is old else operand for operand in user.operands]
-    new.uses, old.uses = old.uses, [new.op]  # type: ignore[list-item]
+    for user in value.uses:
+        user.operands = [result if operand is value else operand for operand in user.operands]
+    result.uses, value.uses = value.uses, [new]

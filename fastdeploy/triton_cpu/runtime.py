@@ -19,8 +19,9 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .cgroups import control_groups
 from .toolchain import toolchain
@@ -44,6 +45,14 @@ class Failure(ctypes.Structure):
             raise (RuntimeError, IndexError)[self.kind](self.message.decode(errors="replace") + others)
 
 
+class Launch(NamedTuple):
+    function: int  # address of a kernel's `run_programs`
+    arguments: bytes  # its packed argument struct
+    grid: tuple[int, int, int]
+    keep: Any  # what owns the memory that the arguments point to
+    failure: Failure | None  # the arguments have its address, if the kernel can fail
+
+
 class _Recorded(ctypes.Structure):
     _fields_ = (("run", ctypes.c_void_p), ("arguments", ctypes.c_void_p), ("grid", ctypes.c_int * 4))
 
@@ -52,28 +61,26 @@ class _Launches:
     """Recorded launches without a call between them: one native call replays them all."""
 
     def __init__(self) -> None:
-        self._launches: list[tuple[int, Any, tuple[int, int, int], Any]] = []
-        self._failures: list[Failure] = []
+        self._launches: list[Launch] = []
         self._native: int | None = None
 
     def __len__(self) -> int:
         return len(self._launches)
 
-    def add(
-        self, function: int, arguments: bytes, grid: tuple[int, int, int], keep: Any, failure: Failure | None
-    ) -> None:
-        if grid[0] * grid[1] * grid[2] > 0:
-            self._launches.append(
-                (function, ctypes.create_string_buffer(arguments, max(len(arguments), 1)), grid, keep)
-            )
-            self._failures += [failure] if failure is not None else []
+    def add(self, launch: Launch) -> None:
+        if prod(launch.grid) > 0:
+            self._launches.append(launch)
 
     def __call__(self) -> None:
         pool = thread_pool()
         if self._native is None:
+            self._arguments = [
+                ctypes.create_string_buffer(one.arguments, len(one.arguments) or 1) for one in self._launches
+            ]
+            self._failures = [one.failure for one in self._launches if one.failure is not None]
             array = (_Recorded * len(self._launches))()
-            for entry, (function, arguments, grid, _) in zip(array, self._launches):
-                entry.run, entry.arguments, entry.grid[:3] = function, ctypes.addressof(arguments), grid
+            for entry, one, arguments in zip(array, self._launches, self._arguments):
+                entry.run, entry.arguments, entry.grid[:3] = one.function, ctypes.addressof(arguments), one.grid
             # Never freed: a worker that wakes late may still look at its counters. A plan is about 50 KB.
             self._native = pool.plan_new(array, len(self._launches))
         for failure in self._failures:
@@ -93,12 +100,10 @@ class Plan:
         """The number of launches."""
         return sum(len(part) for part in self._parts if isinstance(part, _Launches))
 
-    def add(
-        self, function: int, arguments: bytes, grid: tuple[int, int, int], keep: Any, failure: Failure | None = None
-    ) -> None:
+    def add(self, launch: Launch) -> None:
         if not self._parts or not isinstance(self._parts[-1], _Launches):
             self._parts.append(_Launches())
-        self._parts[-1].add(function, arguments, grid, keep, failure)  # type: ignore[attr-defined]
+        self._parts[-1].add(launch)  # type: ignore[attr-defined]
 
     def call(self, function: Callable[[], object]) -> None:
         self._parts.append(function)
@@ -116,12 +121,9 @@ class _Observer(Plan):
         super().__init__()
         self.seen: list[tuple[int, bytes, tuple[int, int, int]]] = []
 
-    def add(
-        self, function: int, arguments: bytes, grid: tuple[int, int, int], keep: Any, failure: Failure | None = None
-    ) -> None:
-        self.seen.append((function, arguments, grid))
-        with at_once():
-            launch(function, arguments, grid, keep, failure)
+    def add(self, launch: Launch) -> None:
+        self.seen.append(launch[:3])
+        _run(launch)
 
     def call(self, function: Callable[[], object]) -> None:
         function()
@@ -167,15 +169,16 @@ def at_once() -> AbstractContextManager[None]:
 def launch(
     function: int, arguments: bytes, grid: tuple[int, int, int], keep: Any = None, failure: Failure | None = None
 ) -> None:
-    """Runs, or records, all programs of a grid. `arguments` is the kernel's packed argument struct. If the kernel can
-    fail, it has the address of `failure`, and this, or the replay, raises what `Failure.check` does."""
+    """Runs, or records, all programs of a grid, as `Launch` says. With a `failure`, this, or the replay, raises what
+    `Failure.check` does."""
     plan = getattr(_recording, "plan", None)
-    if plan is not None:
-        plan.add(function, arguments, grid, keep, failure)
-    else:
-        thread_pool().launch(function, arguments, *grid)
-        if failure is not None:
-            failure.check()
+    (_run if plan is None else plan.add)(Launch(function, arguments, grid, keep, failure))
+
+
+def _run(launch: Launch) -> None:
+    thread_pool().launch(launch.function, launch.arguments, *launch.grid)
+    if launch.failure is not None:
+        launch.failure.check()
 
 
 def call(function: Callable[[], object]) -> None:

@@ -19,6 +19,7 @@ _OPERANDS = re.compile(r"tt\.dot_scaled %[\w$.#\-]+( scale %\S+)?, %[\w$.#\-]+( 
 
 
 def decoded(context: Context, op: Op) -> None:
+    """The operands as arrays of floats, and a tl.dot of them."""
     scaled = _OPERANDS.match(op.text).groups()  # type: ignore[union-attr]
     operands = iter(op.operands)
     factors = []

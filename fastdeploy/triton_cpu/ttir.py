@@ -12,8 +12,9 @@ Triton 3.6 to 3.9 in what we read). One operation is one line, except those with
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from math import prod
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,7 @@ class Type:
 
     @property
     def size(self) -> int:
-        size = 1
-        for extent in self.shape:
-            size *= extent
-        return size
+        return prod(self.shape)
 
 
 @dataclass(eq=False)
@@ -109,6 +107,16 @@ def walk(block: Block) -> Iterator[Op]:
             yield from walk(region)
 
 
+def reachable(value: Value, sources: Callable[[Value], Iterable[Value]]) -> Iterator[Value]:
+    """`value` and what is reached from it, each once; `sources(v)` are the next steps from v: its operands, or none."""
+    seen, found = {value}, [value]
+    for value in found:  # which grows
+        yield value
+        new = dict.fromkeys(source for source in sources(value) if source not in seen)
+        seen.update(new)
+        found += new
+
+
 def parse(text: str) -> list[Function]:
     """All functions of a module, the kernel (the public one) first."""
     return _Parser(text).functions()
@@ -132,6 +140,7 @@ _FOR = re.compile(
     r"scf\.for (?:unsigned )?(%\S+) = (%\S+) to (%\S+) step (%\S+?)"
     r"(?: iter_args\((.*?)\) -> \((.*)\))?\s*(?:: (\w+))?\s*\{$"
 )
+_IF = re.compile(r"scf\.if (%\S+)(?: -> \((.*)\))? \{$")
 _WHILE = re.compile(r"scf\.while(?: \((.*?)\))? : \((.*?)\) -> (.*?) \{$")
 
 
@@ -147,6 +156,17 @@ def _split(text: str) -> list[str]:
             parts.append(text[start:position].strip())
             start = position + 1
     return [*parts, text[start:].strip()] if text[start:].strip() else parts
+
+
+def _types(text: str) -> list[Type]:
+    """A list such as `tensor<2xf32>, i32`, perhaps in parentheses."""
+    return [parse_type(part) for part in _split(text[1:-1] if text.startswith("(") else text)]
+
+
+def _read(pattern: re.Pattern[str], line: str) -> re.Match[str]:
+    if not (found := pattern.match(line)):
+        raise ValueError(f"cannot read the operation: {line}")
+    return found
 
 
 class _Parser:
@@ -184,11 +204,10 @@ class _Parser:
             end += 1
         block = Block(None)
         self.scopes = [{}]
-        self.block_arguments(block, re.sub(r"\{[^{}]*\}", "", header[start : end - 1]))
+        block.arguments = self.arguments(re.sub(r"\{[^{}]*\}", "", header[start : end - 1]), block)
         results = re.match(r" -> (\(.*?\)|.*?)(?= attributes| \{$)", header[end:])
-        types = [parse_type(t) for t in _split(results.group(1).strip("()"))] if results else []
         self.fill(block)
-        return Function(name, block, types), " private " in header
+        return Function(name, block, _types(results.group(1)) if results else []), " private " in header
 
     def location(self, text: str) -> str:
         """`file.py:12`, seen from the kernel: of an inlined call, the line of the call."""
@@ -216,10 +235,10 @@ class _Parser:
                 return scope[name]
         raise ValueError(f"TTIR uses {name} before its definition")
 
-    def block_arguments(self, block: Block, text: str) -> None:
-        for argument in _split(text):
-            name, type_ = argument.split(":", 1)
-            block.arguments.append(self.define(name.strip(), parse_type(type_), block))
+    def arguments(self, text: str, block: Block, op: Op | None = None) -> list[Value]:
+        """Defines what stands in a list such as `%x: i32, %y: f32`."""
+        pairs = [argument.split(":", 1) for argument in _split(text)]
+        return [self.define(name.strip(), parse_type(type_), block, op) for name, type_ in pairs]
 
     def fill(self, block: Block) -> None:
         """Reads operations into `block` up to the closing brace, which is left to the caller."""
@@ -230,16 +249,14 @@ class _Parser:
             if line.startswith("^bb") and (block.parent is None or block.ops):
                 block.ops.append(self.label(line, arguments, block))
             elif line.startswith("^bb"):
-                self.block_arguments(block, arguments)
+                block.arguments = self.arguments(arguments, block)
             else:
                 block.ops.append(self.op(line, location, block))
 
     def label(self, line: str, arguments: str, block: Block) -> Op:
         """A return cuts a function or region into blocks: `^bb2(%x: i32)` is an operation with %x as its result."""
         op = Op("cf.label", [], re.match(r"\^\w+", line).group(), "", block)  # type: ignore[union-attr]
-        for argument in _split(arguments):
-            name, type_ = argument.split(":", 1)
-            op.results.append(self.define(name.strip(), parse_type(type_), block, op))
+        op.results = self.arguments(arguments, block, op)
         return op
 
     def region(self, op: Op, arguments: list[tuple[str, Type]] = ()) -> tuple[str, str]:  # type: ignore[assignment]
@@ -274,12 +291,9 @@ class _Parser:
 
     def for_(self, op: Op, line: str, count: int) -> list[Type]:
         """scf.for %i = %lower to %upper step %step iter_args(%carried = %initial, ...) -> (types) {"""
-        found = _FOR.match(line)
-        if not found:
-            raise ValueError(f"cannot read the loop: {line}")
-        variable, lower, upper, step, carried, types_text, variable_type = found.groups()
+        variable, lower, upper, step, carried, types_text, variable_type = _read(_FOR, line).groups()
         pairs = [pair.split(" = ") for pair in _split(carried or "")]
-        types = [parse_type(t) for t in _split(types_text or "")]
+        types = _types(types_text or "")
         op.operands = [self.find(name) for name in [lower, upper, step] + [initial for _, initial in pairs]]
         arguments = [(variable, parse_type(variable_type or "i32"))]
         _, op.location = self.region(op, arguments + [(name, t) for (name, _), t in zip(pairs, types)])
@@ -287,34 +301,28 @@ class _Parser:
 
     def if_(self, op: Op, line: str, count: int) -> list[Type]:
         """scf.if %condition -> (types) { ... } else { ... }"""
-        found = re.match(r"scf\.if (%\S+)(?: -> \((.*)\))? \{$", line)
-        if not found:
-            raise ValueError(f"cannot read the branch: {line}")
-        op.operands = [self.find(found.group(1))]
+        condition, types_text = _read(_IF, line).groups()
+        op.operands = [self.find(condition)]
         closing, op.location = self.region(op)
         if closing.endswith("{"):
             _, op.location = self.region(op)
-        return [parse_type(t) for t in _split(found.group(2) or "")]
+        return _types(types_text or "")
 
     def while_(self, op: Op, line: str, count: int) -> list[Type]:
         """scf.while (%carried = %initial, ...) : (types) -> types { ... } do { ... }"""
-        found = _WHILE.match(line)
-        if not found:
-            raise ValueError(f"cannot read the loop: {line}")
-        pairs = [pair.split(" = ") for pair in _split(found.group(1) or "")]
+        carried, types_text, results = _read(_WHILE, line).groups()
+        pairs = [pair.split(" = ") for pair in _split(carried or "")]
         op.operands = [self.find(initial) for _, initial in pairs]
-        types = [parse_type(t) for t in _split(found.group(2))]
+        types = _types(types_text)
         self.region(op, [(name, t) for (name, _), t in zip(pairs, types)])  # "before": condition
         _, op.location = self.region(op)  # "after": body; its arguments stand on its ^bb line
-        results = found.group(3)
-        return [parse_type(t) for t in _split(results[1:-1] if results.startswith("(") else results)]
+        return _types(results)
 
     def with_region(self, op: Op, line: str, count: int) -> list[Type]:
         """The generic form: "tt.reduce"(%x) <{axis = 0 : i32}> ({ ... }) : (operand types) -> result types."""
         op.operands = [self.find(name) for name in _VALUE.findall(line)]
         closing, op.location = self.region(op)
-        results = closing.rsplit(" -> ", 1)[1]
-        return [parse_type(t) for t in _split(results[1:-1] if results.startswith("(") else results)]
+        return _types(closing.rsplit(" -> ", 1)[1])
 
     def simple(self, op: Op, line: str, count: int) -> list[Type]:
         """An operation on one line: every %name before the types, and in no string, is an operand."""
@@ -333,8 +341,7 @@ class _Parser:
         if op.name == "arith.constant" and not text:
             return [Type((), "i1")]  # `arith.constant true`
         if " -> " in text:
-            text = text.rsplit(" -> ", 1)[1]
-            types = [parse_type(t) for t in _split(text[1:-1] if text.startswith("(") else text)]
+            types = _types(text.rsplit(" -> ", 1)[1])
             return types * count if len(types) == 1 else types  # tt.split prints the type of its two halves once
         if " to " in text:
             return [parse_type(text.rsplit(" to ", 1)[1])]

@@ -14,14 +14,12 @@ from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import numpy as np
-
 from .analysis import is_lazy, is_zero, uniform
 from .context import Array, Context, NotATile
-from .lanes import Lanes, Unknown, lanes
+from .lanes import Lanes, Unknown, lanes, row_of_lanes
 from .loops import ZERO, Index, LoopNest, Term, contraction, linear
 from .operations import Kind, operation, vector_form
-from .ttir import Op, Value
+from .ttir import Op, Value, reachable
 
 PREFETCH_BYTES = 4096  # ahead of the row being read
 
@@ -95,7 +93,7 @@ class Vectors:
         self.context, self.rows, self.columns, self.read_once = context, rows, columns, read_once
         self.places = [Place(row, column, (r, v)) for r, row in enumerate(rows) for v, column in enumerate(columns)]
         self.registers: dict[Value, list[list[str]]] = {}
-        self.nest = LoopNest(context, (), [])  # evaluates scalars
+        self.nest = LoopNest(context)  # evaluates scalars
         self.memo: dict[tuple[Value, Term | None, Term], str] = {}
 
     @contextmanager
@@ -121,19 +119,16 @@ class Vectors:
         return self._written(self.nest.address(pointers, index))
 
     def _written(self, term: Term) -> str:
-        for text in self.nest.lines[0]:
-            self.context.line(text)
+        self.context.line(*self.nest.lines[0])
         self.nest.lines[0].clear()
         return term.text
 
-    def _reads_registers(self, value: Value, seen: set[Value] | None = None) -> bool:
-        seen = set() if seen is None else seen
-        if value in self.registers:
-            return True
-        if value in seen or value in self.context.storage or value.op is None or not is_lazy(value.op):
-            return False
-        seen.add(value)
-        return any(self._reads_registers(operand, seen) for operand in value.op.operands)
+    def _reads_registers(self, value: Value) -> bool:
+        def sources(value: Value) -> list[Value]:
+            op = value.op
+            return op.operands if op is not None and is_lazy(op) and value not in self.context.storage else []
+
+        return any(part in self.registers for part in reachable(value, sources))
 
     def scalars_of(self, value: Value, row: Term, seen: set[Value] | None = None) -> None:
         """Evaluates here and now what `vector` will splat in this row: the loop over its columns need not."""
@@ -202,8 +197,7 @@ class Vectors:
         """in_halves: bf16 as they lie in memory, in half a vector."""
         element, shape = op.result.type.element, op.result.type.shape
         count = self.context.lanes
-        row, column = Lanes(1, np.zeros(count, np.int64)), Lanes(count, np.arange(count))
-        self.expect_consecutive(op, (row, column)[2 - len(shape) :])
+        self.expect_consecutive(op, row_of_lanes(count)[2 - len(shape) :])
         address = self.address(op.operands[0], (place.row, place.column)[2 - len(shape) :])
         if self.read_once and len(shape) == 2 and place.register is None:  # it would delay blocks that read it again
             if self.columns.index(place.column) * count * _SIZES[element] % 64 == 0:
@@ -227,8 +221,7 @@ class Vectors:
         pointers, value, *mask = op.operands
         if pointers.type.pointee != "f32":
             raise NotATile(f"a vector of floats as {pointers.type.pointee}")
-        count = self.context.lanes
-        self.expect_consecutive(op, (Lanes(1, np.zeros(count, np.int64)), Lanes(count, np.arange(count))))
+        self.expect_consecutive(op, row_of_lanes(self.context.lanes))
         address, text = self.address(pointers, (place.row, place.column)), self.vector(value, place)
         if mask:
             self.context.line(f"vec_store_some({address}, {self.vector(mask[0], place)}, {text});")

@@ -80,8 +80,8 @@ def view(array: np.ndarray, dtype: str | None = None) -> ArrayView:
     """A NumPy array as an argument of a kernel, without a copy.
 
     `dtype` says what the bits mean where NumPy has no name for it: view(array_of_uint16, "bfloat16").
-    TypeError for what is no array or has elements that no kernel takes; ValueError where `dtype` has another size than
-    the elements, and for arrays of foreign byte order or with strides that are no multiple of an element.
+    TypeError for what is no array or has elements that no kernel takes. ValueError where `dtype` has another size than
+    the elements, for a foreign byte order, and for strides that are no multiple of an element.
     """
     if not isinstance(array, np.ndarray):
         raise TypeError(f"expected a NumPy array, got {type(array).__name__}")
@@ -89,13 +89,14 @@ def view(array: np.ndarray, dtype: str | None = None) -> ArrayView:
 
 
 def explain_arrays() -> None:
-    """Has Triton say what to do with a NumPy array that is passed as it is, rather than its type alone."""
+    """Has Triton's `bind` say what to do with a NumPy array that is passed as it is, rather than its type alone."""
     jit: Any = triton.runtime.jit
     create = jit.create_function_from_signature
     if hasattr(create, "explains_arrays"):
         return
 
     def create_function_from_signature(signature: Any, parameters: Any, backend: Any) -> Callable:
+        """Triton's own, with the explanation around what it returns."""
         bind = create(signature, parameters, backend)
 
         def bind_or_explain(*arguments: Any, **keywords: Any) -> Any:

@@ -91,3 +91,23 @@ def test_a_function_that_is_called_with_one_argument_as_two(rng):
     squared = Tensor(a.copy())
     square_in_place_kernel[(1,)](squared, 32)
     np.testing.assert_allclose(squared.stored, 2 * (a.astype(np.float64) @ a), rtol=1e-4, atol=1e-4)
+
+
+@triton.jit
+def changing_source_kernel(a_ptr, b_ptr, out_ptr, turns, N: tl.constexpr):
+    n = tl.arange(0, N)
+    tile = n[:, None] * N + n[None, :]
+    sums, source = tl.zeros([N, N], tl.float32), b_ptr
+    for _ in range(turns):
+        sums = tl.dot(tl.load(a_ptr + tile), tl.load(source + tile), sums)
+        source = out_ptr
+    tl.store(out_ptr + tile, sums)
+
+
+def test_a_pointer_that_becomes_the_output_in_the_loop(rng):
+    a, b, out = (rng.standard_normal((64, 64), dtype=np.float32) for _ in range(3))
+    stored = Tensor(out.copy())
+    changing_source_kernel[(1,)](Tensor(a), Tensor(b), stored, 2, 64)
+    np.testing.assert_allclose(
+        stored.stored, a.astype(np.float64) @ b + a.astype(np.float64) @ out, rtol=1e-4, atol=1e-4
+    )

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -28,6 +29,11 @@ GRAPH = {path.stem: imports(path) for path in FOLDER.glob("*.py")}
 
 def test_imports_run_one_way() -> None:
     TopologicalSorter(GRAPH).prepare()  # raises CycleError with the circle
+
+
+def test_the_readme_names_every_file() -> None:
+    named = set(re.findall(r"\w+", (FOLDER / "README.md").read_text()))
+    assert {path.stem for path in FOLDER.glob("*.[pch]*")} - named == {"__init__"}
 
 
 def test_a_lowering_knows_no_other_lowering_and_not_the_driver() -> None:
