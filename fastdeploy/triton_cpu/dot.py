@@ -299,7 +299,7 @@ def _emit_blocks(  # type: ignore[no-untyped-def]
             with context.braces(turns):
                 _emit_step(context, left, right, sums, columns, k)
         else:
-            some = [begin.vector(right.column_mask, Place(ZERO, Term(f"(int)({col})", 0))) for col in columns]
+            some = [begin.vector(right.column_mask, Place(ZERO, Term(f"({col})", 0))) for col in columns]
             with context.braces(f"if (ivec_all({' & '.join(some)})) {turns}"):
                 _emit_step(context, left, right, sums, columns, k)
             there_are_some = f"if (ivec_any({' | '.join(some)})) " if context.wanted.live_rows else ""
