@@ -55,8 +55,8 @@ class CPULauncher:
         self.format = struct.Struct("@" + "".join(codes) + "P" * (self.can_fail + 3 * len(self.bounded)))
         self.is_pointer = [code == "P" for code in codes]
         self.apart = metadata.apart  # as emitter.py's `Generated` says
-        self.spanned = sorted({i for *pair, _ in self.apart for i in pair})
         self.item_sizes = [_item_size(value.kind) for value in opened]  # of what pointers point to
+        self.spanned = [(i, self.item_sizes[i]) for i in sorted({i for *pair, _ in self.apart for i in pair})]
 
     def check_descriptors(self, arguments: Any) -> None:
         """TypeError for a descriptor of other elements or blocks than the kernel was compiled for."""
@@ -77,9 +77,10 @@ class CPULauncher:
 
     def overlap(self, values: list[Any], numbers: list[Any]) -> bool:
         """Do tensors overlap that the kernel's code takes to be apart?"""
-        spans = {i: _span(values[i], numbers[i], self.item_sizes[i]) for i in self.spanned}
+        spans = {i: _span(values[i], numbers[i], size) for i, size in self.spanned}
         for read, written, in_place in self.apart:
-            (begin, end), (other, others_end) = spans[read], spans[written]
+            begin, end = spans[read]
+            other, others_end = spans[written]
             if begin < others_end and other < end and not (in_place and numbers[read] == numbers[written]):
                 return True
         return False
@@ -215,17 +216,19 @@ def _item_size(kind: str) -> int:
 
 def _span(tensor: Any, address: int, item_size: int) -> tuple[int, int]:
     """The addresses that a tensor's elements lie at, as [begin, end). Of what has no shape, one element is known of."""
-    shape = getattr(tensor, "shape", None)
-    if shape is None:
-        return address, address + item_size * (address != 0)
-    strides = getattr(tensor, "strides", None)
-    if strides is None and hasattr(tensor, "stride"):
-        strides = tensor.stride()
-    below, above = _extent(tuple(shape), None if strides is None else tuple(strides))
+    try:
+        below, above = _extent(tensor.shape, tensor.strides)
+    except (AttributeError, TypeError):  # no `TensorView` and no `ArrayView`, for which time counts
+        if not hasattr(tensor, "shape"):
+            return address, address + item_size * (address != 0)
+        strides = (
+            tensor.strides if hasattr(tensor, "strides") else tensor.stride() if hasattr(tensor, "stride") else None
+        )
+        below, above = _extent(tuple(tensor.shape), None if strides is None else tuple(strides))
     return address + below * item_size, address + above * item_size
 
 
-@functools.lru_cache(1024)
+@functools.lru_cache(4096)
 def _extent(shape: tuple[int, ...], strides: tuple[int, ...] | None) -> tuple[int, int]:
     """Where a tensor's elements lie, counted from its first one: [below, above). No strides: row after row."""
     if 0 in shape or strides is None:

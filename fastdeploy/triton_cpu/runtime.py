@@ -123,7 +123,7 @@ class _Observer(Plan):
 
     def add(self, launch: Launch) -> None:
         self.seen.append(launch[:3])
-        _run(launch)
+        _run(*launch[:3], launch.failure)
 
     def call(self, function: Callable[[], object]) -> None:
         function()
@@ -172,13 +172,16 @@ def launch(
     """Runs, or records, all programs of a grid, as `Launch` says. With a `failure`, this, or the replay, raises what
     `Failure.check` does."""
     plan = getattr(_recording, "plan", None)
-    (_run if plan is None else plan.add)(Launch(function, arguments, grid, keep, failure))
+    if plan is not None:
+        plan.add(Launch(function, arguments, grid, keep, failure))
+    else:
+        _run(function, arguments, grid, failure)
 
 
-def _run(launch: Launch) -> None:
-    thread_pool().launch(launch.function, launch.arguments, *launch.grid)
-    if launch.failure is not None:
-        launch.failure.check()
+def _run(function: int, arguments: bytes, grid: tuple[int, int, int], failure: Failure | None) -> None:
+    thread_pool().launch(function, arguments, *grid)
+    if failure is not None:
+        failure.check()
 
 
 def call(function: Callable[[], object]) -> None:
