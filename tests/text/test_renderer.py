@@ -73,15 +73,7 @@ def test_a_process_that_was_killed_meanwhile_is_replaced():
     assert hello() == "Hi!"
 
 
-@pytest.fixture
-def interruptible():
-    """What a shell starts in the background ignores SIGINT, and so would the tests in it."""
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, handler)
-
-
-def test_an_interrupted_request_leaves_no_answer_to_the_next(interruptible):
+def test_an_interrupted_request_leaves_no_answer_to_the_next(ctrl_c):
     hello()
     main = threading.main_thread().ident
     interrupt = threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT))
