@@ -27,7 +27,6 @@ _GCC_FLAGS = ("-fno-tree-pre",)
 # clang 14 keeps zeros in zmm16-31 across __tls_get_addr, which may overwrite them at a thread's first use of a tile
 # (NaN in attention's padded lanes, now and then). An emulated thread-local variable is had by an ordinary call.
 _CLANG_FLAGS = ("-femulated-tls",)
-_LIBRARIES = ("-lm", "-pthread")
 # Vector instruction sets by name: (lanes of a float vector, flags, features that /proc/cpuinfo must list)
 _INSTRUCTION_SETS = {
     "avx512": (16, ("-march=native", "-mprefer-vector-width=512"), {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
@@ -51,17 +50,14 @@ class Toolchain:
         return _INSTRUCTION_SETS[self.instruction_set][0]
 
     @property
-    def is_gcc(self) -> bool:
-        return "Free Software Foundation" in _version(self.compiler)  # cc and ccache can be either
-
-    @property
     def multiplies_bf16(self) -> bool:
         """Has the CPU AVX512-BF16, and does the compiler know it, under these flags?"""
         return self.lanes == 16 and "__AVX512BF16__" in _macros((*self.compiler, *self.flags))
 
     @property
     def flags(self) -> tuple[str, ...]:
-        own = _GCC_FLAGS if self.is_gcc else _CLANG_FLAGS
+        is_gcc = "Free Software Foundation" in _version(self.compiler)  # cc and ccache can be either
+        own = _GCC_FLAGS if is_gcc else _CLANG_FLAGS
         extra = os.environ.get("FASTDEPLOY_CFLAGS", "").split()
         return _FLAGS + own + _INSTRUCTION_SETS[self.instruction_set][1] + tuple(extra)
 
@@ -72,49 +68,18 @@ class Toolchain:
 
     def compile(self, source: str, *flags: str) -> bytes:
         """C text -> the bytes of a shared object. OSError with the remedy where there is no room for it."""
-        wanted = (*(flags or self.flags), "-shared", "-fPIC")
-        header = _parsed_intrinsics(self) if "#define USES_VECTORS" in source and not flags else None
-        if header is not None:
-            try:
-                return self._run(source, (*wanted, "-include", header), _LIBRARIES)
-            except RuntimeError:  # gcc can't have it where it was in memory; or the kernel is at fault, as is seen now
-                pass
-        return self._run(source, wanted, _LIBRARIES)
-
-    def _run(self, source: str, flags: tuple[str, ...], libraries: tuple[str, ...] = ()) -> bytes:
         with _workspace() as folder:
-            code, result = Path(folder, "kernel.c"), Path(folder, "kernel.so")
+            code, library = Path(folder, "kernel.c"), Path(folder, "kernel.so")
             code.write_text(source)
-            command = [*self.compiler, *flags, "-o", str(result), str(code), *libraries]
+            command = [*self.compiler, *(flags or self.flags), "-shared", "-fPIC"]
+            command += ["-o", str(library), str(code), "-lm", "-pthread"]
             environment = os.environ | {"TMPDIR": folder, "LC_ALL": "C"}
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             if done.returncode and os.strerror(errno.ENOSPC) in done.stderr:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[:4000]}")
-            return result.read_bytes()
-
-
-@functools.lru_cache(None)
-def _parsed_intrinsics(chain: Toolchain) -> str | None:
-    """A header whose parsed form lies beside it in Triton's cache: gcc takes 0.1 s to parse immintrin.h, for every
-    kernel with a tl.dot, and 0.02 s to map that. None where it can't be had."""
-    if not chain.is_gcc or platform.machine() != "x86_64":
-        return None
-    from triton.runtime.cache import get_cache_manager
-
-    text = "#include <immintrin.h>\n"
-    cache = get_cache_manager(hashlib.sha256((text + chain.fingerprint()).encode()).hexdigest())
-    found = cache.get_group("intrinsics")
-    if found is None:
-        try:
-            parsed = chain._run(text, (*chain.flags, "-fPIC", "-x", "c-header"))
-            files = {"intrinsics.h": text.encode(), "intrinsics.h.gch": parsed}
-            found = {name: cache.put(content, name) for name, content in files.items()}
-            cache.put_group("intrinsics", found)
-        except (OSError, RuntimeError):  # compiling the kernel will say what is wrong
-            return None
-    return found["intrinsics.h"]
+            return library.read_bytes()
 
 
 @contextmanager
