@@ -27,6 +27,7 @@ def load_model(
     quantization: str | None = None,
     progress: bool = True,
     group: Group | None = None,
+    text=None,
 ) -> Decoder:
     """Build the model that a checkpoint holds and read its weights, or this rank's part of them, onto `device`.
 
@@ -64,6 +65,9 @@ def load_model(
     shard = WHOLE if group is None else Shard(group.rank, group.size)
     loader = WeightLoader(checkpoint, device, config.dtype if dtype == "auto" else dtype, quantization, shard)
     model = families[config.architecture](config, loader, max_positions, group)
+    if text is not None:
+        from fastdeploy.models.calibration import mean_squares
+        loader.importance = text if isinstance(text, dict) else mean_squares(model, checkpoint, text, progress)
     loader.load(progress)
     device.settle()
     return model

@@ -300,17 +300,25 @@ class Decoder:
         self, attended: LinearOperand, layer: Layer, next_norm: TensorView, next_linear: Weight, memory: Activations
     ) -> None:
         """What follows a layer's attention: attended -> residual, and hidden for the linear layer that comes next."""
+        self._add_attention(attended, layer, memory)
+        self._feed_forward(layer, memory)
+        self._add_and_norm(memory, next_norm, next_linear)
+
+    def _add_attention(self, attended: LinearOperand, layer: Layer, memory: Activations) -> None:
+        """attended -> residual, and hidden for the feed-forward network."""
         if not isinstance(attended, QuantisedRows):
             attended = memory.attended.quantised_of(layer.attention_output)
         linear(memory.delta, attended, layer.attention_output)
         self._sum_over_ranks(memory.delta, memory)
         self._add_and_norm(memory, layer.mlp_norm, layer.feed_forward.first)
+
+    def _feed_forward(self, layer: Layer, memory: Activations) -> None:
+        """hidden -> delta, what the layer adds to the residual stream last."""
         if isinstance(layer.feed_forward, MLP):
             layer.feed_forward.launch(memory.delta, memory.hidden, memory.mlp)
         elif memory.mixture is not None:
             layer.feed_forward.launch(memory.delta, memory.hidden, memory.mixture)
         self._sum_over_ranks(memory.delta, memory)
-        self._add_and_norm(memory, next_norm, next_linear)
 
     def _sum_over_ranks(self, x: TensorView, memory: Activations) -> None:
         """x = the sum of all ranks' x."""

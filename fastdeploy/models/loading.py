@@ -88,6 +88,7 @@ class WeightLoader:
         self._shares: dict[str, float] = {}  # what part of each tensor this rank takes
         self._room, self._allocated = device.free_memory(), 0  # bytes
         self._reads: list[Callable[[tqdm], None]] = []  # what `load` has to do, in the order asked for
+        self.importance: dict[str, np.ndarray] = {}
         matrices = [name for name in checkpoint.names() if len(checkpoint.shape(name)) == 2]
         # What each weight becomes, first as if it were alone in its matrix: "q4", "q8", or None for floats.
         self._kinds = {name: self._kind([name]) for name in matrices}
@@ -178,6 +179,10 @@ class WeightLoader:
         """
         self._checkpoint.check(self._shapes)
         self._log_quantised()
+        self.read_all(progress)
+
+    def read_all(self, progress: bool = False) -> None:
+        """Read what was asked for since the last time."""
         total = sum(map(self._nbytes, self._shapes))
         with progress_bar(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not progress) as bar:
             for read in self._reads:
@@ -243,7 +248,7 @@ class WeightLoader:
 
     def _read_vector(self, out: Any, names: Sequence[str], rows: Sequence[range], bar: tqdm) -> None:
         parts = [
-            _as_float32(self._checkpoint.read_rows(name, part.start, part.stop)) for name, part in zip(names, rows)
+            as_float32(self._checkpoint.read_rows(name, part.start, part.stop)) for name, part in zip(names, rows)
         ]
         self.device.write(out, np.concatenate(parts).reshape(-1))
         bar.update(sum(map(self._nbytes, names)))
@@ -278,7 +283,11 @@ class WeightLoader:
             else:
                 part = self._checkpoint.read_rows(name, start, stop)
                 array = np.ascontiguousarray(part.array[:, columns.start : columns.stop])
-                pack_floats(out, view(self.device.from_numpy(array), part.dtype), first_row)
+                if name in self.importance and out.kind == "q4":
+                    from fastdeploy.kernels.search import search_q4, pack_q4
+                    pack_q4(out, view(self.device.from_numpy(array), part.dtype), self.importance[name], first_row)
+                else:
+                    pack_floats(out, view(self.device.from_numpy(array), part.dtype), first_row)
 
     def _nbytes(self, name: str) -> int:
         """Bytes that this rank's part of a tensor takes in memory."""
@@ -309,7 +318,7 @@ class WeightLoader:
             )
 
 
-def _as_float32(tensor: RawTensor) -> np.ndarray:
+def as_float32(tensor: RawTensor) -> np.ndarray:
     if tensor.dtype == "bfloat16":  # the upper half of a float32's bits
         return (tensor.array.astype(np.uint32) << 16).view(np.float32)
     return tensor.array.astype(np.float32)
