@@ -75,7 +75,7 @@ class Mode:
     """What a value of `quantization` asks for; `models/loading.py` says what becomes of which weights."""
 
     keeps_quantised: bool  # weights that the file has quantised stay so
-    floats_become: str | None  # "q4" or "q8"
+    floats_become: str | None  # the format, "Q4_1" or "Q8_0"
     int8_activations: bool
 
     @property
@@ -88,10 +88,10 @@ MODES = {
     None: Mode(False, None, False),
     "auto": Mode(True, None, True),
     "exact": Mode(True, None, False),
-    "wint8": Mode(True, "q8", False),
-    "wint4": Mode(True, "q4", False),
-    "w8a8": Mode(True, "q8", True),
-    "w4a8": Mode(True, "q4", True),
+    "wint8": Mode(True, "Q8_0", False),
+    "wint4": Mode(True, "Q4_1", False),
+    "w8a8": Mode(True, "Q8_0", True),
+    "w4a8": Mode(True, "Q4_1", True),
 }
 
 

@@ -4,7 +4,7 @@
 
 The table is laid out as linear.py describes, so that a model with tied embeddings stores it once and its LM head reads
 it at full speed:  W[n, k] at (n // panel) * K * panel + k * panel + n % panel.  Plain rows are panels of one.
-A quantised table lies as quantised.py describes.
+A quantised table lies as formats.py describes.
 
 One program copies BLOCK elements of one row. Cost: out's T*K elements written; from a table in panels of 32 each
 element comes with its cache line (64 B), in address order: 2 ms for 512 tokens of 576 elements, 1 % of their prefill.
@@ -20,9 +20,9 @@ import numpy as np
 import triton
 import triton.language as tl
 
+from fastdeploy.kernels.formats import QuantisedWeight, weight_values, words
 from fastdeploy.kernels.launch import FLOATS, Target, TensorView, cdiv, expect, launch, row_block, target, view
-from fastdeploy.kernels.linear import Weight
-from fastdeploy.kernels.quantised import QuantisedWeight
+from fastdeploy.kernels.linear import FusedWeight, Weight
 
 
 @triton.jit
@@ -44,21 +44,17 @@ def _gather_kernel(out, table, rows, first, count, K: tl.constexpr, PANEL: tl.co
 
 
 @triton.jit(do_not_specialize=["first", "count"])
-def _dequantise_rows_kernel(out, data, scales, minimums, rows, first, count, K: tl.constexpr, BLOCK: tl.constexpr):
+def _dequantise_rows_kernel(
+    out, data, high, scales, minimums, factors, table, rows, first, count,
+    K: tl.constexpr, FORMAT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     target_row = tl.program_id(0).to(tl.int64)
     n, present = _place_in_table(rows + target_row, first, count)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = k < K if K % BLOCK != 0 else tl.full([BLOCK], True, tl.int1)
-    WORDS: tl.constexpr = 8 if minimums is None else 4  # of a row in a group
-    group = n // 16 * (K // 32) + k // 32
-    place = (group * WORDS + k // 4 % WORDS) * 64 + n % 16 * 4 + k % 4
-    values = tl.load(data + place, mask=inside, other=0)
-    scale = tl.load(scales + group * 16 + n % 16, mask=inside, other=0.0).to(tl.float32)
-    if minimums is None:
-        values = values.to(tl.float32) * scale
-    else:
-        minimum = tl.load(minimums + group * 16 + n % 16, mask=inside, other=0.0).to(tl.float32)
-        values = ((values >> (k // 16 % 2 * 4).to(tl.uint8)) & 15).to(tl.float32) * scale + minimum
+    planes = (data, high, scales, minimums, factors, table)
+    group = tl.minimum(k // 32, K // 32 - 1)  # groups past the end are read from the last one
+    values = weight_values(planes, n // 16, group, k % 32, K // 32, n % 16, FORMAT)
     values = tl.where(present, values, 0.0)
     tl.store(out + target_row * K + k, values.to(out.dtype.element_ty), mask=inside)
 
@@ -91,8 +87,10 @@ def embedding(out: Any, ids: Any, table: Weight, first_id: int = 0, num_ids: int
         count, width = _checked(out, ids, table.in_features)
         rule = tiles(target(), width)
         grid = (count, cdiv(width, rule["BLOCK"]))
-        packed = (table.data, table.scales, table.minimums)
-        launch(_dequantise_rows_kernel, grid, out, *packed, ids, first_id, num_ids, K=width, **rule)
+        packed, known = (words(table.data), words(table.high), *table.planes[2:]), {"FORMAT": table.format.constants}
+        launch(_dequantise_rows_kernel, grid, out, *packed, ids, first_id, num_ids, K=width, **known, **rule)
+    elif isinstance(table, FusedWeight):
+        raise TypeError("a table of rows is one weight, not several side by side")
     else:
         _gather(out, ids, table.data, first_id, num_ids, table.in_features, table.panel)
 

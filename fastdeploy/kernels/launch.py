@@ -76,6 +76,13 @@ class TensorView:
         pointer = self.pointer + start * self.strides[0] * ITEM_SIZES[self.dtype]
         return TensorView(pointer, self.dtype, (count, *self.shape[1:]), self.strides, self.owner)
 
+    def columns(self, start: int, stop: int) -> "TensorView":
+        """Columns [start, stop) of a matrix, no copy. ValueError if it lacks some."""
+        if not 0 <= start <= stop <= self.shape[1]:
+            raise ValueError(f"columns {start} to {stop} of a matrix with {self.shape[1]}")
+        pointer = self.pointer + start * self.strides[1] * ITEM_SIZES[self.dtype]
+        return TensorView(pointer, self.dtype, (self.shape[0], stop - start), self.strides, self.owner)
+
     def reshape(self, *shape: int) -> "TensorView":
         """The same memory under another shape, no copy. ValueError if elements are lost or rows have gaps."""
         if not self.contiguous or prod(shape) != prod(self.shape):
@@ -175,13 +182,14 @@ def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return True
 
 
-def expect(name: str, tensor: TensorView, shape: tuple[int, ...], *dtypes: str) -> None:
-    """Check an argument of a launcher: its shape, its element type (any, if none is given) and that it has no gaps."""
+def expect(name: str, tensor: TensorView, shape: tuple[int, ...], *dtypes: str, row_gaps: bool = False) -> None:
+    """Check an argument of a launcher: its shape, its element type (any, if none is given) and that it has no gaps, but
+    between the rows of a matrix if `row_gaps`."""
     if tensor.shape != shape:
         raise ValueError(f"{name} has shape {tensor.shape}, expected {shape}")
     if dtypes and tensor.dtype not in dtypes:
         raise TypeError(f"{name} is {tensor.dtype}, expected {' or '.join(dtypes)}")
-    if not tensor.contiguous:
+    if not tensor.contiguous and not (row_gaps and tensor.strides[-1] == 1):
         raise ValueError(f"{name} of shape {tensor.shape} has strides {tensor.strides}: it must be contiguous")
 
 

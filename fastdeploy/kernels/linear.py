@@ -41,6 +41,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
+from fastdeploy.kernels.formats import QuantisedWeight
 from fastdeploy.kernels.launch import (
     FLOATS,
     ITEM_SIZES,
@@ -58,7 +59,6 @@ from fastdeploy.kernels.launch import (
 )
 from fastdeploy.kernels.quantised import (
     QuantisedRows,
-    QuantisedWeight,
     gated_quantised_linear,
     quantised_linear,
     swiglu,
@@ -83,8 +83,50 @@ class LinearWeight:
         if self.bias is not None:
             expect("bias", self.bias, (self.out_features,), "float32")
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed matrix."""
+        return self.data.nbytes
 
-Weight: TypeAlias = LinearWeight | QuantisedWeight  # what linear layers take
+    @property
+    def takes_integers(self) -> bool:
+        """Whether activations may be integers."""
+        return False
+
+
+@dataclass(frozen=True)
+class FusedWeight:
+    """Weights that read the same input, side by side, where no single format holds them all.
+
+    parts: the first has the first output features, and so on.
+    """
+
+    parts: tuple[LinearWeight | QuantisedWeight, ...]
+
+    @property
+    def out_features(self) -> int:
+        return sum(part.out_features for part in self.parts)
+
+    @property
+    def in_features(self) -> int:
+        return self.parts[0].in_features
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def takes_integers(self) -> bool:
+        """Whether activations may be integers: floats serve every part."""
+        return all(part.takes_integers for part in self.parts)
+
+    @property
+    def wide_inputs(self) -> bool:
+        """Whether activations that are quantised take 16 bits."""
+        return any(isinstance(part, QuantisedWeight) and part.wide_inputs for part in self.parts)
+
+
+Weight: TypeAlias = LinearWeight | QuantisedWeight | FusedWeight  # what linear layers take
 
 
 def default_panel(target: Target) -> int:
@@ -99,7 +141,7 @@ def packed_shape(out_features: int, in_features: int, panel: int) -> tuple[int, 
 
 @triton.jit(do_not_specialize=["rows"])
 def _linear_kernel(
-    y, x, weight, bias, rows, N, K,
+    y, x, weight, bias, rows, N, K, STRIDE,
     GATED: tl.constexpr, PANEL: tl.constexpr, OPERAND: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -122,7 +164,7 @@ def _linear_kernel(
         if bias is not None:
             up += tl.load(bias + N + n, mask=n < N, other=0.0)[None, :]
         sums = swiglu(sums, up)
-    y_tile = y + m.to(tl.int64)[:, None] * N + n[None, :]
+    y_tile = y + m.to(tl.int64)[:, None] * STRIDE + n[None, :]
     tl.store(y_tile, sums.to(y.dtype.element_ty), mask=(m < rows)[:, None] & (n < N)[None, :])
 
 
@@ -299,7 +341,7 @@ def _runs_on_hopper(here: Target, out: TensorView, x: TensorView, weight: Linear
         return False
     row_bytes = out.shape[1] * ITEM_SIZES[out.dtype]
     aligned = all(tensor.pointer % 16 == 0 for tensor in (out, x, weight.data))
-    return weight.panel == 1 and weight.in_features % 64 == 0 and row_bytes % 16 == 0 and aligned
+    return out.contiguous and weight.panel == 1 and weight.in_features % 64 == 0 and row_bytes % 16 == 0 and aligned
 
 
 def _launch_on_hopper(here: Target, out: TensorView, x: TensorView, weight: LinearWeight, gated: bool) -> None:
@@ -323,7 +365,7 @@ def _launch_on_hopper(here: Target, out: TensorView, x: TensorView, weight: Line
 def _launch_anywhere(here: Target, out: TensorView, x: TensorView, weight: LinearWeight, gated: bool) -> None:
     rule = tiles(here, x.shape[0], weight)
     blocks = cdiv(x.shape[0], rule["BLOCK_M"]) * cdiv(out.shape[1], rule["BLOCK_N"])
-    arguments = (out, x, weight.data, weight.bias, x.shape[0], out.shape[1], weight.in_features)
+    arguments = (out, x, weight.data, weight.bias, x.shape[0], out.shape[1], weight.in_features, out.strides[0])
     known = {"GATED": gated, "PANEL": weight.panel, "OPERAND": operand_dtype(here, x, weight.data)}
     launch(_linear_kernel, (blocks,), *arguments, **known, **rule)
 
@@ -340,7 +382,7 @@ def gated_linear(out: Any, x: Any, weight: Weight) -> bool:
     if isinstance(weight, QuantisedWeight) and isinstance(x, QuantisedRows) and isinstance(out, QuantisedRows):
         gated_quantised_linear(out, x, weight)
         return True
-    if isinstance(weight, QuantisedWeight) or isinstance(out, QuantisedRows):
+    if not isinstance(weight, LinearWeight) or isinstance(out, QuantisedRows):
         return False
     out, x = view(out), view(x)
     on_hopper = _runs_on_hopper(here, out, x, weight)
@@ -357,16 +399,22 @@ def linear(out: Any, x: Any, weight: Weight) -> None:
     """out = x @ W.T (+ bias).
 
     Args:
-        out: [T, out_features], any float type.
-        x: [T, in_features], any float type; for a quantised weight `QuantisedRows` as well.
-        weight: as packed by `pack`, or quantised.
+        out: [T, out_features], any float type; rows may have gaps between them.
+        x: [T, in_features], any float type, or `QuantisedRows` if the weight takes integers.
+        weight: as packed by `pack`, or quantised, or several of these.
     """
     if isinstance(weight, QuantisedWeight):
         quantised_linear(out, x, weight)
         return
+    if isinstance(weight, FusedWeight):
+        start, out = 0, view(out)
+        for part in weight.parts:
+            linear(out.columns(start, start + part.out_features), x, part)
+            start += part.out_features
+        return
     out, x = view(out), view(x)
     expect("x", x, (x.shape[0], weight.in_features), *FLOATS)
-    expect("out", out, (x.shape[0], weight.out_features), *FLOATS)
+    expect("out", out, (x.shape[0], weight.out_features), *FLOATS, row_gaps=True)
     if x.shape[0]:
         here = target()
         on_hopper = _runs_on_hopper(here, out, x, weight)

@@ -14,9 +14,9 @@ from fastdeploy.config import MixtureConfig
 from fastdeploy.device import Device
 from fastdeploy.kernels.activation import silu_mul
 from fastdeploy.kernels.launch import TensorView, view
-from fastdeploy.kernels.linear import Weight, gated_linear, linear
+from fastdeploy.kernels.linear import LinearWeight, Weight, gated_linear, linear
 from fastdeploy.kernels.moe import ExpertWeights, Routing, combine, grouped_linear, route, routing_fields
-from fastdeploy.kernels.quantised import GROUP, QuantisedRows, QuantisedWeight, quantise, rows_fields
+from fastdeploy.kernels.quantised import GROUP, QuantisedRows, quantise, rows_fields
 from fastdeploy.models.loading import WeightLoader
 from fastdeploy.models.sharding import Shard
 
@@ -38,7 +38,7 @@ class LinearInput:
 
     def of(self, weight: Weight) -> LinearOperand:
         """The memory that a layer with this weight reads."""
-        if self.int8 is None or not isinstance(weight, QuantisedWeight):
+        if self.int8 is None or isinstance(weight, LinearWeight) or not weight.takes_integers:
             return self.floats
         return self.int16 if weight.wide_inputs and self.int16 is not None else self.int8
 

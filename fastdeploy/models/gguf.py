@@ -14,7 +14,7 @@ import math
 import re
 import reprlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -24,7 +24,8 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from fastdeploy.models.storage import MappedFile, StoredTensor, gguf_parts, refuse_overlaps, tensor_shape
+from fastdeploy.models.formats import GGUF_FORMATS
+from fastdeploy.models.storage import Encoded, MappedFile, StoredTensor, gguf_parts, refuse_overlaps, tensor_shape
 
 SCALAR_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -107,8 +108,8 @@ class GGUFFile:
             # Other rows than those of the heads stay as they are, for `Checkpoint.check` to report.
             order = half_split_rows(*of_heads) if of_heads and math.prod(of_heads) == tensor.shape[0] else None
             rows = partial(_rows, tensor, order)
-            blocks = None if tensor.type in PLAIN_TYPES else partial(_stored_rows, tensor, order)
-            stored[name] = StoredTensor(tensor.shape, dtype, storage, tensor.nbytes, rows, blocks)
+            encoded = _encoded(storage, partial(_stored_rows, tensor, order))
+            stored[name] = StoredTensor(tensor.shape, dtype, storage, tensor.nbytes, rows, encoded)
         return stored
 
 
@@ -169,6 +170,12 @@ class GGUFTensor:
     type: GGMLQuantizationType
     offset: int
     nbytes: int
+
+
+def _encoded(storage: str, rows: Callable[[int, int], np.ndarray]) -> Encoded | None:
+    """How kernels take a tensor of this quantisation, if they do; `rows` gives bytes."""
+    found = GGUF_FORMATS.get(storage)
+    return found and Encoded(found.format, found.layout, lambda start, stop: found.codes(rows(start, stop)))
 
 
 def _stored_rows(tensor: "GGUFTensor", order: np.ndarray | None, start: int, stop: int) -> np.ndarray:

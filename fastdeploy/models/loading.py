@@ -6,14 +6,15 @@ its place before the next is read, so that loading needs the memory of the model
 
 What a linear layer's weights become, by `quantization` and by what the file holds:
 
-                             Q4_0, Q4_1    Q8_0    other quantisations      floats        embeddings, LM head in floats
-    None                     floats        floats  floats                   floats        floats
-    "auto", "exact"          q4            q8      q8, converted            floats        floats
-    "wint8", "w8a8"          q4            q8      q8, converted            q8            floats
-    "wint4", "w4a8"          q4            q8      q8, converted            q4            floats
+                        quantised, as          other
+                        kernels know it        quantisations       floats        embeddings, LM head in floats
+    None                floats                 floats              floats        floats
+    "auto", "exact"     kept                   Q8_0                floats        floats
+    "wint8", "w8a8"     kept                   Q8_0                Q8_0          floats
+    "wint4", "w4a8"     kept                   Q8_0                Q4_1          floats
 
 Activations become integers in "auto", "w8a8" and "w4a8"; on a GPU "auto" is "exact".
-Weights that lie in one matrix (q, k and v; gate and up) need one kind: if the file has them in several, it is q8.
+Weights that are read by one launch (q, k and v; gate and up) make several where the file has them in several formats.
 Where ranks share a layer's input features in parts that are no whole groups of 32, it becomes floats, with a warning.
 """
 
@@ -23,6 +24,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
 from math import prod
 from typing import Any
 
@@ -32,25 +34,16 @@ from tqdm import tqdm
 from fastdeploy.config import MODES
 from fastdeploy.device import DTYPE_BYTES, GIB, Device
 from fastdeploy.device.host import progress_bar
+from fastdeploy.kernels.formats import FORMATS, GROUP, Format, QuantisedWeight, table_of
 from fastdeploy.kernels.launch import TensorView, target, view
-from fastdeploy.kernels.linear import LinearWeight, Weight, default_panel, pack, packed_shape
+from fastdeploy.kernels.linear import FusedWeight, LinearWeight, Weight, default_panel, pack, packed_shape
 from fastdeploy.kernels.moe import ExpertWeights, padded
-from fastdeploy.kernels.quantised import (
-    BLOCK_HALFWORDS,
-    GROUP,
-    QuantisedWeight,
-    pack_blocks,
-    pack_floats,
-    packed_fields,
-)
+from fastdeploy.kernels.packing import pack_codes, pack_floats
 from fastdeploy.models.sharding import WHOLE, Shard
 from fastdeploy.models.weights import Checkpoint, RawTensor
 
 logger = logging.getLogger("fastdeploy")
 
-KEPT = {"Q4_0": "q4", "Q4_1": "q4", "Q8_0": "q8"}  # the quantisations that kernels compute with, by GGUF's names
-MADE = {"q4": "Q4_1", "q8": "Q8_0"}  # what values are converted to
-BITS = {"q4": 5.0, "q8": 8.5}  # of a weight, its share of the scales included
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")  # quantised only where the file has them so
 SLICE_ELEMENTS = 4 << 20  # 16 MiB as float32: large enough to hide the cost of a call, small beside any model
 
@@ -90,8 +83,8 @@ class WeightLoader:
         self._reads: list[Callable[[tqdm], None]] = []  # what `load` has to do, in the order asked for
         self.importance: dict[str, np.ndarray] = {}
         matrices = [name for name in checkpoint.names() if len(checkpoint.shape(name)) == 2]
-        # What each weight becomes, first as if it were alone in its matrix: "q4", "q8", or None for floats.
-        self._kinds = {name: self._kind([name]) for name in matrices}
+        self._tables: dict[tuple[int, ...], TensorView] = {}  # of values, on the device
+        self._formats = {name: self._format(name) for name in matrices}  # what each weight becomes; None for floats
         self._refuse_above(sum(map(self._nbytes, checkpoint.names())))  # before any is read or allocated
 
     def vector(self, names: Sequence[str], sizes: Sequence[int], rows: Sequence[range] | None = None) -> TensorView:
@@ -134,13 +127,17 @@ class WeightLoader:
         biases = None
         if bias:
             biases = self.vector([f"{module}.bias" for module in modules], out_features, taken)
-        kind = self._kind(names, columns)
-        self._kinds |= dict.fromkeys(names, kind)
-        height = max(sum(map(len, taken)), padded_rows)
-        bias_here = biases if columns.start == 0 else None
-        weight = self._allocate(kind, height, len(columns), bias_here, wide_inputs)
-        self._place(weight, names, taken, columns, 0)
-        return weight
+        self._formats |= {name: self._format(name, columns) for name in names}
+        parts: list[LinearWeight | QuantisedWeight] = []
+        start = 0
+        for format, run in groupby(zip(names, taken, strict=True), lambda pair: self._formats[pair[0]]):
+            names_here, rows_here = zip(*run, strict=True)
+            height = max(sum(map(len, rows_here)), padded_rows)
+            bias_here = biases.rows(height, start) if biases is not None and columns.start == 0 else None
+            parts.append(self._allocate(format, height, len(columns), bias_here, wide_inputs))
+            self._place(parts[-1], names_here, rows_here, columns, 0)
+            start += height
+        return parts[0] if len(parts) == 1 else FusedWeight(tuple(parts))
 
     def experts(
         self, modules: Sequence[Sequence[str]], in_features: int, out_features: int, rows: range, columns: range
@@ -152,7 +149,7 @@ class WeightLoader:
             names = [f"{module}.weight" for module in of_expert]
             for name in names:
                 self._ask(name, (out_features, in_features), len(rows) / out_features * len(columns) / in_features)
-            self._kinds |= dict.fromkeys(names)
+            self._formats |= dict.fromkeys(names)
             self._place(weight, names, [rows] * len(names), columns, index * padded(height))
         return ExpertWeights(weight, len(modules), height)
 
@@ -160,7 +157,7 @@ class WeightLoader:
         """The weight that chooses experts, in float32: nearly equal ones must not become equal."""
         name = f"{module}.weight"
         self._ask(name, (num_experts, in_features), 1.0)
-        self._kinds[name] = None
+        self._formats[name] = None
         weight = self._allocate_floats(num_experts, in_features, None, "float32")
         self._place(weight, [name], [range(num_experts)], range(in_features), 0)
         return weight
@@ -189,25 +186,35 @@ class WeightLoader:
                 read(bar)
         self._reads.clear()
 
-    def _kind(self, names: Sequence[str], columns: range = range(0)) -> str | None:
-        """What these weights become, in one matrix: "q4", "q8", or None for floats."""
-        known = [name for name in names if name in self._checkpoint]  # `load` reports the others
-        storages = {self._checkpoint.storage(name) for name in known}
-        if not known or any(self._checkpoint.shape(name)[-1] % GROUP for name in known):
-            return None
-        if storages <= DTYPE_BYTES.keys():
-            kind = None if set(names) & set(TABLES) else self.mode.floats_become
+    def _format(self, name: str, columns: range = range(0)) -> Format | None:
+        """What these columns of a weight become; None for floats."""
+        if name not in self._checkpoint or self._checkpoint.shape(name)[-1] % GROUP:
+            return None  # `load` reports what is missing
+        if self._checkpoint.storage(name) in DTYPE_BYTES:
+            made = None if name in TABLES else self.mode.floats_become
+            found = FORMATS[made] if made else None
         elif self.mode.keeps_quantised:
-            kind = "q4" if {KEPT.get(storage) for storage in storages} == {"q4"} else "q8"
+            encoded = self._checkpoint.encoded(name)
+            found = FORMATS["Q8_0"] if encoded is None else encoded.format
         else:
-            kind = None
-        if kind is not None and (columns.start % GROUP or columns.stop % GROUP):
-            share = f"{len(columns)} input features a rank"
-            logger.warning("%s: %s cut groups of %d, so it is kept in floats", names[0], share, GROUP)
+            found = None
+        if found is None:
             return None
-        return kind
+        try:
+            return found.narrowed(columns.start, columns.stop)
+        except ValueError:
+            share = f"{len(columns)} input features a rank"
+            logger.warning("%s: %s cut groups of %d, so it is kept in floats", name, share, GROUP)
+            return None
 
-    def _place(self, weight: Weight, names: Sequence[str], rows: Sequence[range], columns: range, place: int) -> None:
+    def _place(
+        self,
+        weight: LinearWeight | QuantisedWeight,
+        names: Sequence[str],
+        rows: Sequence[range],
+        columns: range,
+        place: int,
+    ) -> None:
         """Have `load` read these parts of tensors into `weight`, one below the other from row `place` on."""
         for name, part in zip(names, rows, strict=True):
             if isinstance(weight, QuantisedWeight):
@@ -223,14 +230,23 @@ class WeightLoader:
         return LinearWeight(data, out_features, in_features, self._panel, bias)
 
     def _allocate(
-        self, kind: str | None, out_features: int, in_features: int, bias: TensorView | None, wide_inputs: bool
-    ) -> Weight:
-        if kind is None:
+        self,
+        format: Format | None,
+        out_features: int,
+        in_features: int,
+        bias: TensorView | None = None,
+        wide_inputs: bool = False,
+    ) -> LinearWeight | QuantisedWeight:
+        if format is None:
             return self._allocate_floats(out_features, in_features, bias, self.dtype)
-        fields = packed_fields(kind, out_features, in_features).items()
-        memory = {name: view(self._empty(shape, dtype)) for name, (shape, dtype) in fields}
-        packed = (memory["data"], memory["scales"], memory.get("minimums"))
-        return QuantisedWeight(*packed, out_features, in_features, bias, wide_inputs)
+        fields = format.fields(out_features, in_features).items()
+        planes = {name: view(self._empty(shape, dtype)) for name, (shape, dtype) in fields}
+        values = table_of(format)
+        if values is not None:
+            if format.table not in self._tables:
+                self._tables[format.table] = view(self.device.from_numpy(values))
+            planes["table"] = self._tables[format.table]
+        return QuantisedWeight(format, out_features, in_features, **planes, bias=bias, wide_inputs=wide_inputs)
 
     def _empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """Memory on the device. A checkpoint that makes its tensors up has none that could be counted before, and what
@@ -271,15 +287,14 @@ class WeightLoader:
     def _read_quantised(
         self, out: QuantisedWeight, name: str, rows: range, columns: range, place: int, bar: tqdm
     ) -> None:
-        """The same, to 4 or 8 bits: as the file has them, if it has this kind."""
-        storage = self._checkpoint.storage(name)
+        """The same of a quantised matrix: as the file has it, if kernels know its format."""
+        encoded = self._checkpoint.encoded(name)
         for start, stop in self._slices(name, rows, bar):
             first_row = place + start - rows.start
-            if KEPT.get(storage) == out.kind:
-                blocks = self._checkpoint.read_blocks(name, start, stop).view(np.uint16)
-                blocks = blocks.reshape(stop - start, -1, BLOCK_HALFWORDS[storage])
-                array = np.ascontiguousarray(blocks[:, columns.start // GROUP : columns.stop // GROUP])
-                pack_blocks(out, view(self.device.from_numpy(array), "uint16"), storage, first_row)
+            if encoded is not None:
+                codes = self._checkpoint.read_codes(name, start, stop)
+                codes = codes.cut(columns, encoded.format.span, out.format.span).moved(self.device.from_numpy)
+                pack_codes(out, codes, encoded.layout, first_row, columns.start)
             else:
                 part = self._checkpoint.read_rows(name, start, stop)
                 array = np.ascontiguousarray(part.array[:, columns.start : columns.stop])
@@ -291,19 +306,23 @@ class WeightLoader:
 
     def _nbytes(self, name: str) -> int:
         """Bytes that this rank's part of a tensor takes in memory."""
-        kind = self._kinds.get(name)
-        bits = 8 * DTYPE_BYTES[self.dtype] if kind is None else BITS[kind]
+        format = self._formats.get(name)
+        bits = 8 * DTYPE_BYTES[self.dtype] if format is None else format.bits_per_weight
         share = self._shares.get(name, 1 / self.shard.ranks)
         return int(prod(self._checkpoint.shape(name)) * bits / 8 * share)
 
     def _log_quantised(self) -> None:
         """One line for each way that tensors were quantised: from what to what, how many, which."""
         ways: dict[str, list[str]] = defaultdict(list)
-        for name, kind in self._kinds.items():
-            if kind is None:
+        for name, format in self._formats.items():
+            if format is None:
                 continue
             stored = self._checkpoint.storage(name)
-            way = f"{stored} kept" if KEPT.get(stored) == kind else f"{stored} converted to {MADE[kind]}"
+            kept = self._checkpoint.encoded(name) is not None
+            if not kept:
+                way = f"{stored} converted to {format.name}"
+            else:
+                way = f"{stored} kept" + (f" as {format.name}" if format.name != stored else "")
             ways[way].append(name)
         for way, names in ways.items():
             modules = ", ".join(dict.fromkeys(name.split(".")[-2] for name in names))

@@ -5,6 +5,8 @@ window of itself resident: asking for the next window lets the pages of the prev
 stay valid; touching them reads the file again.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import mmap
@@ -15,9 +17,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:  # importing kernels takes Triton, which headers need not wait for
+    from fastdeploy.kernels.formats import Format
+    from fastdeploy.kernels.packing import Codes, Layout
 
 JSON_BYTES = 32 << 20  # of a file or a header, which have 10 MB in the largest models; read, it may be 50 times as much
 JSON_DEPTH = 64
@@ -113,6 +119,15 @@ class RawTensor:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """A quantised matrix as it is stored: the format that kernels compute with, and where a file has its integers."""
+
+    format: Format
+    layout: Layout
+    rows: Callable[[int, int], Codes]  # rows(start, stop)
+
+
+@dataclass(frozen=True)
 class StoredTensor:
     """A tensor of a checkpoint file, not read yet."""
 
@@ -121,28 +136,28 @@ class StoredTensor:
     storage: str  # the same, or the name of a quantisation such as "Q4_1"
     nbytes: int  # in the file
     rows: Callable[[int, int], np.ndarray]  # rows(start, stop) -> [stop - start, ...]; NumPy dtype as in RawTensor
-    blocks: Callable[[int, int], np.ndarray] | None = None  # of a quantised tensor: the same rows as in the file, uint8
+    encoded: Encoded | None = None  # the same rows as kernels take them, of a quantisation that they know
 
     @property
     def num_rows(self) -> int:
         """0 for a single number, which has no dimension: no weight of a model is one."""
         return self.shape[0] if self.shape else 0
 
-    def part(self, first: int, count: int) -> "StoredTensor":
+    def part(self, first: int, count: int) -> StoredTensor:
         """Rows [first, first + count) as a tensor."""
 
-        def shifted(read: Callable[[int, int], np.ndarray]) -> Callable[[int, int], np.ndarray]:
+        def shifted(read: Callable[[int, int], Any]) -> Callable[[int, int], Any]:
             return lambda start, stop: read(first + start, first + stop)
 
-        blocks = None if self.blocks is None else shifted(self.blocks)
+        encoded = self.encoded and replace(self.encoded, rows=shifted(self.encoded.rows))
         nbytes = self.nbytes * count // self.shape[0]
-        return replace(self, shape=(count, *self.shape[1:]), nbytes=nbytes, rows=shifted(self.rows), blocks=blocks)
+        return replace(self, shape=(count, *self.shape[1:]), nbytes=nbytes, rows=shifted(self.rows), encoded=encoded)
 
-    def transposed(self) -> "StoredTensor":
+    def transposed(self) -> StoredTensor:
         """A matrix of floats [in, out] as [out, in]."""
         height, width = self.shape
         rows = lambda start, stop: self.rows(0, height)[:, start:stop].T  # noqa: E731
-        return replace(self, shape=(width, height), rows=rows, blocks=None)
+        return replace(self, shape=(width, height), rows=rows, encoded=None)
 
 
 def mapped_rows(

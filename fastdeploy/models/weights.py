@@ -4,6 +4,8 @@ Whatever the format, tensors go by Hugging Face's names, in Hugging Face's shape
 written once.
 """
 
+from __future__ import annotations
+
 import importlib.metadata
 import os
 import re
@@ -12,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,7 +24,10 @@ from fastdeploy.models.hub import from_hub
 from fastdeploy.models.paddle_layout import huggingface_layout, is_paddle_layout
 from fastdeploy.models.pdparams import read_pdparams
 from fastdeploy.models.safetensors import read_safetensors
-from fastdeploy.models.storage import RawTensor, StoredTensor, file_beside, gguf_parts, read_json
+from fastdeploy.models.storage import Encoded, RawTensor, StoredTensor, file_beside, gguf_parts, read_json
+
+if TYPE_CHECKING:
+    from fastdeploy.kernels.packing import Codes
 
 FIRST = 10  # how many names of a kind an error lists
 FORMATS = (("model", ".safetensors", read_safetensors), ("model_state", ".pdparams", read_pdparams))
@@ -94,13 +99,26 @@ class Checkpoint:
         # Formats don't promise alignment, compiled kernels expect it.
         return RawTensor(tensor.dtype, array if array.flags.aligned else array.copy("K"))
 
-    def read_blocks(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) of a quantised tensor as the file has them, [rows, bytes of a row] uint8."""
-        tensor = self._tensor(name)
-        if tensor.blocks is None:
-            raise ValueError(f"{name} is stored as {tensor.storage}, which has no blocks")
+    def encoded(self, name: str) -> Encoded | None:
+        """The quantisation of a tensor, if kernels know it."""
+        return self._tensor(name).encoded
+
+    def read_codes(self, name: str, start: int, stop: int) -> Codes:
+        """Rows [start, stop) of a tensor that is `encoded`, as the file has them.
+
+        Raises ValueError if a scale is no finite number.
+        """
+        encoded = self.encoded(name)
+        if encoded is None:
+            raise ValueError(f"{name} is stored as {self.storage(name)}, which kernels don't know")
         self._read.add(name)
-        return tensor.blocks(start, stop)
+        codes = encoded.rows(start, stop)
+        if not codes.finite():
+            raise ValueError(
+                f"{self.path}: tensor {name!r} ({self.storage(name)}) has scales that are NaN or infinite in its rows"
+                f" {start} to {stop}; the file is corrupt or was badly converted, download or convert it again"
+            )
+        return codes
 
     def unread(self) -> list[str]:
         """Names of which no row has been read yet."""
