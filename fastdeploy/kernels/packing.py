@@ -60,6 +60,7 @@ class Layout:
 
 
 BYTES = Layout(1, 1, Bits(0, 1, 1, 8))  # a byte for each integer
+NIBBLES = Layout(1, 1, Bits(0, 1, 1, 4))  # the same for integers of 4 bits
 PAIRS = Layout(2, 1, Bits(0, 1, 2, 4))  # two integers in a byte, the first in its lower half
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from fastdeploy.device import Device
     from fastdeploy.device.group import Group
     from fastdeploy.models.decoder import Decoder
@@ -27,7 +30,7 @@ def load_model(
     quantization: str | None = None,
     progress: bool = True,
     group: Group | None = None,
-    text=None,
+    calibration: Sequence[np.ndarray] | None = None,
 ) -> Decoder:
     """Build the model that a checkpoint holds and read its weights, or this rank's part of them, onto `device`.
 
@@ -40,10 +43,13 @@ def load_model(
         quantization: None, "auto", "exact", "wint8", "wint4", "w8a8" or "w4a8", see `EngineConfig`.
         progress: whether to show a progress bar.
         group: the ranks that share the model, if there are several.
+        calibration: token ids of a text, in sequences as `calibration.calibration_sequences` makes them. Floats that
+            become four bits are chosen to lose little of it; without, they are rounded to nearest.
 
     Raises ValueError if we don't have the architecture or the tensors don't fit it, MemoryError if there is no room.
     """
     # Here, because the kernels need Triton and Paddle: reading a checkpoint's configuration should not wait for them.
+    from fastdeploy.models.calibration import importance
     from fastdeploy.models.llama import Llama
     from fastdeploy.models.loading import WeightLoader
     from fastdeploy.models.qwen import Qwen2, Qwen3
@@ -65,9 +71,10 @@ def load_model(
     shard = WHOLE if group is None else Shard(group.rank, group.size)
     loader = WeightLoader(checkpoint, device, config.dtype if dtype == "auto" else dtype, quantization, shard)
     model = families[config.architecture](config, loader, max_positions, group)
-    if text is not None:
-        from fastdeploy.models.calibration import mean_squares
-        loader.importance = text if isinstance(text, dict) else mean_squares(model, checkpoint, text, progress)
-    loader.load(progress)
+    weights = None
+    if calibration and loader.makes_four_bits:
+        loader.check()
+        weights = importance(model, checkpoint, calibration, progress)
+    loader.load(progress, weights)
     device.settle()
     return model

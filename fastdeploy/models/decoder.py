@@ -19,6 +19,7 @@ step can be recorded and replayed. How ranks divide a model among them: `shardin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod, sqrt
 from typing import TYPE_CHECKING
@@ -286,6 +287,29 @@ class Decoder:
             own_logits = memory.own_logits.rows(count)
             linear(own_logits, memory.hidden.of(self.lm_head), self.lm_head)
             join_columns(logits, self._of_all_ranks(own_logits, memory))
+
+    def watch_layer(
+        self,
+        layer: Layer,
+        step: StepInputs,
+        cache: KVBlocks,
+        memory: Activations,
+        watch: Callable[[str, TensorView], None],
+    ) -> None:
+        """One layer by itself, in floats: residual -> residual, of a step's tokens.
+
+        watch: is shown what "qkv", "attention_output" and "feed_forward" read, before they write over anything. The
+            layer's own memory, `memory.mlp` or `memory.mixture`, is as the layer leaves it.
+        """
+        hidden, attended = memory.hidden.floats, memory.attended.floats
+        rms_norm(hidden, memory.residual, layer.attention_norm, self.config.rms_norm_eps)
+        watch("qkv", hidden)
+        self._attend(attended, layer, step, cache, memory)
+        watch("attention_output", attended)
+        self._add_attention(attended, layer, memory)
+        watch("feed_forward", hidden)
+        self._feed_forward(layer, memory)
+        add_rms_norm(hidden, memory.residual, memory.delta, layer.mlp_norm, self.config.rms_norm_eps)
 
     def _attend(
         self, attended: LinearOperand, layer: Layer, step: StepInputs, cache: KVBlocks, memory: Activations
