@@ -172,9 +172,10 @@ def test_blocks_are_the_files_in_half_split_order(tmp_path, quantization):
     for name in ("model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"):
         assert checkpoint.storage(name) == quantization
         blocks = gguf.quants.quantize(weights[name], kind)
-        np.testing.assert_array_equal(checkpoint.read_blocks(name, 2, 9), blocks[2:9])
-    with pytest.raises(ValueError, match="model.norm.weight is stored as float32, which has no blocks"):
-        checkpoint.read_blocks("model.norm.weight", 0, 1)
+        np.testing.assert_array_equal(checkpoint.read_codes(name, 2, 9).blocks, blocks[2:9])
+    assert checkpoint.encoded("model.norm.weight") is None
+    with pytest.raises(ValueError, match="model.norm.weight is stored as float32, which kernels don't know"):
+        checkpoint.read_codes("model.norm.weight", 0, 1)
 
 
 def test_q_and_k_biases_are_in_half_split_order_too(tmp_path):
@@ -236,7 +237,7 @@ def test_stacked_experts_come_one_by_one(tmp_path, quantization):
             assert tensor.shape == stack.shape[1:]
             np.testing.assert_array_equal(tensor.rows(5, 20), values[5:20])
             if quantization != Quantization.F32:
-                np.testing.assert_array_equal(tensor.blocks(5, 20), blocks[5:20])
+                np.testing.assert_array_equal(tensor.encoded.rows(5, 20).blocks, blocks[5:20])
     names = {"ffn_gate_inp.weight": "gate.weight", "exp_probs_b.bias": "moe_statics.e_score_correction_bias"}
     names |= {f"ffn_{part}_shexp.weight": f"shared_experts.{part}_proj.weight" for part in ("gate", "up")}
     assert set(stored) == {f"{mlp}.{name}" for name in names.values()}

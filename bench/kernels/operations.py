@@ -12,18 +12,13 @@ from bench.kernels.cases import ByToken, Case, Reference, Tensors, TokenReferenc
 from bench.kernels.machine import Machine
 from fastdeploy.kernels.activation import silu_mul_reference
 from fastdeploy.kernels.embedding import embedding_reference
+from fastdeploy.kernels.formats import FORMATS, dequantise_reference, pack_reference, per_group_reference
 from fastdeploy.kernels.launch import cdiv
 from fastdeploy.kernels.linear import linear_reference
 from fastdeploy.kernels.logprobs import logprobs_reference
 from fastdeploy.kernels.moe import mixture_reference, padded, route_reference
 from fastdeploy.kernels.norm import rms_norm_reference
-from fastdeploy.kernels.quantised import (
-    dequantise_reference,
-    pack_reference,
-    per_group_reference,
-    quantise_reference,
-    quantised_linear_reference,
-)
+from fastdeploy.kernels.quantised import activations_reference, quantise_reference, quantised_linear_reference
 from fastdeploy.kernels.rope import HeadLayout, KVBlocks, cache_fields, rope_and_cache, rope_reference, rope_tables
 from fastdeploy.kernels.sampling import Steering, kept_reference
 
@@ -241,7 +236,7 @@ class QuantisedLinear(Linear):
         values, row_scales = quantise_reference(x)
         sums = row_scales * values.reshape(self.tokens, -1, 32).sum(axis=2)
         arrays = {
-            "data": pack_reference(q), "scales": per_group_reference(scales),
+            "data": pack_reference(FORMATS["Q4_1"], q)["data"], "scales": per_group_reference(scales),
             "minimums": per_group_reference(np.float16(-8) * scales), "values": values.astype(np.int8),
             "row_scales": row_scales.astype(np.float32), "row_sums": sums.astype(np.float32),
             "q": q, "scales_by_row": scales, "x": x,
@@ -252,8 +247,9 @@ class QuantisedLinear(Linear):
         rows = some_rows(self.tokens)
         integers, row_scales = quantise_reference(rows_of(tensors["x"], rows, machine))
         scales = np.asarray(tensors["scales_by_row"])[self.columns]
-        weight = dequantise_reference(np.asarray(tensors["q"])[self.columns], scales, np.float16(-8) * scales)
-        values = quantised_linear_reference(dequantise_reference(integers, row_scales), weight)
+        q = np.asarray(tensors["q"])[self.columns]
+        weight = dequantise_reference(FORMATS["Q4_1"], q, scales, np.float16(-8) * scales)
+        values = quantised_linear_reference(activations_reference(integers, row_scales), weight)
         return Reference(rows, self.columns, values)
 
 

@@ -15,11 +15,12 @@ from fastdeploy.kernels import logprobs, sampling
 from fastdeploy.kernels.activation import silu_mul
 from fastdeploy.kernels.attention import AttentionBatch, paged_attention, split_keys, workspace_shape
 from fastdeploy.kernels.embedding import embedding, gather_rows
+from fastdeploy.kernels.formats import FORMATS, QuantisedWeight
 from fastdeploy.kernels.launch import TensorView, cdiv, target
 from fastdeploy.kernels.linear import LinearWeight, default_panel, linear, pack, packed_shape
 from fastdeploy.kernels.moe import ExpertWeights, Routing, combine, grouped_linear, route, routing_fields
 from fastdeploy.kernels.norm import add_rms_norm, rms_norm
-from fastdeploy.kernels.quantised import QuantisedRows, QuantisedWeight, quantised_linear
+from fastdeploy.kernels.quantised import QuantisedRows, quantised_linear
 from fastdeploy.kernels.rope import HeadNorms, rope_and_cache
 
 Call = Callable[[], Any]
@@ -91,7 +92,8 @@ class Ours:
     def quantised_linear(self, case: QuantisedLinear, tensors: Tensors) -> Call:
         n, k = case.features
         out = self.machine.blank((case.tokens, n), case.dtype)
-        weight = QuantisedWeight(*(self.view(tensors[name]) for name in ("data", "scales", "minimums")), n, k)
+        planes = {name: self.view(tensors[name]) for name in ("data", "scales", "minimums")}
+        weight = QuantisedWeight(FORMATS["Q4_1"], n, k, **planes)
         x = QuantisedRows(*(self.view(tensors[name]) for name in ("values", "row_scales", "row_sums")))
         return returning(out, quantised_linear, self.view(out), x, weight)
 

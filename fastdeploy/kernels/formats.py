@@ -102,11 +102,11 @@ class Format:
         span = self.span // GROUP
         return Constants(self.bits, self.offset, span, self.halves, self.floating, self.factors, shifted)
 
-    def narrowed(self, *places: int) -> Format:
-        """The same with spans so short that each of these places along k begins one. ValueError if no format can."""
-        span = gcd(self.span, *places)
+    def narrowed(self, start: int, stop: int) -> Format:
+        """The same with spans short enough to begin at `start` and end at `stop`. ValueError if they cut groups."""
+        span = gcd(self.span, start, stop)
         if span % GROUP:
-            raise ValueError(f"{self.name}: {', '.join(map(str, places))} cut groups of {GROUP} weights")
+            raise ValueError(f"{self.name}: parts from {start} to {stop} cut groups of {GROUP} weights")
         return replace(self, span=span)
 
     def fields(self, out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -416,6 +416,11 @@ def quantise_reference(x: np.ndarray, most: int = 127) -> tuple[np.ndarray, np.n
     return np.rint(scaled).astype(np.int16).reshape(x.shape), largest / most
 
 
+def activations_reference(integers: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """[T, K] integers with [T, K/32] scales, as float64."""
+    return integers * np.repeat(scales.astype(np.float64), GROUP, axis=1)
+
+
 def quantised_linear_reference(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
     """The specification, in float64; x [T, K] and weight [N, K] are what they stand for."""
     y = x @ weight.T

@@ -108,7 +108,7 @@ class GGUFFile:
             # Other rows than those of the heads stay as they are, for `Checkpoint.check` to report.
             order = half_split_rows(*of_heads) if of_heads and math.prod(of_heads) == tensor.shape[0] else None
             rows = partial(_rows, tensor, order)
-            encoded = _encoded(storage, partial(_stored_rows, tensor, order))
+            encoded = gguf_encoded(storage, partial(_stored_rows, tensor, order))
             stored[name] = StoredTensor(tensor.shape, dtype, storage, tensor.nbytes, rows, encoded)
         return stored
 
@@ -172,7 +172,7 @@ class GGUFTensor:
     nbytes: int
 
 
-def _encoded(storage: str, rows: Callable[[int, int], np.ndarray]) -> Encoded | None:
+def gguf_encoded(storage: str, rows: Callable[[int, int], np.ndarray]) -> Encoded | None:
     """How kernels take a tensor of this quantisation, if they do; `rows` gives bytes."""
     found = GGUF_FORMATS.get(storage)
     return found and Encoded(found.format, found.layout, lambda start, stop: found.codes(rows(start, stop)))

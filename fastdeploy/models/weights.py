@@ -96,6 +96,8 @@ class Checkpoint:
             raise ValueError(f"{name} has {tensor.num_rows} rows; rows {start} to {stop} can't be read")
         self._read.add(name)
         array = tensor.rows(start, stop)
+        if tensor.storage != tensor.dtype and not np.isfinite(array).all():
+            raise self._not_finite(name, start, stop)
         # Formats don't promise alignment, compiled kernels expect it.
         return RawTensor(tensor.dtype, array if array.flags.aligned else array.copy("K"))
 
@@ -114,11 +116,14 @@ class Checkpoint:
         self._read.add(name)
         codes = encoded.rows(start, stop)
         if not codes.finite():
-            raise ValueError(
-                f"{self.path}: tensor {name!r} ({self.storage(name)}) has scales that are NaN or infinite in its rows"
-                f" {start} to {stop}; the file is corrupt or was badly converted, download or convert it again"
-            )
+            raise self._not_finite(name, start, stop)
         return codes
+
+    def _not_finite(self, name: str, start: int, stop: int) -> ValueError:
+        return ValueError(
+            f"{self.path}: tensor {name!r} ({self.storage(name)}) has scales that are NaN or infinite in its rows"
+            f" {start} to {stop}; the file is corrupt or was badly converted, download or convert it again"
+        )
 
     def unread(self) -> list[str]:
         """Names of which no row has been read yet."""

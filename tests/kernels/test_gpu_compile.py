@@ -6,6 +6,7 @@ launch away: what is compiled is what the launcher would compile there, argument
 
 import re
 import subprocess
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,23 +21,17 @@ from fastdeploy.kernels import logprobs
 from fastdeploy.kernels.activation import silu_mul
 from fastdeploy.kernels.attention import AttentionBatch, paged_attention
 from fastdeploy.kernels.embedding import embedding, gather_rows, resolve_ids
+from fastdeploy.kernels.formats import FORMATS, QuantisedWeight
 from fastdeploy.kernels.launch import TensorView, target
 from fastdeploy.kernels.linear import LinearWeight, default_panel, gated_linear, linear, pack, packed_shape
 from fastdeploy.kernels.logprobs import LogprobOutputs, LogprobWorkspace, token_logprobs
 from fastdeploy.kernels.moe import ExpertWeights, Routing, combine, grouped_linear, padded, route, routing_fields
 from fastdeploy.kernels.norm import add_rms_norm, rms_norm
-from fastdeploy.kernels.quantised import (
-    BLOCK_HALFWORDS,
-    QuantisedRows,
-    QuantisedWeight,
-    pack_blocks,
-    pack_floats,
-    packed_fields,
-    quantise,
-    rows_fields,
-)
+from fastdeploy.kernels.packing import Codes, pack_codes, pack_floats
+from fastdeploy.kernels.quantised import QuantisedRows, quantise, rows_fields
 from fastdeploy.kernels.rope import HeadLayout, HeadNorms, KVBlocks, cache_fields, rope_and_cache
 from fastdeploy.kernels.sampling import SamplingState, allocate_workspace, sample
+from fastdeploy.models.formats import GGUF_FORMATS
 
 # target, bytes of shared memory that one program may use
 TARGETS = {
@@ -46,7 +41,6 @@ TARGETS = {
 }
 TOKENS = 100
 PARKED = {"_prefill_kernel": 256}  # bytes of a thread that may wait in memory: 64 registers, its second softmax state
-KEPT = {"Q4_0": "q4", "Q4_1": "q4", "Q8_0": "q8"}
 
 
 class CompileOnly:
@@ -115,16 +109,23 @@ def run_gated(rows, intermediate=3072, width=1024):
         linear(tensor(rows, 2 * intermediate), x, both)
 
 
-def run_quantised(kind):
-    fields = packed_fields(kind, 1536, 576)
-    packed = {name: tensor(*shape, dtype=dtype) for name, (shape, dtype) in fields.items()}
-    weight = QuantisedWeight(packed["data"], packed["scales"], packed.get("minimums"), 1536, 576)
-    linear(tensor(TOKENS, 1536), tensor(TOKENS, 576), weight)
-    embedding(tensor(TOKENS, 576), tensor(TOKENS, dtype="int32"), weight)
-    pack_floats(weight, tensor(1536, 576))
-    for storage in KEPT:
-        if KEPT[storage] == kind:
-            pack_blocks(weight, tensor(1536, 18, BLOCK_HALFWORDS[storage], dtype="uint16"), storage)
+def run_quantised(name):
+    format, rows, width = FORMATS[name], 1536, 768
+    fields = format.fields(rows, width).items()
+    planes = {plane: tensor(*shape, dtype=dtype) for plane, (shape, dtype) in fields}
+    planes["table"] = tensor(16, dtype="int8") if format.table else None
+    weight = QuantisedWeight(format, rows, width, **planes)
+    linear(tensor(TOKENS, rows), tensor(TOKENS, width), weight)
+    embedding(tensor(TOKENS, width), tensor(TOKENS, dtype="int32"), weight)
+    if name in ("Q4_1", "Q8_0"):
+        pack_floats(weight, tensor(rows, width))
+    if name in GGUF_FORMATS:
+        layout = GGUF_FORMATS[name].layout
+        spans = (rows, width // format.span)
+        scales, minimums = (dtype and tensor(*spans, dtype=dtype) for dtype in (format.scale, format.minimum))
+        factors = format.factor and tensor(rows, width // 32, format.factors, dtype=format.factor)
+        blocks = tensor(rows, layout.row_bytes(width), dtype="uint8")
+        pack_codes(weight, Codes(blocks, scales, minimums, factors), layout)
 
 
 def run_quantise(width, wide):
@@ -230,8 +231,7 @@ LAUNCHES = {
     "linear, odd width": lambda: run_linear(TOKENS, 100, 72),
     "linear, float16": lambda: run_linear(TOKENS, 1536, 576, "float16"),
     "pack": run_pack,
-    "quantised linear, q4": lambda: run_quantised("q4"),
-    "quantised linear, q8": lambda: run_quantised("q8"),
+    **{f"quantised linear, {name}": partial(run_quantised, name) for name in FORMATS},
     "quantise, 8 bits": lambda: run_quantise(576, wide=False),
     "quantise, 16 bits": lambda: run_quantise(576, wide=True),
     "norms, 576": lambda: run_norms(576),

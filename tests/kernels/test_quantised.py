@@ -7,32 +7,35 @@ from gguf import GGMLQuantizationType as Storage
 
 from fastdeploy.kernels.activation import silu_mul, silu_mul_reference
 from fastdeploy.kernels.embedding import embedding, embedding_reference
+from fastdeploy.kernels.formats import (
+    FORMATS,
+    Format,
+    QuantisedWeight,
+    dequantise_reference,
+    pack_reference,
+    per_group_reference,
+    table_of,
+)
 from fastdeploy.kernels.launch import view
 from fastdeploy.kernels.linear import LinearWeight, gated_linear, linear, pack, packed_shape
 from fastdeploy.kernels.norm import add_rms_norm, rms_norm
+from fastdeploy.kernels.packing import BYTES, PAIRS, Bits, Codes, Layout, pack_codes, pack_floats
 from fastdeploy.kernels.quantised import (
     QuantisedRows,
-    QuantisedWeight,
-    dequantise_reference,
-    pack_blocks,
-    pack_floats,
-    pack_reference,
-    packed_fields,
-    per_group_reference,
+    activations_reference,
     quantise,
     quantise_reference,
     quantised_linear,
     quantised_linear_reference,
     rows_fields,
 )
-
-STORAGES = ("Q4_0", "Q4_1", "Q8_0")
-KIND = {"Q4_0": "q4", "Q4_1": "q4", "Q8_0": "q8"}
+from fastdeploy.models.formats import GGUF_FORMATS
+from tests.blocks import STORAGES, random_blocks, values_of, widths
 
 
 @dataclass
 class Packed:
-    """A weight, the arrays that it lies in, and its values as the gguf package reads them."""
+    """A weight, the arrays that it lies in, and its values in float64."""
 
     weight: QuantisedWeight
     arrays: dict
@@ -40,36 +43,40 @@ class Packed:
 
 
 @pytest.fixture
-def packed(rng, blank, store):
-    """packed(storage, rows, width, bias=None): a random matrix, quantised by the gguf package."""
+def packed(rng, store):
+    """packed(storage, rows, width, bias=None): a random matrix as a file has it, of a width that it can have."""
 
     def build(storage, rows, width, bias=None):
-        blocks = blocks_of(storage, rng.standard_normal((rows, width), np.float32))
-        arrays = unfilled(storage, rows, width)
-        weight = weight_of(arrays, rows, width, store(bias).view if bias is not None else None)
-        pack_blocks(weight, halfwords(blocks, storage), storage)
-        values = gguf.quants.dequantize(blocks, Storage[storage]).astype(np.float64)
-        return Packed(weight, arrays, values)
-
-    def unfilled(storage, rows, width):
-        fields = packed_fields(KIND[storage], rows, width)
-        return {name: np.full(shape, 99, dtype) for name, (shape, dtype) in fields.items()}
+        (width,) = widths(storage, width)
+        found = GGUF_FORMATS[storage]
+        blocks = random_blocks(storage, rows, width, rng)
+        arrays = unfilled(found.format, rows, width)
+        weight = weight_of(found.format, arrays, rows, width, store(bias).view if bias is not None else None)
+        pack_codes(weight, found.codes(blocks), found.layout)
+        return Packed(weight, arrays, values_of(storage, blocks))
 
     return build
 
 
-def blocks_of(storage, matrix):
-    return gguf.quants.quantize(matrix, Storage[storage])
+def unfilled(format, rows, width, value=99):
+    """Arrays for the planes of a weight; bfloat16 as uint16."""
+    fields = format.fields(rows, width).items()
+    return {name: np.full(shape, value, dtype.replace("bfloat16", "uint16")) for name, (shape, dtype) in fields}
 
 
-def halfwords(blocks, storage):
-    size = gguf.GGML_QUANT_SIZES[Storage[storage]][1] // 2
-    return blocks.view(np.uint16).reshape(len(blocks), -1, size)
+def weight_of(format, arrays, rows, width, bias=None):
+    dtypes = {name: dtype for name, (_, dtype) in format.fields(rows, width).items()}
+    planes = {name: view(array, dtypes[name]) for name, array in arrays.items()}
+    table = table_of(format)
+    planes["table"] = None if table is None else view(table)
+    return QuantisedWeight(format, rows, width, **planes, bias=bias)
 
 
-def weight_of(arrays, rows, width, bias=None):
-    views = {name: view(array) for name, array in arrays.items()}
-    return QuantisedWeight(views["data"], views["scales"], views.get("minimums"), rows, width, bias)
+def as_numbers(array):
+    """Scales as they are; bfloat16, whose bits come as uint16, as float32."""
+    if array is None or array.dtype != np.uint16:
+        return array
+    return (array.astype(np.uint32) << 16).view(np.float32)
 
 
 def blank_rows(blank, rows, width, wide=False):
@@ -87,46 +94,69 @@ def quantised_rows(blank, x, wide=False):
     """x [T, K] in 8 or 16 bits, and the values that it then has."""
     rows, stored = blank_rows(blank, *x.memory.shape, wide)
     quantise(rows, x.view)
-    return rows, dequantise_reference(integers_in(stored), stored["scales"].memory)
+    return rows, activations_reference(integers_in(stored), stored["scales"].memory)
 
 
-def integers_of(storage, blocks):
-    """(q, d, m) of the blocks as GGUF defines them."""
-    raw = blocks.reshape(len(blocks), -1, gguf.GGML_QUANT_SIZES[Storage[storage]][1])
-    scales = np.ascontiguousarray(raw[..., :2]).view(np.float16)[..., 0]
-    if storage == "Q8_0":
-        return raw[..., 2:].view(np.int8).reshape(len(blocks), -1), scales, None
-    pairs = raw[..., 2:] if storage == "Q4_0" else raw[..., 4:]
-    q = np.concatenate([pairs & 15, pairs >> 4], -1).reshape(len(blocks), -1)
-    minimums = -8 * scales if storage == "Q4_0" else np.ascontiguousarray(raw[..., 2:4]).view(np.float16)[..., 0]
-    return q, scales, minimums
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
+@pytest.mark.parametrize("rows, width, first, cuts", [(16, 32, 0, []), (64, 576, 0, [64]), (37, 96, 64, [1, 2, 20])])
+def test_pack_lays_out_what_the_reference_does(rows, width, first, cuts, bits, rng):
+    """Whatever slices of rows it is done in, and wherever the weights begin in a row of the file."""
+    integers = rng.integers(0, 1 << bits, (rows, first + width), dtype=np.uint8)
+    scales = rng.standard_normal((rows, width // 32)).astype(np.float16)
+    format = FORMATS[{4: "Q4_0", 5: "Q5_0", 6: "Q6_K", 8: "Q8_0"}[bits]].narrowed(0, 32)
+    factors = rng.integers(-128, 128, (rows, width // 32, 2), dtype=np.int8) if bits == 6 else None
+    arrays = unfilled(format, rows, width, 0)
+    weight, layout = weight_of(format, arrays, rows, width), BYTES
+    blocks = integers
+    if bits < 8:  # first the low nibbles of the row in pairs, then the upper bits, in a byte each
+        blocks = np.concatenate([integers[:, ::2] & 15 | integers[:, 1::2] << 4, integers >> 4], axis=1)
+        size, half = blocks.shape[1], integers.shape[1] // 2
+        high = Bits(half, 1, 1, bits - 4) if bits > 4 else None
+        layout = Layout(first + width, size, PAIRS.low, high)
+    for start, stop in zip([0, *cuts], [*cuts, rows], strict=True):
+        part = Codes(*(array if array is None else array[start:stop] for array in (blocks, scales, None, factors)))
+        pack_codes(weight, part, layout, row_offset=start, first=first)
+    expected = pack_reference(format, integers[:, first:])
+    expected["scales"] = per_group_reference(scales)
+    if factors is not None:
+        expected["factors"] = per_group_reference(factors)
+    assert arrays.keys() == expected.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("rows, width", [(16, 32), (64, 576), (37, 96)])
-def test_pack_lays_out_tiles_and_changes_no_value(rows, width, storage, rng):
-    blocks = blocks_of(storage, rng.standard_normal((rows, width), np.float32))
-    fields = packed_fields(KIND[storage], rows, width)
-    arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in fields.items()}
-    pack_blocks(weight_of(arrays, rows, width), halfwords(blocks, storage), storage)
-    q, scales, minimums = integers_of(storage, blocks)
-    np.testing.assert_array_equal(arrays["data"], pack_reference(q))
-    np.testing.assert_array_equal(arrays["scales"], per_group_reference(scales))
-    if minimums is not None:
-        np.testing.assert_array_equal(arrays["minimums"], per_group_reference(minimums))
+def test_a_weight_takes_at_most_a_tenth_more_than_in_the_file(storage):
+    weights, size = gguf.GGML_QUANT_SIZES[Storage[storage]]
+    assert FORMATS[storage].bits_per_weight <= 1.06 * 8 * size / weights
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("cuts", [[64, 80], [5, 37, 101], [1, 2, 3]])
-def test_slices_packed_one_by_one_make_the_whole(cuts, storage, rng):
-    blocks = blocks_of(storage, rng.standard_normal((130, 64), np.float32))
-    fields = packed_fields(KIND[storage], 130, 64)
-    arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in fields.items()}
-    for start, stop in zip([0, *cuts], [*cuts, 130], strict=True):
-        pack_blocks(weight_of(arrays, 130, 64), halfwords(blocks[start:stop], storage), storage, row_offset=start)
-    q, scales, _ = integers_of(storage, blocks)
-    np.testing.assert_array_equal(arrays["data"], pack_reference(q))
-    np.testing.assert_array_equal(arrays["scales"], per_group_reference(scales))
+@pytest.mark.parametrize("minimum", [None, "float16", "uint8", "int16"])
+@pytest.mark.parametrize("span", [32, 64, 128])
+@pytest.mark.parametrize("scale", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("bits, offset", [(4, 8), (8, 0)])
+def test_scales_of_any_type_and_zero_points_give_the_values_that_they_mean(bits, offset, scale, span, minimum, rng):
+    rows, width = 37, 256
+    format = Format("any", bits, 0 if minimum else offset, span=span, scale=scale, minimum=minimum)
+    integers = rng.integers(0, 1 << bits, (rows, width), dtype=np.uint8)
+    scales = rng.standard_normal((rows, width // span)).astype(np.float32)
+    stored = scales.astype(np.float16) if scale == "float16" else scales
+    stored = (scales.view(np.uint32) >> 16).astype(np.uint16) if scale == "bfloat16" else stored
+    minimums = None
+    if minimum is not None:
+        minimums = (
+            rng.integers(0, 256, scales.shape).astype(minimum) if "int" in minimum else (scales * 3).astype(minimum)
+        )
+    arrays = unfilled(format, rows, width)
+    weight = weight_of(format, arrays, rows, width)
+    layout = BYTES if bits == 8 else PAIRS
+    blocks = integers if bits == 8 else integers[:, ::2] | integers[:, 1::2] << 4
+    pack_codes(weight, Codes(blocks, stored, minimums), layout)
+    values = integers.view(np.int8) if bits == 8 else integers
+    expected = dequantise_reference(format, values, as_numbers(stored), minimums)
+    out = np.empty((width, rows), np.float32)
+    linear(out, np.eye(width, dtype=np.float32), weight)
+    np.testing.assert_allclose(out.T, expected, rtol=2e-7, atol=1e-7 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -135,16 +165,16 @@ def test_slices_packed_one_by_one_make_the_whole(cuts, storage, rng):
 def test_floats_are_packed_as_gguf_quantises_them(rows, width, cuts, storage, dtype, normal):
     matrix = normal(rows, width, dtype=dtype)
     matrix.memory[3] = matrix.memory[3, 0]  # a row of equal values
-    fields = packed_fields(KIND[storage], rows, width)
-    arrays = {name: np.zeros(shape, kind) for name, (shape, kind) in fields.items()}
+    found = GGUF_FORMATS[storage]
+    arrays, expected = (unfilled(found.format, rows, width, 0) for _ in range(2))
     for start, stop in zip([0, *cuts], [*cuts, rows], strict=True):
         part = view(np.ascontiguousarray(matrix.memory[start:stop]), matrix.view.dtype)
-        pack_floats(weight_of(arrays, rows, width), part, row_offset=start)
-    q, scales, minimums = integers_of(storage, blocks_of(storage, matrix.values.astype(np.float32)))
-    np.testing.assert_array_equal(arrays["scales"], per_group_reference(scales))
-    if minimums is not None:
-        np.testing.assert_array_equal(arrays["minimums"], per_group_reference(minimums))
-    expected = pack_reference(q)
+        pack_floats(weight_of(found.format, arrays, rows, width), part, row_offset=start)
+    blocks = gguf.quants.quantize(matrix.values.astype(np.float32), Storage[storage])
+    pack_codes(weight_of(found.format, expected, rows, width), found.codes(blocks), found.layout)
+    for name in arrays.keys() - {"data"}:
+        np.testing.assert_array_equal(arrays[name], expected[name])
+    expected = expected["data"]
     if storage == "Q4_1":  # nibble by nibble
         found, expected = (np.stack([data & 15, data >> 4]).astype(int) for data in (arrays["data"], expected))
     else:
@@ -185,11 +215,12 @@ def test_zeros_and_vanishing_activations_become_zeros(store, blank):
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_no_number_comes_out_as_nan_in_its_own_row(bad, storage, wide, normal, packed, store, blank):
-    values = normal(3, 64).values.copy()
+    (width,) = widths(storage, 64)
+    values = normal(3, width).values.copy()
     values[1, 40] = bad
-    x, out = blank_rows(blank, 3, 64, wide)[0], blank((3, 20))
+    x, out = blank_rows(blank, 3, width, wide)[0], blank((3, 20))
     quantise(x, store(values).view)
-    linear(out.view, x, packed(storage, 20, 64).weight)
+    linear(out.view, x, packed(storage, 20, width).weight)
     np.testing.assert_array_equal(np.isnan(out.values), np.repeat([[False], [True], [False]], 20, axis=1))
 
 
@@ -200,6 +231,7 @@ def test_integer_product_agrees_with_numpy_on_the_quantised_values(
     rows, out_features, in_features, storage, wide, normal, packed, blank
 ):
     bias = np.linspace(-1, 1, out_features) if rows == 3 else None
+    (in_features,) = widths(storage, in_features)
     weight = packed(storage, out_features, in_features, bias)
     x, values = quantised_rows(blank, normal(rows, in_features), wide)
     out = blank((rows, out_features))
@@ -214,6 +246,7 @@ def test_integer_product_agrees_with_numpy_on_the_quantised_values(
 def test_float_product_has_the_bits_of_the_dequantised_matrix(
     rows, out_features, in_features, storage, normal, packed, store, blank
 ):
+    (in_features,) = widths(storage, in_features)
     weight, x = packed(storage, out_features, in_features), normal(rows, in_features)
     out, expected = blank((rows, out_features)), blank((rows, out_features))
     linear(out.view, x.view, weight.weight)
@@ -224,9 +257,10 @@ def test_float_product_has_the_bits_of_the_dequantised_matrix(
 
 
 @pytest.mark.parametrize("bits", [8, 16, 32])
-@pytest.mark.parametrize("storage", ["Q4_1", "Q8_0"])
+@pytest.mark.parametrize("storage", ["Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "MXFP4"])
 def test_a_row_has_the_same_bits_in_every_batch(storage, bits, normal, packed, blank, store):
-    x, weight = normal(70, 576), packed(storage, 100, 576).weight
+    (width,) = widths(storage, 576)
+    x, weight = normal(70, width), packed(storage, 100, width).weight
 
     def product(rows):
         chosen = store(x.memory[rows])
@@ -247,6 +281,7 @@ def test_a_gated_layer_is_a_linear_layer_and_silu_mul(
     rows, width, in_features, storage, wide, normal, packed, blank, store
 ):
     bias = np.linspace(-1, 1, 2 * width) if rows == 3 else None
+    (in_features,) = widths(storage, in_features)
     weight = packed(storage, 2 * width, in_features, bias)
     x, values = quantised_rows(blank, normal(rows, in_features), wide)
     out, stored = blank_rows(blank, rows, width)
@@ -286,13 +321,23 @@ def test_no_rows_is_nothing_to_do(packed, blank):
 
 def test_what_does_not_fit_is_named(packed, normal, blank):
     with pytest.raises(ValueError, match="rows of 100 elements cannot be quantised in groups of 32"):
-        packed_fields("q4", 16, 100)
-    with pytest.raises(ValueError, match="'q5' is no kind of quantised weight; there are q4, q8"):
-        packed_fields("q5", 16, 64)
+        FORMATS["Q4_1"].fields(16, 100)
+    with pytest.raises(ValueError, match="rows of 320 elements cannot be quantised in groups of 256"):
+        FORMATS["Q4_K"].fields(16, 320)
+    with pytest.raises(ValueError, match="Q4_K: parts from 0 to 16 cut groups of 32 weights"):
+        FORMATS["Q4_K"].narrowed(0, 16)
     weight = packed("Q4_1", 48, 64)
-    blocks = halfwords(blocks_of("Q8_0", np.zeros((8, 64), np.float32)), "Q8_0")
-    with pytest.raises(ValueError, match="blocks of Q8_0 cannot be packed as q4"):
-        pack_blocks(weight.weight, blocks, "Q8_0")
+    with pytest.raises(ValueError, match="floats become Q4_1 or Q8_0, not Q5_0"):
+        pack_floats(packed("Q5_0", 48, 64).weight, normal(48, 64).view)
+    found, blocks = GGUF_FORMATS["Q4_1"], np.zeros((8, 20), np.uint8)
+    with pytest.raises(ValueError, match="weights 0 to 64 of rows of 20 bytes, which take 40"):
+        pack_codes(weight.weight, found.codes(blocks), found.layout)
+    with pytest.raises(ValueError, match="rows 44 to 52 of a weight with 48 rows"):
+        pack_codes(weight.weight, found.codes(np.zeros((8, 40), np.uint8)), found.layout, row_offset=44)
+    floats = Format("FP8", 8, span=64, scale="float32", floating=True)
+    with pytest.raises(TypeError, match="weights in FP8 take activations in floats only"):
+        float_weight = weight_of(floats, unfilled(floats, 48, 64), 48, 64)
+        linear(blank((2, 48)).view, blank_rows(blank, 2, 64)[0], float_weight)
     with pytest.raises(ValueError, match=r"x has shape \(2, 96\), expected \(2, 64\)"):
         linear(blank((2, 48)).view, normal(2, 96).view, weight.weight)
     with pytest.raises(ValueError, match="gate and up of 48 features don't fill rows of 32 in 8 bits"):
@@ -304,6 +349,7 @@ def test_what_does_not_fit_is_named(packed, normal, blank):
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("rows, width", [(100, 576), (33, 1056)])
 def test_embedding_from_a_quantised_table(rows, width, storage, rng, packed, store, blank):
+    (width,) = widths(storage, width)
     table = packed(storage, rows, width)
     ids, out = store(rng.integers(0, rows, 9), "int32"), blank((9, width))
     embedding(out.view, ids.view, table.weight)

@@ -12,8 +12,10 @@ from gguf import GGMLQuantizationType, quants
 from fastdeploy.device import DTYPE_BYTES, open_device
 from fastdeploy.kernels.linear import LinearWeight, linear
 from fastdeploy.models import load_model, loading
+from fastdeploy.models.gguf import gguf_encoded
 from fastdeploy.models.storage import StoredTensor
 from fastdeploy.models.weights import Checkpoint
+from tests.blocks import SCALES, STORAGES, random_blocks
 from tests.models.reference import stored
 from tests.models.tiny import BIASED, GROUPED, TIED, UNTIED, checkpoint, random_tensors
 
@@ -139,18 +141,21 @@ def test_a_model_may_take_more_than_half_of_the_free_memory(monkeypatch):
 # Quantised weights
 
 
-def quantised_checkpoint(tensors, storages):
-    """A checkpoint in which the matrices whose names end with a key of `storages` are quantised by the gguf package."""
+def quantised_checkpoint(tensors, storages, config=GROUPED, change=None):
+    """A checkpoint in which the matrices whose names end with a key of `storages` are random ones of a GGUF type."""
     entries = {}
     for name, tensor in tensors.items():
         storage = next((value for key, value in storages.items() if name.endswith(key)), None)
         if storage is None or tensor.ndim == 1:
             entries[name] = StoredTensor(tensor.shape, "float32", "float32", tensor.nbytes, rows_of(tensor))
             continue
-        blocks = quants.quantize(tensor, GGMLQuantizationType[storage])
+        blocks = random_blocks(storage, *tensor.shape, np.random.default_rng(len(entries)))
+        if change is not None:
+            change(blocks)
         values = quants.dequantize(blocks, GGMLQuantizationType[storage])
-        entries[name] = StoredTensor(tensor.shape, "float32", storage, blocks.nbytes, rows_of(values), rows_of(blocks))
-    return Checkpoint(Path("quantised"), GROUPED, entries)
+        encoded = gguf_encoded(storage, rows_of(blocks))
+        entries[name] = StoredTensor(tensor.shape, "float32", storage, blocks.nbytes, rows_of(values), encoded)
+    return Checkpoint(Path("quantised"), config, entries)
 
 
 def rows_of(array):
@@ -171,37 +176,66 @@ def file_values(source, *names):
 QKV = [f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkv"]
 
 
-@pytest.mark.parametrize("storage, kind", [("Q4_0", "q4"), ("Q4_1", "q4"), ("Q8_0", "q8")])
-def test_what_the_file_has_quantised_stays_as_it_is(storage, kind, caplog):
-    source = quantised_checkpoint(random_tensors(GROUPED), {"proj.weight": storage, "embed_tokens.weight": "Q8_0"})
+@pytest.mark.parametrize("storage", STORAGES)
+def test_what_the_file_has_quantised_stays_as_it_is(storage, caplog):
+    config = replace(GROUPED, hidden_size=256, intermediate_size=512, num_heads=16)
+    storages = {"proj.weight": storage, "embed_tokens.weight": storage}
+    source = quantised_checkpoint(random_tensors(config), storages, config)
     with caplog.at_level(logging.INFO, logger="fastdeploy"):
         model = load_model(source, open_device(), "float32", 64, "exact", progress=False)
-    assert model.layers[1].qkv.kind == kind and model.lm_head.kind == "q8"
+    assert model.layers[1].qkv.format.name == model.lm_head.format.name == storage
     np.testing.assert_array_equal(quantised_values(model.layers[1].qkv), file_values(source, *QKV))
     np.testing.assert_array_equal(quantised_values(model.embedding), file_values(source, "model.embed_tokens.weight"))
     assert f"{storage} kept" in caplog.text and "converted" not in caplog.text
 
 
-def test_other_quantisations_become_q8_and_the_log_says_so(caplog):
+def test_a_matrix_of_several_formats_keeps_each_at_its_own_size(caplog):
     source = quantised_checkpoint(random_tensors(GROUPED), {"v_proj.weight": "Q5_0", "proj.weight": "Q4_0"})
     with caplog.at_level(logging.INFO, logger="fastdeploy"):
-        model = load_model(source, open_device(), "float32", 64, "auto", progress=False)
-    assert model.layers[1].qkv.kind == "q8" and model.layers[1].feed_forward.down.kind == "q4"
+        model = load_model(source, open_device(), "float32", 64, "exact", progress=False)
+    qkv = model.layers[1].qkv
+    assert [part.format.name for part in qkv.parts] == ["Q4_0", "Q5_0"] and qkv.takes_integers and qkv.wide_inputs
+    assert model.layers[1].feed_forward.down.format.name == "Q4_0"
+    np.testing.assert_array_equal(quantised_values(qkv), file_values(source, *QKV))
+    assert "Q5_0 kept, 2 tensors (v_proj)" in caplog.text and "converted" not in caplog.text
+
+
+def test_quantisations_that_no_kernel_knows_become_q8_and_the_log_says_so(caplog):
+    config = replace(GROUPED, hidden_size=256)
+    source = quantised_checkpoint(random_tensors(config), {"v_proj.weight": "Q2_K", "q_proj.weight": "Q4_0"}, config)
+    with caplog.at_level(logging.INFO, logger="fastdeploy"):
+        model = load_model(source, open_device(), "float32", 64, "exact", progress=False)
     expected = file_values(source, *QKV)
     np.testing.assert_allclose(quantised_values(model.layers[1].qkv), expected, atol=np.abs(expected).max() / 127)
-    assert "Q5_0 converted to Q8_0, 2 tensors (v_proj)" in caplog.text
-    assert "Q4_0 converted to Q8_0, 4 tensors (q_proj, k_proj)" in caplog.text
+    assert "Q2_K converted to Q8_0, 2 tensors (v_proj)" in caplog.text
+
+
+@pytest.mark.parametrize("quantization", ["exact", None])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_scales_that_are_no_numbers_are_named(storage, quantization):
+    if storage == "MXFP4":
+        spoilt = lambda blocks: np.put(blocks, 0, 255)  # noqa: E731
+    else:
+        spoilt = lambda blocks: blocks[:, SCALES[storage][-1] :][:, :2].view(np.float16).fill(np.nan)  # noqa: E731
+    config = replace(GROUPED, hidden_size=256, intermediate_size=512, num_heads=16)
+    source = quantised_checkpoint(random_tensors(config), {"layers.1.mlp.down_proj.weight": storage}, config, spoilt)
+    message = (
+        rf"quantised: tensor 'model.layers.1.mlp.down_proj.weight' \({storage}\) has .* NaN or infinite in its rows"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_model(source, open_device(), "float32", 64, quantization, progress=False)
 
 
 @pytest.mark.parametrize(
-    "quantization, kind, steps", [("wint8", "q8", 254), ("w8a8", "q8", 254), ("wint4", "q4", 15), ("w4a8", "q4", 15)]
+    "quantization, format, steps",
+    [("wint8", "Q8_0", 254), ("w8a8", "Q8_0", 254), ("wint4", "Q4_1", 15), ("w4a8", "Q4_1", 15)],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_float_weights_are_quantised_in_loading_but_not_the_tables(quantization, kind, steps, dtype):
+def test_float_weights_are_quantised_in_loading_but_not_the_tables(quantization, format, steps, dtype):
     tensors = random_tensors(GROUPED)
     source = checkpoint(GROUPED, tensors, dtype)
     model = load_model(source, open_device(), dtype, 64, quantization, progress=False)
-    assert isinstance(model.embedding, LinearWeight) and model.layers[1].qkv.kind == kind
+    assert isinstance(model.embedding, LinearWeight) and model.layers[1].qkv.format.name == format
     assert model.mode.int8_activations == quantization.endswith("a8")
     expected = np.concatenate([stored(tensors[name], dtype) for name in QKV])
     span = 2 * np.abs(expected).max()
