@@ -70,7 +70,7 @@ def load(given: EngineConfig) -> Loaded:
     checkpoint.forget_vocabulary()
     leader = lead_ranks(config)
     try:
-        runner = _load_runner(checkpoint, config, leader, fit=given.max_model_len is None)
+        runner = _load_runner(checkpoint, tokenizer, config, leader, fit=given.max_model_len is None)
     except BaseException:
         if leader is not None:
             leader.close()
@@ -78,12 +78,14 @@ def load(given: EngineConfig) -> Loaded:
     return Loaded(checkpoint, tokenizer, runner, leader)
 
 
-def _load_runner(checkpoint: Checkpoint, config: ResolvedConfig, leader: Leader | None, fit: bool) -> Runner:
+def _load_runner(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, config: ResolvedConfig, leader: Leader | None, fit: bool
+) -> Runner:
     """The model, or rank 0's part of it, on its device. fit: lower max_model_len to what the KV cache has room for."""
     from fastdeploy.engine.parallel import load_part
     from fastdeploy.engine.runner import Runner, fit_to_memory
 
-    model = load_part(checkpoint, config, None if leader is None else leader.group())
+    model = load_part(checkpoint, config, None if leader is None else leader.group(), lambda: tokenizer)
     if fit:
         config = fit_to_memory(model, config)  # a step's memory is for no longer sequences than could ever be
     runner = Runner(model, config, leader, fit=fit and leader is None)

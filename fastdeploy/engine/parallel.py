@@ -45,12 +45,14 @@ from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from fastdeploy.config import MODES
 from fastdeploy.engine_config import ResolvedConfig
 
 if TYPE_CHECKING:
     from fastdeploy.device.group import Group
     from fastdeploy.models.decoder import Decoder
     from fastdeploy.models.weights import Checkpoint
+    from fastdeploy.text.tokenizer import Tokenizer
 
 START_SECONDS = 120  # to import Paddle and to load, between two signs of life
 SILENCE_SECONDS = 30  # that rank 0 waits for another to take what it is told, as in a collective
@@ -351,9 +353,11 @@ def serve(pipe: Connection, join: Callable[[], Group], config: ResolvedConfig) -
     from fastdeploy.device import PeerLost
     from fastdeploy.engine.runner import Runner  # imports Paddle
     from fastdeploy.models import open_model
+    from fastdeploy.text.tokenizer import load_tokenizer
 
     try:
-        model = load_part(open_model(config.model, config.load_format, config.seed), config, join())
+        checkpoint, group = open_model(config.model, config.load_format, config.seed), join()
+        model = load_part(checkpoint, config, group, lambda: load_tokenizer(config.tokenizer or checkpoint))
         _, (final_config,) = pipe.recv()
         runner = Runner(model, final_config)
         pipe.send(None)
@@ -370,13 +374,22 @@ def serve(pipe: Connection, join: Callable[[], Group], config: ResolvedConfig) -
         sys.exit(1)
 
 
-def load_part(checkpoint: Checkpoint, config: ResolvedConfig, group: Group | None) -> Decoder:
-    """This rank's part of the model, on its device; all of it without a group."""
+def load_part(
+    checkpoint: Checkpoint, config: ResolvedConfig, group: Group | None, tokenizer: Callable[[], Tokenizer]
+) -> Decoder:
+    """This rank's part of the model, on its device; all of it without a group. tokenizer: asked for if weights are
+    calibrated, which all ranks then do on the same text."""
     from fastdeploy.device import open_device
     from fastdeploy.models import load_model
 
     device, progress = open_device(ranks_here(config)), group is None or group.rank == 0
-    return load_model(checkpoint, device, config.dtype, config.max_model_len, config.quantization, progress, group)
+    text = None
+    if MODES[config.quantization].floats_become == "Q4_1" and config.load_format != "dummy":
+        from fastdeploy.models.calibration import calibration_sequences
+
+        text = calibration_sequences(tokenizer(), checkpoint.config.vocab_size)
+    arguments = (device, config.dtype, config.max_model_len, config.quantization, progress, group, text)
+    return load_model(checkpoint, *arguments)
 
 
 def main() -> NoReturn:

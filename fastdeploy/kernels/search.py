@@ -29,19 +29,20 @@ import triton.language as tl
 from fastdeploy.kernels.formats import GROUP, groups
 from fastdeploy.kernels.launch import FLOATS, Target, cdiv, expect, launch, target, view
 
+LEAST = 2.0**-24  # float16's least number above 0: every scale is that at least, so that there is its reciprocal
 REACH = 16.0 * 65504.0  # no float16 scale and minimum reach beyond; float32 can hold the squares
 
 
 @triton.jit
 def _nearest(x, scale, minimum):
-    """The integers 0 ... 15, as floats, nearest to x [32, ROWS]; 0 where the scale [ROWS] is 0."""
-    inverse = tl.where(scale > 0.0, 1.0 / scale, 0.0)
+    """The integers 0 ... 15, as floats, nearest to x [32, ROWS]."""
+    inverse = 1.0 / scale
     shift = 0.5 - minimum * inverse
     return tl.floor(tl.minimum(tl.maximum(x * inverse[None, :] + shift[None, :], 0.0), 15.0))
 
 
 @triton.jit
-def _fitted(q, a, ax, total, mean, scale):
+def _fitted(q, a, ax, total, mean, scale, LEAST: tl.constexpr):
     """Scale and minimum of the regression on q, rounded to float16, as float32.
 
     a, ax [32, ROWS]: the weights, and the weights times what x lies above its `mean` [ROWS].  total [ROWS]: of a.
@@ -52,7 +53,7 @@ def _fitted(q, a, ax, total, mean, scale):
     variance = tl.sum(aq * q, axis=0) - q_mean * q_mean * total
     covariance = tl.sum(ax * q, axis=0)
     scale = tl.where(variance > 1e-6 * total, covariance / variance, scale)
-    scale = _float16(tl.maximum(scale, 0.0))
+    scale = _float16(tl.maximum(scale, LEAST))  # 2^-24, the least one that float16 has
     return scale, _float16(mean - scale * q_mean)
 
 
@@ -69,7 +70,10 @@ def _error(x, a, q, scale, minimum):
 
 
 @triton.jit(do_not_specialize=["count"])
-def _search_kernel(q_out, scales, minimums, rows, importance, count, K, REACH: tl.constexpr, ROWS: tl.constexpr):
+def _search_kernel(
+    q_out, scales, minimums, rows, importance, count, K,
+    LEAST: tl.constexpr, REACH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     group = tl.program_id(1)
     k = group * 32 + tl.arange(0, 32)  # [32]
@@ -84,13 +88,13 @@ def _search_kernel(q_out, scales, minimums, rows, importance, count, K, REACH: t
     mean = tl.sum(a * x, axis=0) / total
     ax = a * (x - mean[None, :])
     low, high = tl.min(x, axis=0), tl.max(x, axis=0)
-    best_scale, best_minimum = _float16((high - low) / 15.0), _float16(low)
+    best_scale, best_minimum = _float16(tl.maximum((high - low) / 15.0, LEAST)), _float16(low)
     least = _error(x, a, _nearest(x, best_scale, best_minimum), best_scale, best_minimum)
     for candidate in range(0, 16):
-        scale = (high - low) / (13.0 + (candidate // 2).to(tl.float32))
+        scale = tl.maximum((high - low) / (13.0 + (candidate // 2).to(tl.float32)), LEAST)
         minimum = tl.where(candidate % 2 == 0, low, (low + high) * 0.5 - 7.5 * scale)
-        scale, minimum = _fitted(_nearest(x, scale, minimum), a, ax, total, mean, scale)
-        scale, minimum = _fitted(_nearest(x, scale, minimum), a, ax, total, mean, scale)
+        scale, minimum = _fitted(_nearest(x, scale, minimum), a, ax, total, mean, scale, LEAST)
+        scale, minimum = _fitted(_nearest(x, scale, minimum), a, ax, total, mean, scale, LEAST)
         error = _error(x, a, _nearest(x, scale, minimum), scale, minimum)
         better = error < least
         least = tl.where(better, error, least)
@@ -129,14 +133,51 @@ def search_q4(q: Any, scales: Any, minimums: Any, rows: Any, importance: Any) ->
         expect(name, tensor, (count, groups(width)), "float16")
     rule = tiles(target())
     grid = (cdiv(count, rule["ROWS"]), width // GROUP)
-    launch(_search_kernel, grid, q, scales, minimums, rows, importance, count, width, REACH=REACH, **rule)
+    launch(_search_kernel, grid, q, scales, minimums, rows, importance, count, width, LEAST=LEAST, REACH=REACH, **rule)
+
+
+# References
 
 
 def weighted_error(
     rows: np.ndarray, importance: np.ndarray, q: np.ndarray, scales: np.ndarray, minimums: np.ndarray
 ) -> np.ndarray:
-    """What `search_q4` makes small, [n, K/32] float64."""
+    """What the search makes small, [n, K/32] float64."""
     grouped = (len(rows), -1, GROUP)
     values = q.reshape(grouped) * scales.astype(np.float64)[..., None] + minimums.astype(np.float64)[..., None]
     squares = (rows.astype(np.float64).reshape(grouped) - values) ** 2
     return (importance.astype(np.float64).reshape(1, -1, GROUP) * squares).sum(axis=2)
+
+
+def search_reference(rows: np.ndarray, importance: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The specification, in float64, of finite rows within float16's reach: q, scales, minimums."""
+    x, a = rows.astype(np.float64).reshape(-1, GROUP), np.tile(importance.astype(np.float64), len(rows))
+    a = a.reshape(-1, GROUP) + (a.reshape(-1, GROUP).max(axis=1, keepdims=True) == 0)
+    a /= a.sum(axis=1, keepdims=True)
+    low, high = x.min(axis=1, keepdims=True), x.max(axis=1, keepdims=True)
+    mean = (a * x).sum(axis=1, keepdims=True)
+
+    def nearest(scale: np.ndarray, minimum: np.ndarray) -> np.ndarray:
+        return np.clip(np.floor((x - minimum) / scale + 0.5), 0, 15)
+
+    def float16(values: np.ndarray) -> np.ndarray:
+        return values.astype(np.float16).astype(np.float64)
+
+    candidates = [(float16(np.maximum((high - low) / 15, LEAST)), float16(low))]
+    for parts in range(13, 21):
+        step = np.maximum((high - low) / parts, LEAST)
+        for scale, minimum in ((step, low), (step, (low + high) / 2 - 7.5 * step)):
+            for _ in range(2):
+                q = nearest(scale, minimum)
+                q_mean = (a * q).sum(axis=1, keepdims=True)
+                variance = (a * (q - q_mean) ** 2).sum(axis=1, keepdims=True)
+                covariance = (a * q * (x - mean)).sum(axis=1, keepdims=True)
+                scale = np.where(variance > 1e-6, covariance / np.maximum(variance, 1e-6), scale)
+                scale = float16(np.maximum(scale, LEAST))
+                minimum = float16(mean - scale * q_mean)
+            candidates.append((scale, minimum))
+    errors = [(a * (x - nearest(d, m) * d - m) ** 2).sum(axis=1) for d, m in candidates]
+    best, place = np.argmin(errors, axis=0), np.arange(len(x))
+    scales, minimums = (np.stack(part)[best, place] for part in zip(*candidates))
+    q = nearest(scales, minimums).astype(np.uint8).reshape(rows.shape)
+    return q, *(values.astype(np.float16).reshape(len(rows), -1) for values in (scales, minimums))
