@@ -16,14 +16,23 @@ def stored(values: np.ndarray, dtype: str) -> np.ndarray:
     return np.asarray(values).astype(dtype).astype(np.float64)
 
 
-def logits(config: ModelConfig, tensors: dict[str, np.ndarray], dtype: str, token_ids: list[int]) -> np.ndarray:
+def logits(
+    config: ModelConfig,
+    tensors: dict[str, np.ndarray],
+    dtype: str,
+    token_ids: list[int],
+    inputs: dict[str, np.ndarray] | None = None,
+) -> np.ndarray:
     """Logits after every token of one sequence, [T, vocabulary] float64.
 
     `tensors` has Hugging Face's names. Matrices, keys and values are rounded to `dtype`, nothing else.
+    `inputs` is filled with what each module reads, [T, in_features].
     """
     weight = {name: stored(tensor, dtype if tensor.ndim == 2 else "float32") for name, tensor in tensors.items()}
 
     def linear(x: np.ndarray, module: str) -> np.ndarray:
+        if inputs is not None:
+            inputs[module] = x
         return x @ weight[f"{module}.weight"].T + weight.get(f"{module}.bias", 0.0)
 
     def norm(x: np.ndarray, module: str) -> np.ndarray:
