@@ -44,6 +44,7 @@ GGUF_ARCHITECTURES = {
     "ernie4_5": "Ernie4_5ForCausalLM",
     "ernie4_5-moe": "Ernie4_5_MoeForCausalLM",
 }
+DTYPE_KEY = "fastdeploy.dtype"  # in GGUF files of our own: a model's dtype, which quantised weights don't tell
 # Names of the fields that `_sizes` reads.
 HUGGINGFACE_SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 GGUF_SIZES = ("embedding_length", "attention.head_count", "attention.head_count_kv", "attention.key_length")
@@ -457,6 +458,6 @@ def _rope_scaling_from_gguf(fields: Fields, divisors: tuple[float, ...] | None) 
         scaling["original_max_position_embeddings"] = original
     if kind == "yarn":
         scaling |= {f"beta_{end}": own.number(f"yarn_beta_{end}", value) for end, value in YARN_BETAS.items()}
-        if attention != 1.0:  # it multiplies YaRN's own, see `_yarn_length` in kernels/rope.py
+        if attention != 1.0:  # it multiplies YaRN's own, see `yarn_length` in kernels/rope.py
             scaling["attention_factor"] = attention * (1.0 + 0.1 * math.log(max(factor, 1.0)))
     return _checked_scaling(scaling, fields.source)

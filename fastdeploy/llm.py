@@ -15,6 +15,7 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from fastdeploy.device.root_logger import undo_paddles_logging
@@ -133,6 +134,7 @@ class LLM:
         )
         self.config = config
         self.tokenizer = tokenizer
+        self._checkpoint, self._model = loaded.checkpoint, runner.model
         forkable = loaded.leader is None and runner.device.name == "cpu"
         self.engine = Engine(scheduler, runner, runner.overlaps, forkable)
         self._leader = loaded.leader
@@ -158,6 +160,36 @@ class LLM:
     def statistics(self) -> Statistics:
         """Of all calls so far: steps, batch sizes, share of prompt tokens found in the cache, blocks, preemptions."""
         return self.engine.scheduler.statistics
+
+    def save_quantised(self, path: str | os.PathLike[str]) -> None:
+        """Write the model with the weights that were quantised in loading to a GGUF file, for this engine or llama.cpp.
+
+        Loaded with quantization="exact" ("auto" for a model that computes with integers, as "w4a8" does), it gives the
+        same tokens as this one. Matrices have Q4_1 for 4 bits, Q8_0 for 8, or the model's dtype; what a GGUF file had
+        quantised stays as it was. The tokenizer comes along if GGUF has a form for it; a warning says where it has not.
+
+        Raises ValueError for a name that doesn't end in .gguf, tensor_parallel_size above 1, and a model that GGUF has
+        no form for; OSError if the file can't be written; RuntimeError once the LLM is closed.
+        """
+        from fastdeploy.models.saving import save
+        from fastdeploy.text.gguf_vocabulary import vocabulary_metadata
+
+        self.engine.check_open()
+        target = Path(path)
+        if target.suffix != ".gguf":
+            raise ValueError(f"save_quantised: the file's name must end in .gguf, found {str(target)!r}")
+        if self._leader is not None:
+            raise ValueError(
+                "save_quantised: each rank has a part of the model alone; load it with one rank to save it"
+            )
+        vocabulary = None
+        if self._checkpoint.metadata is None:
+            vocabulary = vocabulary_metadata(self.tokenizer, self._checkpoint.path, self._checkpoint.config.vocab_size)
+            if vocabulary is None:
+                logger.warning(
+                    "%s: GGUF has no form for its tokenizer; give tokenizer= to load %s", self.config.model, target
+                )
+        save(target, self._model, self._checkpoint, vocabulary)
 
     def close(self) -> None:
         """Free the memory of the model and the KV cache. Calls under way and later ones raise RuntimeError."""

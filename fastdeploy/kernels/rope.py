@@ -309,8 +309,14 @@ def rope_tables(
     """
     frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     angles = np.outer(np.arange(max_positions, dtype=np.float64), _scaled(frequencies, theta, scaling or {}))
-    length = _yarn_length(scaling) if scaling and scaling.get("rope_type") == "yarn" else 1.0
+    length = yarn_length(scaling) if scaling and scaling.get("rope_type") == "yarn" else 1.0
     return (length * np.cos(angles)).astype(np.float32), (length * np.sin(angles)).astype(np.float32)
+
+
+def rope_divisors(head_dim: int, theta: float, scaling: dict[str, Any] | None) -> np.ndarray:
+    """What a scaling divides the frequencies by, [head_dim / 2] float64."""
+    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    return frequencies / _scaled(frequencies, theta, scaling or {})
 
 
 def _scaled(frequencies: np.ndarray, theta: float, scaling: dict[str, Any]) -> np.ndarray:
@@ -345,7 +351,7 @@ def _yarn_ramp(pairs: int, theta: float, scaling: dict[str, Any]) -> np.ndarray:
     return np.clip((np.arange(pairs) - low) / (high - low or 0.001), 0, 1)
 
 
-def _yarn_length(scaling: dict[str, Any]) -> float:
+def yarn_length(scaling: dict[str, Any]) -> float:
     """What YaRN multiplies q and k by, against attention spreading over longer contexts; `mscale` is DeepSeek's."""
 
     def length(mscale: float) -> float:

@@ -91,7 +91,7 @@ def _search_kernel(
     best_scale, best_minimum = _float16(tl.maximum((high - low) / 15.0, LEAST)), _float16(low)
     least = _error(x, a, _nearest(x, best_scale, best_minimum), best_scale, best_minimum)
     for candidate in range(0, 16):
-        scale = tl.maximum((high - low) / (13.0 + (candidate // 2).to(tl.float32)), LEAST)
+        scale = tl.maximum((high - low) / (13.0 + candidate // 2), LEAST)
         minimum = tl.where(candidate % 2 == 0, low, (low + high) * 0.5 - 7.5 * scale)
         scale, minimum = _fitted(_nearest(x, scale, minimum), a, ax, total, mean, scale, LEAST)
         scale, minimum = _fitted(_nearest(x, scale, minimum), a, ax, total, mean, scale, LEAST)

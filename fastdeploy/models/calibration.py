@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,7 +107,7 @@ class _FloatLayers(WeightLoader):
         """The rows of these tokens alone."""
         rows = [self._checkpoint.read_rows("model.embed_tokens.weight", token, token + 1) for token in ids.tolist()]
         array = np.concatenate([row.array for row in rows])
-        weight = self._allocate_floats(*array.shape, None, self.dtype)
+        weight = self._allocate_floats(len(array), array.shape[1], None, self.dtype)
         pack(weight.data, view(self.device.from_numpy(array), rows[0].dtype), 0)
         return weight
 
@@ -216,13 +216,15 @@ class _Inputs:
             self._add_down("mlp.shared_experts", memory.mixture.shared.activated.floats)
         self._add_experts(memory.mixture)
 
-    def means(self) -> Mapping[str, np.ndarray]:
+    def means(self) -> dict[str, np.ndarray]:
         """By module."""
-        found = {}
+        found: dict[str, np.ndarray] = {}
         for what, total in self._sums.items():
             found |= dict.fromkeys(self._readers[what], total.mean())
         if self._experts:
-            every = _Sum(sum(expert.squares for expert in self._experts), sum(expert.tokens for expert in self._experts))
+            every = _Sum(
+                sum(expert.squares for expert in self._experts), sum(expert.tokens for expert in self._experts)
+            )
             for index, expert in enumerate(self._experts):
                 found[f"mlp.experts.{index}.down_proj"] = expert.mean(every.mean(), PRIOR)
         return found

@@ -138,6 +138,7 @@ class Decoder:
         self.device: Device = weights.device
         self.dtype = weights.dtype
         self.mode = weights.mode
+        self.quantised = weights.quantised
         shard = weights.shard
         num_heads, num_kv_heads = len(shard.of(config.num_heads)), len(shard.of_kv_heads(config.num_kv_heads))
         self.heads = HeadLayout(num_heads, num_kv_heads, config.head_dim, config.rope_interleaved)

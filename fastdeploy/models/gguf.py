@@ -235,6 +235,22 @@ def huggingface_name(name: str) -> str:
     return f"{in_layer}{HUGGINGFACE_NAMES[match[2]]}.{match[3]}"
 
 
+def gguf_name(name: str) -> str:
+    """The inverse, but for the number of an expert, which GGUF's names don't have.
+
+    >>> gguf_name("model.layers.3.self_attn.q_proj.weight")
+    'blk.3.attn_q.weight'
+    """
+    match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(weight|bias|e_score_correction_bias)", name)
+    if match is None:
+        return name
+    in_layer = f"blk.{match[1]}." if match[1] else ""
+    if match[3] == "e_score_correction_bias":
+        return f"{in_layer}exp_probs_b.bias"
+    own = {theirs: ours for ours, theirs in HUGGINGFACE_NAMES.items()}
+    return f"{in_layer}{own.get(match[2], match[2])}.{match[3]}"
+
+
 @cache
 def half_split_rows(num_heads: int, head_dim: int) -> np.ndarray:
     """For each row of a q or k projection in half-split rope order, its row in a llama-architecture GGUF.

@@ -48,8 +48,6 @@ logger = logging.getLogger("fastdeploy")
 
 # In 8 bits where floats become four: 3 % of SmolLM2's weights, but 12 % of its KL divergence.
 EIGHT_BITS = ("v_proj.weight",)
-# What `search_q4` writes: for so many weights a number each, of this type.
-SEARCHED = ((1, "uint8"), (GROUP, "float16"), (GROUP, "float16"))
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")  # quantised only where the file has them so
 SLICE_ELEMENTS = 4 << 20  # 16 MiB as float32: large enough to hide the cost of a call, small beside any model
 
@@ -88,6 +86,7 @@ class WeightLoader:
         self._room, self._allocated = device.free_memory(), 0  # bytes
         self._reads: list[Callable[[tqdm], None]] = []  # what `load` has to do, in the order asked for
         self._importance: Mapping[str, np.ndarray] = {}
+        self.quantised: dict[str, tuple[QuantisedWeight, int]] = {}  # tensor -> the weight that has it, its first row
         matrices = [name for name in checkpoint.names() if len(checkpoint.shape(name)) == 2]
         self._tables: dict[tuple[int, ...], TensorView] = {}  # of values, on the device
         self._formats = {name: self._format(name) for name in matrices}  # what each weight becomes; None for floats
@@ -241,6 +240,7 @@ class WeightLoader:
         """Have `load` read these parts of tensors into `weight`, one below the other from row `place` on."""
         for name, part in zip(names, rows, strict=True):
             if isinstance(weight, QuantisedWeight):
+                self.quantised[name] = (weight, place)
                 self._reads.append(partial(self._read_quantised, weight, name, part, columns, place))
             else:
                 self._reads.append(partial(self._read_matrix, weight, name, part, columns, place))
@@ -286,9 +286,7 @@ class WeightLoader:
         self._checkpoint.expect(name, shape)
 
     def _read_vector(self, out: Any, names: Sequence[str], rows: Sequence[range], bar: tqdm) -> None:
-        parts = [
-            as_float32(self._checkpoint.read_rows(name, part.start, part.stop)) for name, part in zip(names, rows)
-        ]
+        parts = [as_float32(self._checkpoint.read_rows(name, part.start, part.stop)) for name, part in zip(names, rows)]
         self.device.write(out, np.concatenate(parts).reshape(-1))
         bar.update(sum(map(self._nbytes, names)))
 
@@ -328,10 +326,11 @@ class WeightLoader:
         if name not in self._importance or out.format.name != "Q4_1":
             pack_floats(out, rows, first_row)
             return
-        count, width = rows.shape
-        q, *per_group = (self.device.empty((count, width // parts), dtype) for parts, dtype in SEARCHED)
-        search_q4(q, *per_group, rows, self.device.from_numpy(self._importance[name]))
-        pack_codes(out, Codes(q, *per_group), NIBBLES, first_row)
+        (count, width), empty = rows.shape, self.device.empty
+        q = empty((count, width), "uint8")
+        scales, minimums = (empty((count, width // GROUP), "float16") for _ in range(2))
+        search_q4(q, scales, minimums, rows, self.device.from_numpy(self._importance[name]))
+        pack_codes(out, Codes(q, scales, minimums), NIBBLES, first_row)
 
     def _nbytes(self, name: str) -> int:
         """Bytes that this rank's part of a tensor takes in memory."""

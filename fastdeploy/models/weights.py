@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastdeploy.config import DTYPES, ModelConfig, config_from_gguf
+from fastdeploy.config import DTYPE_KEY, DTYPES, ModelConfig, config_from_gguf
 from fastdeploy.models.configs import read_configs
 from fastdeploy.models.hub import from_hub
 from fastdeploy.models.paddle_layout import huggingface_layout, is_paddle_layout
@@ -28,6 +28,7 @@ from fastdeploy.models.storage import Encoded, RawTensor, StoredTensor, file_bes
 
 if TYPE_CHECKING:
     from fastdeploy.kernels.packing import Codes
+    from fastdeploy.models.gguf import GGUFFile
 
 FIRST = 10  # how many names of a kind an error lists
 FORMATS = (("model", ".safetensors", read_safetensors), ("model_state", ".pdparams", read_pdparams))
@@ -239,7 +240,7 @@ def _open_gguf(path: Path) -> Checkpoint:
         metadata=file.metadata,
         tensor_names=tensors.keys(),
         rope_divisors=divisors,
-        dtype=_weights_dtype(tensors),
+        dtype=_own_dtype(file) or _weights_dtype(tensors),
         source=str(file.path),
     )
     if not file.tensors:
@@ -251,6 +252,12 @@ def _open_gguf(path: Path) -> Checkpoint:
         tensors = file.stored_tensors(row_order={name: (count, config.head_dim) for name, count in heads.items()})
     tensors.pop("rope_freqs.weight", None)
     return Checkpoint(file.path, config, tensors, metadata=file.metadata)
+
+
+def _own_dtype(file: GGUFFile) -> str | None:
+    """What a file that this engine has saved says of its dtype."""
+    dtype = file.metadata.get(DTYPE_KEY)
+    return dtype if dtype in DTYPES else None
 
 
 def _rope_divisors(path: Path, tensor: StoredTensor | None) -> tuple[float, ...] | None:

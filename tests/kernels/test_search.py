@@ -100,7 +100,13 @@ def test_a_group_of_one_value_has_that_value(value):
 
 @pytest.mark.parametrize(
     "importance",
-    [np.zeros(64), np.eye(64)[3] + np.eye(64)[40], np.full(64, 1e-45), np.full(64, 3e38), np.geomspace(1e-30, 1e30, 64)],
+    [
+        np.zeros(64),
+        np.eye(64)[3] + np.eye(64)[40],
+        np.full(64, 1e-45),
+        np.full(64, 3e38),
+        np.geomspace(1e-30, 1e30, 64),
+    ],
     ids=["zeros", "one each", "subnormal", "huge", "sixty orders of magnitude"],
 )
 def test_any_importance_is_served(importance, rng):
