@@ -105,13 +105,18 @@ def _finite(values: np.ndarray) -> bool:
 
 @triton.jit
 def _stored(blocks, i, inside, BLOCK: tl.constexpr, SIZE: tl.constexpr, BITS: tl.constexpr):
-    """The bits of the weights i of a row, as int32: `blocks` points to the row's first byte."""
+    """The bits of the weights i ... i + 15 of rows, as int32 [rows, 16]: `blocks` points to the rows' first bytes."""
     OFFSET: tl.constexpr = BITS[0]
     RUN: tl.constexpr = BITS[1]
     SHARE: tl.constexpr = BITS[2]
     WIDTH: tl.constexpr = BITS[3]
-    within = i % BLOCK
-    byte = i // BLOCK * SIZE + OFFSET + within // (RUN * SHARE) * RUN + within % RUN
+    j = tl.arange(0, 16)[None, :]
+    if RUN % 16 == 0 or SHARE == 1:  # bytes side by side, their bits in the same place
+        together, each = i, j
+    else:
+        together, each = i + j, j * 0
+    within = together % BLOCK
+    byte = together // BLOCK * SIZE + OFFSET + within // (RUN * SHARE) * RUN + within % RUN + each
     values = tl.load(blocks + byte, mask=inside, other=0).to(tl.int32)
     return (values >> (within // RUN % SHARE * WIDTH)) & ((1 << WIDTH) - 1)
 
@@ -127,7 +132,7 @@ def _pack_kernel(
     inside = ((n >= row_offset) & (n < row_offset + count))[:, None]
     row = blocks + (n - row_offset).to(tl.int64)[:, None] * row_stride
     j = tl.arange(0, 16)  # [16] k within half a group
-    i = first + group * 32 + j[None, :]
+    i = first + group * 32
     tile = (n // 16).to(tl.int64) * GROUPS + group
     left = _stored(row, i, inside, BLOCK, SIZE, LOW)
     right = _stored(row, i + 16, inside, BLOCK, SIZE, LOW)

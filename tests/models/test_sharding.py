@@ -18,6 +18,7 @@ from fastdeploy.models import load_model
 from fastdeploy.models.sharding import Shard, check_divisible
 from fastdeploy.models.weights import Checkpoint, open_checkpoint
 from tests.models.test_decoder import Steps, random_ids
+from tests.models.test_loading import quantised_checkpoint
 from tests.models.tiny import BIASED, GROUPED, INTERLEAVED, QWEN3, TIED, UNTIED, checkpoint, random_tensors
 from tests.references.families import CASES, write_checkpoint
 
@@ -106,6 +107,16 @@ def test_quantised_weights_are_divided_between_their_groups(quantization):
     config, ids = replace(GROUPED, num_heads=4, num_kv_heads=2, intermediate_size=128), random_ids(20)
     expected = logits_of(tiny(config), ids, quantization)
     found = divided_logits(tiny(config), 2, ids, quantization)
+    assert np.abs(found[0] - expected).max() < 3e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("storage", ["Q4_0", "Q5_K", "Q6_K", "IQ4_XS"])
+def test_shares_may_cut_the_spans_that_share_a_scale(storage):
+    """Each rank has 128 input features of the attention's output and 384 of down, where scales are of 256."""
+    config = replace(GROUPED, num_heads=4, num_kv_heads=2, head_dim=64, hidden_size=256, intermediate_size=768)
+    source, ids = quantised_checkpoint(random_tensors(config), {"proj.weight": storage}, config), random_ids(20)
+    expected = logits_of(source, ids, "exact")
+    found = divided_logits(source, 2, ids, "exact")
     assert np.abs(found[0] - expected).max() < 3e-5 * np.abs(expected).max()
 
 
