@@ -13,9 +13,10 @@ A quantised file is compared with itself at float32 activations ("exact"), a flo
 (None). Both sides keep their KV cache in the same type, unless a candidate names another. The texts are in bench/texts;
 the code is our own scheduler.
 
-Where the model is a quantised file there are two: the file, and bfloat16 weights made of it, for quantising while
-loading. The file's values would do too well there, as they lie on 4-bit grids. So its residual stream is turned by a
-random orthogonal matrix (`rotated`), which in floats is the same function of other weights.
+Where the model is a quantised file there are three: the file, and two of bfloat16 weights made of it, for quantising
+while loading. The file's values would do too well there, as they lie on 4-bit grids. So the dimensions of its residual
+stream, MLPs and heads are permuted (`permuted`), or its residual stream is turned by a random orthogonal matrix
+(`rotated`). In floats both are the same function of other weights, or of weights in other groups.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from fastdeploy.device import open_device
 from fastdeploy.kernels.attention import AttentionBatch, split_keys
 from fastdeploy.kernels.launch import cdiv, view
 from fastdeploy.models import load_model
+from fastdeploy.models.calibration import calibration_sequences
 from fastdeploy.models.decoder import StepInputs
 from fastdeploy.models.storage import StoredTensor
 from fastdeploy.models.weights import Checkpoint, open_checkpoint
@@ -45,10 +47,14 @@ TEXTS = {
 TOKENS_PER_TEXT = 1024
 TABLE = "model.embed_tokens.weight"
 NOTES = [
-    "A candidate is quantization:dtype:kv_cache_dtype.",
+    "A candidate is quantization:dtype:kv_cache_dtype:calibration.",
     "Goal for activations in integers: KL at most 0.005, same likeliest token at least 97 %.",
-    "Rotated bfloat16: the file's values, the residual stream turned by a random orthogonal matrix (QuaRot, 2024), so"
-    " that no weight lies on the file's 4-bit grids. It spreads outliers, too: activations lose less than they might.",
+    "Permuted bfloat16: the file's values, the dimensions of the residual stream, of MLPs and inside of heads permuted,"
+    " so that no group is one of the file's. Features keep the sizes that they were trained to have.",
+    "Rotated bfloat16: the residual stream turned by a random orthogonal matrix (QuaRot, 2024), and the norms' gains"
+    " moved into the linear layers, which makes these coarser in 4 bits than a trained model's: a harder probe. It"
+    " spreads outliers: activations lose less than they might.",
+    "wint4 and w4a8 are calibrated on fastdeploy/models/calibration.txt; ':::nearest' is without, rounded to nearest.",
 ]
 
 
@@ -77,6 +83,33 @@ def rotated(checkpoint: Checkpoint) -> Checkpoint:
     return Checkpoint(Path("rotated bfloat16"), config, {name: as_bfloat16(array) for name, array in tensors.items()})
 
 
+def permuted(checkpoint: Checkpoint) -> Checkpoint:
+    """A bfloat16 checkpoint of the same function, its features in another order: those of the residual stream, those of
+    each layer's MLP, and in each layer those of values within a head. checkpoint: tensors that read as float32."""
+    config, rng = checkpoint.config, np.random.default_rng(1)
+    hidden, head_dim = config.hidden_size, config.head_dim
+    residual = rng.permutation(hidden)
+    tensors = {}
+    for name in checkpoint.names():
+        array, module = checkpoint.read(name).array, name.removesuffix(".weight").rpartition(".")[2]
+        if module in ("o_proj", "down_proj"):
+            tensors[name] = array[residual]
+        elif module not in ("q_norm", "k_norm") and array.shape[-1] == hidden:
+            tensors[name] = array[..., residual]
+        else:
+            tensors[name] = array
+    for layer in (f"model.layers.{index}" for index in range(config.num_layers)):
+        intermediate, of_head = rng.permutation(config.intermediate_size), rng.permutation(head_dim)
+        for name in ("gate", "up"):
+            tensors[f"{layer}.mlp.{name}_proj.weight"] = tensors[f"{layer}.mlp.{name}_proj.weight"][intermediate]
+        down, value, out = (f"{layer}.{name}_proj.weight" for name in ("mlp.down", "self_attn.v", "self_attn.o"))
+        tensors[down] = tensors[down][:, intermediate]
+        tensors[value] = tensors[value].reshape(-1, head_dim, hidden)[:, of_head].reshape(-1, hidden)
+        tensors[out] = tensors[out].reshape(hidden, -1, head_dim)[..., of_head].reshape(hidden, -1)
+    config = replace(config, dtype="bfloat16")
+    return Checkpoint(Path("permuted bfloat16"), config, {name: as_bfloat16(array) for name, array in tensors.items()})
+
+
 def as_bfloat16(array: np.ndarray) -> StoredTensor:
     """float32 values, rounded to nearest even."""
     bits = array.astype(np.float32).view(np.uint32)
@@ -87,14 +120,16 @@ def as_bfloat16(array: np.ndarray) -> StoredTensor:
 class Reader:
     """A model in one precision that reads sequences, one at a time.
 
-    spec: "quantization[:dtype[:kv_cache_dtype]]", such as "auto", "None:bfloat16", "exact::int8".
+    spec: "quantization[:dtype[:kv_cache_dtype[:nearest]]]", such as "auto", "None:bfloat16", "exact::int8". With
+        "nearest", floats that become four bits are not calibrated.
     """
 
-    def __init__(self, checkpoint: Checkpoint, spec: str) -> None:
-        quantization, dtype, kv_cache_dtype = (*spec.split(":"), "", "")[:3]
+    def __init__(self, checkpoint: Checkpoint, spec: str, tokenizer: Tokenizer) -> None:
+        quantization, dtype, kv_cache_dtype, calibration = (*spec.split(":"), "", "", "")[:4]
         mode = None if quantization == "None" else quantization
-        self.name = spec
-        self.model = load_model(checkpoint, open_device(), dtype or "auto", LENGTH, mode, progress=False)
+        text = None if calibration == "nearest" else calibration_sequences(tokenizer, checkpoint.config.vocab_size)
+        device = open_device()
+        self.model = load_model(checkpoint, device, dtype or "auto", LENGTH, mode, progress=False, calibration=text)
         self.cache = self.model.allocate_cache(LENGTH // BLOCK_SIZE, BLOCK_SIZE, kv_cache_dtype or "auto")
         self.memory = self.model.allocate_activations(LENGTH, 1, LENGTH, LENGTH)
 
@@ -157,11 +192,11 @@ def sequences(tokenizer: Tokenizer, path: Path) -> list[np.ndarray]:
 def compare(checkpoint: Checkpoint, tokenizer: Tokenizer, reference: str, candidates: list[str]) -> list[list[str]]:
     """Rows of the table: each candidate against the reference, by text."""
     texts = [(text, ids) for text, path in TEXTS.items() for ids in sequences(tokenizer, path) if len(ids) > 1]
-    reader = Reader(checkpoint, reference)
+    reader = Reader(checkpoint, reference, tokenizer)
     expected = [reader.log_probabilities(ids)[:-1] for _, ids in texts]
     rows = []
     for candidate in candidates:
-        reader = Reader(checkpoint, candidate)
+        reader = Reader(checkpoint, candidate, tokenizer)
         found = {text: Comparison() for text in (*TEXTS, "all")}
         for (text, ids), log_probabilities in zip(texts, expected, strict=True):
             answer = reader.log_probabilities(ids)[:-1]
@@ -179,11 +214,12 @@ def main() -> None:
     chosen = options.parse_args()
     checkpoint = open_checkpoint(chosen.model)
     tokenizer = load_tokenizer(checkpoint)
-    rows, floats = [], checkpoint
+    rows, floats = [], [checkpoint]
     if any(checkpoint.storage(name) not in DTYPES for name in checkpoint.names()):
         rows += compare(checkpoint, tokenizer, "exact", ["auto", "None", "exact::int8"])
-        floats = rotated(checkpoint)
-    rows += compare(floats, tokenizer, "None", ["wint8", "w8a8", "wint4", "w4a8", "None::int8"])
+        floats = [permuted(checkpoint), rotated(checkpoint)]
+    for probe in floats:
+        rows += compare(probe, tokenizer, "None", ["wint8", "w8a8", "wint4", "w4a8", "wint4:::nearest", "None::int8"])
     header = ["weights", "candidate", "against", "text", "tokens", "KL", "KL, 99th percentile", "same", "loss"]
     header.append("its reference's")
     facts = conditions(f"{checkpoint.path.name}, KV cache in {checkpoint.config.dtype}", *NOTES)

@@ -238,8 +238,9 @@ def _general(model: Decoder, tensors: Mapping[str, _Tensor]) -> Iterator[KeyValu
 def _copied(path: Path) -> Iterator[KeyValue]:
     """All that is true of the new file, too."""
     for key, field in GGUFReader(path).fields.items():
-        if not key.startswith((*OF_THE_OTHER_FILE, DTYPE_KEY)):
-            yield key, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None
+        value = field.contents()
+        if value != [] and not key.startswith((*OF_THE_OTHER_FILE, DTYPE_KEY)):  # the writer refuses empty lists
+            yield key, value, field.types[0], field.types[-1] if len(field.types) > 1 else None
 
 
 def _described(config: ModelConfig, architecture: str, vocabulary: Mapping[str, Any] | None) -> Iterator[KeyValue]:
@@ -272,7 +273,7 @@ def _described(config: ModelConfig, architecture: str, vocabulary: Mapping[str, 
     named = {f"{architecture}.{key}": value for key, value in values.items() if value is not None}
     for key, value in {**named, **(vocabulary or {})}.items():
         if isinstance(value, list):
-            yield key, value, GGUFValueType.ARRAY, VALUE_TYPES[type(value[0])] if value else GGUFValueType.INT32
+            yield key, value, GGUFValueType.ARRAY, VALUE_TYPES[type(value[0])]
         else:
             yield key, value, GGUFValueType.UINT32 if type(value) is int else VALUE_TYPES[type(value)], None
 
@@ -287,5 +288,5 @@ def _scaling(scaling: dict[str, Any] | None) -> dict[str, Any]:
         values["original_context_length"] = int(scaling["original_max_position_embeddings"])
         values |= {f"yarn_beta_{end}": float(scaling.get(f"beta_{end}") or usual) for end, usual in YARN_BETAS.items()}
         if any(scaling.get(key) is not None for key in ("attention_factor", "mscale", "mscale_all_dim")):
-            values["attn_factor"] = yarn_length(scaling) / (1.0 + 0.1 * log(max(scaling["factor"], 1.0)))
+            values["attn_factor"] = float(yarn_length(scaling)) / (1.0 + 0.1 * log(max(scaling["factor"], 1.0)))
     return {f"rope.scaling.{key}": value for key, value in values.items()}

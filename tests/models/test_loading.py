@@ -235,11 +235,12 @@ def test_float_weights_are_quantised_in_loading_but_not_the_tables(quantization,
     tensors = random_tensors(GROUPED)
     source = checkpoint(GROUPED, tensors, dtype)
     model = load_model(source, open_device(), dtype, 64, quantization, progress=False)
-    assert isinstance(model.embedding, LinearWeight) and model.layers[1].qkv.format.name == format
+    weight = model.layers[1].attention_output
+    assert isinstance(model.embedding, LinearWeight) and weight.format.name == format
     assert model.mode.int8_activations == quantization.endswith("a8")
-    expected = np.concatenate([stored(tensors[name], dtype) for name in QKV])
+    expected = stored(tensors["model.layers.1.self_attn.o_proj.weight"], dtype)
     span = 2 * np.abs(expected).max()
-    assert np.abs(quantised_values(model.layers[1].qkv) - expected).max() <= span / steps * 0.51
+    assert np.abs(quantised_values(weight) - expected).max() <= span / steps * 0.51
 
 
 def test_layers_that_are_no_multiple_of_a_group_stay_floats():
