@@ -72,8 +72,8 @@ def save(path: Path, model: Decoder, checkpoint: Checkpoint, vocabulary: Mapping
     Raises ValueError for what GGUF has no form for, OSError if the file can't be written.
     """
     config, of_file = checkpoint.config, None if checkpoint.metadata is None else GGUFFile(checkpoint.path)
-    if of_file is None and config.mixture is not None and config.mixture.weight_floor is None:
-        raise ValueError(f"{checkpoint.path}: GGUF can't say that the weights of experts are not divided by their sum")
+    if of_file is None:
+        _refuse_unsayable(checkpoint)
     architecture = _architecture(checkpoint)
     tensors = dict(_stacked(checkpoint, dict(_tensors(model, checkpoint, architecture))))
     tensors |= _divisors(config, of_file)
@@ -94,6 +94,19 @@ def save(path: Path, model: Decoder, checkpoint: Checkpoint, vocabulary: Mapping
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def _refuse_unsayable(checkpoint: Checkpoint) -> None:
+    """Raises ValueError for a configuration of which llama.cpp's keys would make another model."""
+    config = checkpoint.config
+    unsayable = {
+        "that the weights of experts are not divided by their sum": config.mixture
+        and config.mixture.weight_floor is None,
+        "that YaRN's ramp begins between two pairs (truncate)": (config.rope_scaling or {}).get("truncate") is False,
+    }
+    for what, is_so in unsayable.items():
+        if is_so:
+            raise ValueError(f"{checkpoint.path}: GGUF can't say {what}; it can't be saved as such a file")
 
 
 # Tensors
