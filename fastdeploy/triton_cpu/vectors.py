@@ -61,6 +61,8 @@ def table_of(load: Op) -> tuple[Value, Value] | None:
     pointers, indices = address.operands
     if not uniform(pointers) or load.result.type.element not in _LOADS or not fits(range_of(indices), (0, TABLE - 1)):
         return None
+    while indices.op is not None and indices.op.name in ("arith.extsi", "arith.extui"):
+        indices = indices.op.operands[0]
     return pointers, indices
 
 
