@@ -288,7 +288,9 @@ OPERATIONS: dict[str, Operation] = {
     "arith.trunci": lanewise(_to_narrower, {"i32": "({0} << 24 >> 24)"}),
     "arith.index_cast": lanewise("({T}){0}"),
     "arith.sitofp": lanewise(_from_signed, _same("vec_from_ivec({0})", "i32 i8"), rounds=True),
-    "arith.uitofp": lanewise(_from_unsigned, {"i8": "vec_from_ivec({0} & 255)", "i32": "vec_from_unsigned({0})"}, rounds=True),
+    "arith.uitofp": lanewise(
+        _from_unsigned, {"i8": "vec_from_ivec({0} & 255)", "i32": "vec_from_unsigned({0})"}, rounds=True
+    ),
     "arith.fptosi": lanewise("({T}){0}", {"f32": "ivec_from_vec({0})"}),
     "arith.fptoui": lanewise(_to_unsigned),
     "arith.bitcast": lanewise(_bitcast, _bitcast_vectors),

@@ -19,7 +19,7 @@ Range = tuple[int, int]
 
 
 def range_of(value: Value, known: dict[Value, Range] | None = None) -> Range:
-    """(least, greatest) of an integer or of a tensor's elements. `known` are answers: an expression may use one often."""
+    """(least, greatest) of an integer or of a tensor's elements. `known` are answers."""
     known = {} if known is None else known
     if value not in known:
         found, most = _found(value, known), everything(value)

@@ -398,7 +398,7 @@ class _Block(Vectors):
         return f"*(const bytes *)({address})"
 
     def _shifted_quads(self, op: Op, k: Term, column: Term) -> str:
-        """Shifts by the same number for all bytes of a vector. To the right, they have neither a sign nor higher bits."""
+        """Shifts by the same number for all bytes of a vector. To the right, none comes from above."""
         source, by = op.operands
         if not fits(range_of(by), (0, 7)):
             raise NotATile(f"{op.text}: not known to shift by less than a byte")
