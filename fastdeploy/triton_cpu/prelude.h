@@ -254,10 +254,13 @@ typedef uint8_t bytes __attribute__((vector_size(4 * LANES), aligned(1), may_ali
 INLINE ivec ivec_splat(int32_t x) { return x - (ivec){0}; }
 #define IN_MEMORY(array) __asm__ volatile("" : "+m"(array)) /* what follows reads it from there */
 INLINE int32_t four_bytes(const void *p) { int32_t word; memcpy(&word, p, 4); return word; }
+typedef int32_t four_words __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t eight_words __attribute__((vector_size(32), aligned(4), may_alias));
 INLINE void flip_bytes(int32_t *to, const void *from, int words) { /* gcc would do it bit by bit */
   for (; words >= 8; words -= 8, to += 8, from = (const char *)from + 32)
     *(eight_words *)to = *(const eight_words *)from ^ (int32_t)0x80808080;
+  for (; words >= 4; words -= 4, to += 4, from = (const char *)from + 16)
+    *(four_words *)to = *(const four_words *)from ^ (int32_t)0x80808080;
   for (int i = 0; i < words; i++) to[i] = four_bytes((const char *)from + 4 * i) ^ 0x80808080;
 }
 /* Shifts of bytes by a number that is known at run time only. */

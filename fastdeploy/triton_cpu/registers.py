@@ -46,7 +46,7 @@ from .ttir import Op, Value
 from .vectors import VECTOR_TYPES, Place, Vectors, plus, table_of
 
 MOST_VECTORS = 8  # of a row in a block
-LONGEST_RUN = 64  # bytes of k multiplied without a C loop around them
+LONGEST_RUN = 64  # bytes of k, or packed rows, that are multiplied without a C loop around them
 
 
 class _Sums(NamedTuple):
@@ -250,8 +250,11 @@ class _Block(Vectors):
     def _dot_of_floats(self, a: Value, b: Value, sums: list[list[str]], by: Products) -> None:
         name, extent = self.context.name("k"), a.type.shape[1]
         step = min(4 * by.terms, extent)
+        turns = f"for (int {name} = 0; {name} < {extent}; {name} += {step})"
+        if extent <= LONGEST_RUN and self._is_packed(b):
+            name, step, turns = "0", extent, ""
         left_of = self._left(a, by)
-        with self.scope(f"for (int {name} = 0; {name} < {extent}; {name} += {step})"):
+        with self.scope(turns):
             for number in range(0, step, by.terms):
                 k = plus(name, number)
                 if by.terms == 2:
@@ -262,6 +265,13 @@ class _Block(Vectors):
                     left = self.constant(by.kind, f"{by.kind}_splat({left_of(r, k)})", "left")
                     for total, factor in zip(of_row, right):
                         self.context.line(f"{total} = {by.text.format(sum=total, left=left, right=factor)};")
+
+    def _is_packed(self, b: Value) -> bool:
+        """Do several rows of the right operand lie in the same words? Without a loop over them, the C compiler knows each
+        row's address and shifts. (Q4_1 and 8 rows of floats: 1.23 ms instead of 1.61; Q6_K 1.43 instead of 2.98.)"""
+        loads = [part.op for part in self.parts(b) if part.op is not None and part.op.name == "tt.load"]
+        pointers = [load.operands[0] for load in loads if load.result.type.shape == b.type.shape]
+        return any(stride(tile, 0, self.context.origins) is None for tile in pointers)
 
     def _left(self, a: Value, by: Products) -> Callable[[int, Term], str]:
         """C for the terms of a row of the block from k on."""

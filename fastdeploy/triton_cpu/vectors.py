@@ -10,7 +10,7 @@ An expression that has no such form raises NotATile; its user has another way.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -141,11 +141,16 @@ class Vectors:
         return term.text
 
     def _reads_registers(self, value: Value) -> bool:
+        return any(part in self.registers for part in self.parts(value))
+
+    def parts(self, value: Value) -> Iterable[Value]:
+        """All that is evaluated for `value`, itself too."""
+
         def sources(value: Value) -> list[Value]:
             op = value.op
             return op.operands if op is not None and is_lazy(op) and value not in self.context.storage else []
 
-        return any(part in self.registers for part in reachable(value, sources))
+        return reachable(value, sources)
 
     def scalars_of(self, value: Value, row: Term, seen: set[Value] | None = None) -> None:
         """Evaluates here and now what `vector` will splat in this row: the loop over its columns need not."""
