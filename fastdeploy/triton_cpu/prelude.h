@@ -412,17 +412,26 @@ INLINE ivec ivec_from_int8_t(const int8_t *p) { ivec v; for (int i = 0; i < LANE
 #define MULTIPLY_ADD_PAIRS(a, b) (ivec)_mm_madd_epi16((__m128i)(a), (__m128i)(b))
 #endif
 #endif
-/* fp8 as f16 of a 256th, of which the instruction knows the subnormals: multiplying them as floats may be slow. */
+/* fp8 without multiplications of subnormal floats, which may be slow. */
 #if LANES == 16 && defined(__AVX512F__)
-INLINE vec vec_of_sixteen_e4m3(__m256i codes) { /* with their signs in 16 bits each */
-  __m256i f16 = _mm256_and_si256(_mm256_slli_epi16(codes, 7), _mm256_set1_epi16((short)0xbfff));
-  __m512i x = (__m512i)((vec)_mm512_cvtph_ps(f16) * 256.f), nan = _mm512_set1_epi32(0x7fc00000);
-  return (vec)_mm512_mask_or_epi32(x, _mm512_cmp_ps_mask(_mm512_abs_ps((__m512)x), _mm512_set1_ps(480.f), _CMP_EQ_OQ), x, nan);
+/* 2^(e - 7) (1 + m / 8), or 2^-6 m / 8 where e is 0: what e and the sign decide, and eighths, are picked from tables. */
+#define OF_EXPONENTS(of, first) \
+  _mm512_set_ps(of(8), of(7), of(6), of(5), of(4), of(3), of(2), of(1), of(0), of(-1), of(-2), of(-3), of(-4), of(-5), of(-6), first)
+#define POWER(e) ((float)(1 << (e + 6)) / 64)
+#define MINUS_POWER(e) -POWER(e)
+#define EIGHTHS 7 / 8.f, 6 / 8.f, 5 / 8.f, 4 / 8.f, 3 / 8.f, 2 / 8.f, 1 / 8.f, 0
+INLINE vec vec_of_e4m3(ivec codes) {
+  const __m512 units = OF_EXPONENTS(POWER, POWER(-6)), minus_units = OF_EXPONENTS(MINUS_POWER, MINUS_POWER(-6));
+  const __m512 ones = OF_EXPONENTS(POWER, 0.f), minus_ones = OF_EXPONENTS(MINUS_POWER, -0.f);
+  __m512i e = _mm512_srli_epi32((__m512i)codes, 3); /* an instruction looks at as many bits as its table needs */
+  __m512 unit = _mm512_permutex2var_ps(units, e, minus_units), one = _mm512_permutex2var_ps(ones, e, minus_ones);
+  __m512i x = (__m512i)_mm512_fmadd_ps(unit, _mm512_permutexvar_ps((__m512i)codes, _mm512_set_ps(EIGHTHS, EIGHTHS)), one);
+  __mmask16 nan = _mm512_cmpeq_epi32_mask((__m512i)(codes | -128), _mm512_set1_epi32(-1));
+  return (vec)_mm512_mask_or_epi32(x, nan, x, _mm512_set1_epi32(0x7fc00000));
 }
-INLINE vec vec_from_e4m3(const uint8_t *p) { return vec_of_sixteen_e4m3(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p))); }
-INLINE vec vec_of_e4m3(ivec codes) { return vec_of_sixteen_e4m3(_mm512_cvtepi32_epi16((__m512i)codes)); }
+INLINE vec vec_from_e4m3(const uint8_t *p) { return vec_of_e4m3(ivec_from_int8_t((const int8_t *)p)); }
 #elif LANES == 8 && defined(__AVX2__) && defined(__F16C__)
-INLINE vec vec_of_eight_e4m3(__m128i codes) {
+INLINE vec vec_of_eight_e4m3(__m128i codes) { /* as f16 of a 256th: its conversion knows subnormals */
   __m128i f16 = _mm_and_si128(_mm_slli_epi16(codes, 7), _mm_set1_epi16((short)0xbfff));
   vec x = (vec)_mm256_cvtph_ps(f16) * 256.f;
   return (vec)((ivec)x | ((ivec)(vec_abs(x) == 480.f) & 0x7fc00000));
