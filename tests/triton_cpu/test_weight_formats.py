@@ -1,4 +1,8 @@
-"""Weights of a few bits in the loops of registers.py: tables, more high bits than a nibble has, factors, fp8."""
+"""Weights of a few bits in the loops of registers.py: tables, more high bits than a nibble has, factors, fp8.
+
+data   [N/16, K/32, 4, 16, 4] uint8   byte (g, r, n, b) = q[32g + 4r + b, n] | q[32g + 16 + 4r + b, n] << 4
+high   [N/16, K/32, P, 16, 4] uint8   further bits of 32 / P weights: byte (g, p, n, b) has those of all with k % 4 = b
+"""
 
 import numpy as np
 import pytest
@@ -6,96 +10,115 @@ import triton
 import triton.language as tl
 
 from .arrays import Tensor, empty, rounded, values_of_codes
-from .test_registers import in_registers, quads, tiled
+from .test_registers import in_registers, tiled
 
-TABLE = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
+TABLES = np.array([[-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], range(-8, 8)], np.int8)
 ROWS = (1, 8, 17, 64)
+R, HALF, B = (np.arange(64)[:, None] // step % count for step, count in ((4, 4), (16, 2), (1, 4)))  # of each k
+# What half a group of `weights` is, from nibbles and the bytes of high bits, all [K, N].
+FORMS = {
+    "table": lambda nibbles, high: TABLES[0][nibbles],
+    "second table": lambda nibbles, high: TABLES[1][nibbles],
+    "5 bits": lambda nibbles, high: nibbles | (high >> (R + 4 * HALF) & 1) << 4,
+    "6 bits": lambda nibbles, high: nibbles | (high >> 2 * R & 3) << 4,
+    "6 bits, signed": lambda nibbles, high: (nibbles | (high >> 2 * R & 3) << 4) - 32,
+}
+LEFT_TO_THE_GENERAL_PATH = {
+    "table of 17": lambda nibbles, high: TABLES.reshape(-1)[nibbles + 1],
+    "shifts that differ": lambda nibbles, high: nibbles | (high >> B & 1) << 4,
+    "signs shifted in": lambda nibbles, high: nibbles | (high.astype(np.int8).astype(int) >> 4 + R & 7) << 4,
+}
 
 
 @triton.jit
-def weights(data, high, table, second: tl.constexpr, FORM: tl.constexpr):
-    """Half a group of weights [16, N] from bytes of pairs, the first or the second nibbles."""
-    nibbles = (data >> 4) if second else (data & 15)
-    r = tl.arange(0, 16)[:, None] // 4
+def weights(data, high, table, HALF: tl.constexpr, FORM: tl.constexpr):
+    """Half a group of weights [16, N], the first or the second nibbles."""
+    nibbles = (data >> 4) if HALF else (data & 15)
+    k = tl.arange(0, 16)[:, None]
     if FORM == "table":
-        return tl.load(table + nibbles.to(tl.int32))
-    elif FORM == "table of bytes":  # an index of 8 bits, of a table that a program's number chooses
-        return tl.load(table + (tl.num_programs(1) - 1) * 16 + nibbles).to(tl.int8)
+        found = tl.load(table + nibbles.to(tl.int32))
+    elif FORM == "second table":
+        found = tl.load(table + 16 + nibbles)
+    elif FORM == "table of 17":
+        found = tl.load(table + nibbles.to(tl.int32) + 1)
     elif FORM == "5 bits":
-        shift = (r + (4 if second else 0)).to(tl.uint8)
-        return (nibbles | (((high >> shift) & 1) << 4)).to(tl.int8)
+        found = nibbles | (((high >> (k // 4 + HALF * 4).to(tl.uint8)) & 1) << 4)
     elif FORM == "6 bits":
-        return (nibbles | (((high >> (2 * r).to(tl.uint8)) & 3) << 4)).to(tl.int8)
+        found = nibbles | (((high >> (k // 4 * 2).to(tl.uint8)) & 3) << 4)
     elif FORM == "6 bits, signed":  # in 32 bits on the way
-        return ((nibbles | (((high >> (2 * r)) & 3) << 4)) - 32).to(tl.int8)
+        found = (nibbles | (((high >> (k // 4 * 2)) & 3) << 4)) - 32
+    elif FORM == "shifts that differ":
+        found = nibbles | (((high >> (k % 4).to(tl.uint8)) & 1) << 4)
     else:
-        return nibbles.to(tl.int8)
+        found = nibbles | (((high.to(tl.int8, bitcast=True).to(tl.int32) >> (4 + k // 4)) & 7) << 4)
+    return found.to(tl.int8)
 
 
 @triton.jit
 def integers_kernel(
-    x_ptr, w_ptr, high_ptr, table_ptr, out_ptr, M, N, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORM: tl.constexpr,
+    x_ptr, data_ptr, high_ptr, table_ptr, out_ptr, M, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLANES: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """out [M, N] int32 = x [M, K] int8 @ weights [K, N]; N are whole blocks."""
     row, n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, 16)
-    HIGH: tl.constexpr = 64 if FORM == "5 bits" else 128  # bytes of a group
     x = x_ptr + tl.minimum(row, M - 1)[:, None] * K + k[None, :]
-    w = w_ptr + (n // 16)[None, :] * (K * 8) + (n % 16)[None, :] * 4 + (k // 4 * 64 + k % 4)[:, None]
-    high = high_ptr + (n // 16)[None, :] * (K // 32 * HIGH) + (n % 16)[None, :] * 4 + (k % 4)[:, None]
+    data = data_ptr + (n // 16)[None, :] * (K * 8) + (n % 16)[None, :] * 4 + (k // 4 * 64 + k % 4)[:, None]
+    high = high_ptr + (n // 16)[None, :] * (K * 2 * PLANES) + (n % 16)[None, :] * 4 + (k % 4)[:, None]
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for _ in range(0, K // 32):
-        data, bits = tl.load(w), tl.load(high)
-        sums = tl.dot(tl.load(x), weights(data, bits, table_ptr, False, FORM), sums, out_dtype=tl.int32)
-        if FORM == "6 bits" or FORM == "6 bits, signed":
-            bits = tl.load(high + 64)
-        sums = tl.dot(tl.load(x + 16), weights(data, bits, table_ptr, True, FORM), sums, out_dtype=tl.int32)
+        pairs = tl.load(data)
+        first = weights(pairs, tl.load(high), table_ptr, 0, FORM)
+        second = weights(pairs, tl.load(high + (PLANES - 1) * 64), table_ptr, 1, FORM)
+        sums = tl.dot(tl.load(x), first, sums, out_dtype=tl.int32)
+        sums = tl.dot(tl.load(x + 16), second, sums, out_dtype=tl.int32)
         x += 32
-        w += 256
-        high += HIGH
+        data += 256
+        high += 64 * PLANES
     tl.store(out_ptr + row[:, None] * N + n[None, :], sums, (row < M)[:, None])
 
 
-def halves(q):
-    """[K, N] -> [N/16, K/32, 2, 4, 16, 4]"""
-    return quads(q).reshape(q.shape[1] // 16, q.shape[0] // 32, 2, 4, 16, 4)
+def by_k_and_n(parts):
+    """[N/16, K/32, 2, 4, 16, 4] -> [K, N]"""
+    tiles, groups = parts.shape[:2]
+    return parts.transpose(1, 2, 3, 5, 0, 4).reshape(groups * 32, tiles * 16).astype(int)
 
 
-def pairs_of(q):
-    """The lower four bits of q [K, N] in bytes of two."""
-    parts = halves(q & 15)
-    return np.ascontiguousarray(parts[:, :, 0] | parts[:, :, 1] << 4, np.uint8)
+def nibbles_of(data):
+    return by_k_and_n(np.stack([data & 15, data >> 4], axis=2))
 
 
-def high_bits_of(q, bits):
-    """What is above them: a byte has those of one column and k % 4. [N/16, K/32, 1 or 2, 16, 4]"""
-    parts = np.moveaxis(halves(q >> 4 & (1 << bits) - 1), 3, -1)  # [N/16, K/32, 2, 16, 4, 4]
-    if bits == 1:
-        parts = np.concatenate([parts[:, :, :1], parts[:, :, 1:]], axis=-1)
-    return np.ascontiguousarray((parts << (np.arange(parts.shape[-1]) * bits)).sum(-1), np.uint8)
+def bytes_of(high):
+    """The byte that has the high bits of each weight."""
+    return by_k_and_n(np.broadcast_to(high[:, :, :, None], (*high.shape[:2], 2, 4, 16, 4)))
+
+
+def products_of_integers(rng, rows, form, reference):
+    """Compares them with NumPy; are they computed in registers?"""
+    planes = 1 if form == "5 bits" else 2
+    x = rng.integers(-128, 128, (rows, 64), np.int8)
+    data, high = (rng.integers(0, 256, (2, 2, count, 16, 4)).astype(np.uint8) for count in (4, planes))
+    expected = x.astype(int) @ reference(nibbles_of(data), bytes_of(high))
+    found = set()
+    for block_m, block_n in ((min(rows, 16), 16), (64, 32)):
+        out = empty((rows, 32), "int32")
+        compiled = integers_kernel[-(-rows // block_m), 32 // block_n](
+            Tensor(x), Tensor(data), Tensor(high), Tensor(TABLES), out, rows, 32, 64, block_m, block_n, planes, form
+        )
+        np.testing.assert_array_equal(out.stored, expected)
+        found.add(in_registers(compiled))
+    return found
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("form", ["table", "table of bytes", "5 bits", "6 bits", "6 bits, signed"])
+@pytest.mark.parametrize("form", FORMS)
 def test_products_of_integers_are_exact(form, rows, rng):
-    n, k, bits = 32, 96, {"5": 5, "6": 6}.get(form[0], 4)
-    q, x = rng.integers(0, 1 << bits, (k, n)), rng.integers(-128, 128, (rows, k), np.int8)
-    high = high_bits_of(q, bits - 4) if bits > 4 else np.zeros((n // 16, k // 32, 2, 16, 4), np.uint8)
-    tables = np.stack([np.zeros_like(TABLE), TABLE])
-    table = Tensor(tables if form == "table of bytes" else TABLE)
-    w = {"t": TABLE[q % 16].astype(int), "6 bits, signed": q - 32}.get(
-        form if form in ("6 bits, signed",) else form[0], q
-    )
-    for block_m, block_n in ((min(rows, 16), 16), (64, 32)):
-        out = empty((rows, n), "int32")
-        grid = (-(-rows // block_m), n // block_n)
-        arguments = (Tensor(x), Tensor(pairs_of(q)), Tensor(high), table, out, rows, n, k, block_m, block_n, form)
-        if form == "table of bytes" and block_n == 32:
-            continue
-        compiled = integers_kernel[grid](*arguments)
-        assert in_registers(compiled)
-        np.testing.assert_array_equal(out.stored, x.astype(int) @ w)
+    assert products_of_integers(rng, rows, form, FORMS[form]) == {True}
+
+
+@pytest.mark.parametrize("form", LEFT_TO_THE_GENERAL_PATH)
+def test_what_bytes_cannot_say_is_left_to_the_general_path(form, rng):
+    assert products_of_integers(rng, 8, form, LEFT_TO_THE_GENERAL_PATH[form]) == {False}
 
 
 @triton.jit
@@ -134,14 +157,15 @@ def scaled_kernel(
 )
 def test_scales_of_spans_times_factors_of_half_groups(dtype, factor_dtype, span, rows, rng):
     n, k = 32, 512
-    q, x = rng.integers(0, 16, (k, n)), rng.integers(-128, 128, (rows, k), np.int8)
+    data = rng.integers(0, 256, (n // 16, k // 32, 4, 16, 4)).astype(np.uint8)
+    q, x = nibbles_of(data), rng.integers(-128, 128, (rows, k), np.int8)
     x_scale = rng.uniform(0.01, 0.1, (k // 32, rows)).astype(np.float32)
     scale = rounded(rng.uniform(0.01, 0.1, (k // 32 // span, n)), dtype)
     low, high = np.iinfo(factor_dtype).min, np.iinfo(factor_dtype).max
     factor = rng.integers(low, high + 1, (k // 32, 2, n)).astype(factor_dtype)
     products = np.einsum("mghk,ghkn->ghmn", x.reshape(rows, -1, 2, 16).astype(float), q.reshape(-1, 2, 16, n))
     terms = products * x_scale[:, None, :, None] * (np.repeat(scale, span, 0)[:, None] * factor)[:, :, None]
-    tensors = (Tensor(x), Tensor(x_scale), Tensor(pairs_of(q)), Tensor(tiled(scale), dtype), Tensor(tiled(factor)))
+    tensors = (Tensor(x), Tensor(x_scale), Tensor(data), Tensor(tiled(scale), dtype), Tensor(tiled(factor)))
     for block_m, block_n in ((min(rows, 16), 16), (64, 32)):
         found = []
         for register_tiles in (True, False):
@@ -162,7 +186,7 @@ def floats_kernel(
 ):  # fmt: skip
     """out [M, N] = x [M, K] float32 @ weights [K, N] / 2, which become floats on their way.
 
-    w: fp8 [N/16, K, 16]; or 32-bit words [N/16, K/32, WORDS, 16] of the bytes of fp8 or of pairs.
+    w: fp8 [N/16, K, 16]; or words [N/16, K/32, WORDS, 16] of data, or of fp8: byte (g, r, n, b) is weight 32g + 4r + b.
     """
     row, n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k, tile, lane = tl.arange(0, 32), n // 16, n % 16
@@ -197,31 +221,36 @@ def floats_kernel(
     tl.store(out_ptr + row[:, None] * N + n[None, :], sums, (row < M)[:, None])
 
 
-def float_weights(form, rng):
-    """(w, table, weights [K, N]): arguments of floats_kernel and the numbers that they stand for."""
-    q, n, k = rng.integers(0, 64, (64, 32)), 32, 64
-    table = Tensor(rng.integers(0, 128, 16), form if form in ("float32", "bfloat16", "int8", "uint8") else "int8")
-    words = Tensor(pairs_of(q).view(np.uint32 if form in ("nibbles", "int8") else np.int32))
-    if not form.startswith("fp8"):
-        return q, words, table, {"6 bits": q - 32, "nibbles": q % 16}.get(form, table.values[q % 16])
-    q = np.resize(np.delete(np.arange(256), [0x7F, 0xFF]), (k, n))
-    q[1, 2], q[3, 4] = 0x7F, 0xFF
-    weights = values_of_codes("float8_e4m3fn")[q]
-    if form == "fp8":
-        return q, Tensor(tiled(weights), "float8_e4m3fn"), table, weights
-    return q, Tensor(np.ascontiguousarray(quads(q), np.uint8).view(np.int32)), table, weights
+FLOATS = {
+    "nibbles": lambda nibbles, high: nibbles,
+    "6 bits": FORMS["6 bits, signed"],
+    **dict.fromkeys(("float32", "bfloat16", "int8", "uint8"), lambda nibbles, high: np.arange(3, 19)[nibbles]),
+    **dict.fromkeys(("fp8", "fp8 in words"), None),
+}
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("form", ["nibbles", "6 bits", "float32", "bfloat16", "int8", "uint8", "fp8", "fp8 in words"])
+@pytest.mark.parametrize("form", FLOATS)
 def test_weights_become_floats_exactly(form, rows, rng):
-    q, w, table, weights = float_weights(form, rng)
-    k, n = weights.shape
+    n, k = 32, 64
+    data, high = (rng.integers(0, 256, (2, 2, count, 16, 4)).astype(np.uint8) for count in (4, 2))
+    table = Tensor(np.arange(3, 19), form if form in ("float32", "bfloat16", "int8", "uint8") else "int8")
+    if FLOATS[form]:
+        w = Tensor(data.view(np.uint32 if form in ("nibbles", "int8") else np.int32))
+        values = FLOATS[form](nibbles_of(data), bytes_of(high))
+    else:  # every code; NaN is in two columns
+        codes = np.resize(np.delete(np.arange(256), [0x7F, 0xFF]), (k, n)).astype(np.uint8)
+        codes[1, 2], codes[3, 4] = 0x7F, 0xFF
+        values = values_of_codes("float8_e4m3fn")[codes]
+        words = codes.reshape(2, 8, 4, 2, 16).transpose(3, 0, 1, 4, 2)  # [N/16, K/32, 8, 16, 4]
+        w = Tensor(np.ascontiguousarray(words).view(np.int32))
+        if form == "fp8":
+            w = Tensor(tiled(values), "float8_e4m3fn")
     x = np.eye(rows, k, dtype=np.float32) * 4
-    high = Tensor(high_bits_of(q % 64, 2).view(np.int32))
     for block_m, block_n in ((min(rows, 16), 16), (64, 32)):
         out = empty((rows, n))
-        grid = (-(-rows // block_m), n // block_n)
-        compiled = floats_kernel[grid](Tensor(x), w, high, table, out, rows, n, k, block_m, block_n, form)
+        compiled = floats_kernel[-(-rows // block_m), n // block_n](
+            Tensor(x), w, Tensor(high.view(np.int32)), table, out, rows, n, k, block_m, block_n, form
+        )
         assert in_registers(compiled)
-        np.testing.assert_array_equal(out.stored, x @ weights / 2)
+        np.testing.assert_array_equal(out.stored, x @ values / 2)
