@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .analysis import operand_index, splat_constant
+from .ranges import keeps_number
 from .ttir import Value
 
 
@@ -96,7 +97,7 @@ class _Evaluation:
             return self._sum(index[0], exactly(self.zeros + op.attribute("start", 0)))
         if moved := operand_index(op, index, self.zero):
             return self.of(op.operands[0], moved)
-        if op.name in ("tt.splat", "arith.extsi", "arith.index_cast"):
+        if op.name in ("tt.splat", "arith.extsi", "arith.index_cast") or (op.name in _CASTS and keeps_number(op)):
             return self.of(op.operands[0], index)
         is_pointwise = op.name.startswith("arith.") or op.name in ("tt.addptr", "tt.load")
         operands = [self.of(v, index) for v in op.operands] if is_pointwise else []
@@ -163,6 +164,7 @@ class _Evaluation:
         return self._quotient(a, exactly(1 << b.pattern)) if b.known and b.nonnegative else None
 
 
+_CASTS = ("arith.extui", "arith.trunci")
 _ARITHMETIC: dict[str, Callable[..., Lanes | None]] = {
     "arith.addi": _Evaluation._sum,
     "tt.addptr": _Evaluation._sum,

@@ -97,7 +97,7 @@ def vector_form(op: Op) -> str | None:
     vector = operation(op).vector
     source, target = (op.operands or op.results)[0].type.element, op.result.type.element
     form = vector(op) if callable(vector) else vector.get(source)
-    return form if target in ("f32", "i32", "i8", "i1") else None
+    return form if target in ("f32", "i32", "i8", "i1", "f8E4M3FN") else None
 
 
 def _ending(element: str) -> str:
@@ -181,6 +181,11 @@ def _bitcast(op: Op, a: list[str], source: str, target: str) -> str:
     return f"{value_type(target)}_of_bits({text})" if target in ("f32", "f64") else f"({value_type(target)}){text}"
 
 
+def _bitcast_vectors(op: Op) -> str | None:
+    casts = {("f32", "i32"): "(ivec){0}", ("i32", "f32"): "(vec){0}", ("i8", "f8E4M3FN"): "vec_of_e4m3({0})"}
+    return casts.get((op.operands[0].type.element, op.result.type.element))
+
+
 def _high_product(op: Op, a: list[str], source: str, target: str) -> str:
     if source == "i64":
         return f"(int64_t)(((unsigned __int128)(uint64_t){a[0]} * (uint64_t){a[1]}) >> 64)"
@@ -223,6 +228,10 @@ def _same(form: str, elements: str) -> dict[str, str]:
     return dict.fromkeys(elements.split(), form)
 
 
+def _wrapping(sign: str) -> dict[str, str]:
+    return {"i32": f"({{0}} {sign} {{1}})", "i8": f"(({{0}} {sign} {{1}}) << 24 >> 24)"}
+
+
 # ---- the table ------------------------------------------------------------------------------------------------------
 # In vectors an i8 is held in 32 bits with its sign, an i1 as 0 or -1.
 _UNKNOWN = Operation()
@@ -247,15 +256,18 @@ OPERATIONS: dict[str, Operation] = {
     "tt.precise_divf": lanewise("({0} / {1})", expensive=True),
     "tt.extern_elementwise": lanewise(libdevice.call, expensive=True),
     # integers
-    "arith.addi": lanewise(_modulo_two("+"), {"i32": "({0} + {1})"}, identity="0"),
-    "arith.subi": lanewise(_modulo_two("-"), {"i32": "({0} - {1})"}),
+    "arith.addi": lanewise(_modulo_two("+"), _wrapping("+"), identity="0"),
+    "arith.subi": lanewise(_modulo_two("-"), _wrapping("-")),
     "arith.muli": lanewise("({0} * {1})", {"i32": "({0} * {1})"}),
     "arith.andi": lanewise("({0} & {1})", _same("({0} & {1})", "i32 i8 i1"), identity="-1"),
     "arith.ori": lanewise("({0} | {1})", _same("({0} | {1})", "i32 i8 i1"), identity="0"),
     "arith.xori": lanewise("({0} ^ {1})", _same("({0} ^ {1})", "i32 i8 i1"), identity="0"),
-    "arith.shli": lanewise("({0} << {1})", {"i32": "({0} << {1})"}),
+    "arith.shli": lanewise("({0} << {1})", {"i32": "({0} << {1})", "i8": "(({0} << {1}) << 24 >> 24)"}),
     "arith.shrsi": lanewise("({0} >> {1})", _same("({0} >> {1})", "i32 i8")),
-    "arith.shrui": lanewise("({T})({u[0]} >> {u[1]})", {"i8": "((({0} & 255) >> {1}) << 24 >> 24)"}),
+    "arith.shrui": lanewise(
+        "({T})({u[0]} >> {u[1]})",
+        {"i8": "((({0} & 255) >> {1}) << 24 >> 24)", "i32": "ivec_shifted_unsigned({0}, {1})"},
+    ),
     "arith.divsi": lanewise(_division("divide"), expensive=True),
     "arith.remsi": lanewise(_division("remainder"), expensive=True),
     "arith.divui": lanewise(_division("udivide", unsigned=True), expensive=True),
@@ -270,17 +282,19 @@ OPERATIONS: dict[str, Operation] = {
     "arith.select": lanewise("({0} ? {1} : {2})", _select_vectors),
     "arith.extf": lanewise(_float_to_float, _same("{0}", "bf16 f16")),
     "arith.truncf": lanewise(_float_to_float),
-    "tt.fp_to_fp": lanewise(_float_to_float),
+    "tt.fp_to_fp": lanewise(_float_to_float, {"f8E4M3FN": "{0}"}),
     "arith.extsi": lanewise(_from_signed, {"i8": "{0}"}),
     "arith.extui": lanewise(_from_unsigned, {"i8": "({0} & 255)"}),
     "arith.trunci": lanewise(_to_narrower, {"i32": "({0} << 24 >> 24)"}),
     "arith.index_cast": lanewise("({T}){0}"),
     "arith.sitofp": lanewise(_from_signed, _same("vec_from_ivec({0})", "i32 i8"), rounds=True),
-    "arith.uitofp": lanewise(_from_unsigned, {"i8": "vec_from_ivec({0} & 255)"}, rounds=True),
+    "arith.uitofp": lanewise(
+        _from_unsigned, {"i8": "vec_from_ivec({0} & 255)", "i32": "vec_from_unsigned({0})"}, rounds=True
+    ),
     "arith.fptosi": lanewise("({T}){0}", {"f32": "ivec_from_vec({0})"}),
     "arith.fptoui": lanewise(_to_unsigned),
-    "arith.bitcast": lanewise(_bitcast, {"f32": "(ivec){0}", "i32": "(vec){0}"}),
-    "tt.bitcast": lanewise(_bitcast, {"f32": "(ivec){0}", "i32": "(vec){0}"}, in_place=True),
+    "arith.bitcast": lanewise(_bitcast, _bitcast_vectors),
+    "tt.bitcast": lanewise(_bitcast, _bitcast_vectors, in_place=True),
     "tt.int_to_ptr": lanewise("({T})({0})"),
     "tt.ptr_to_int": lanewise("(int64_t)({0})"),
     "tt.addptr": lanewise("({0} + {1})", in_place=True),

@@ -248,17 +248,46 @@ INLINE vec vec_splat(float x) { return x - (vec){0}; } /* x - 0 is x, sign of ze
 
 /* Integers, for the register-tile loops of registers.py: LANES words, or four bytes in each word. */
 typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef int16_t halves __attribute__((vector_size(4 * LANES)));
 typedef uint8_t bytes __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 INLINE ivec ivec_splat(int32_t x) { return x - (ivec){0}; }
 #define IN_MEMORY(array) __asm__ volatile("" : "+m"(array)) /* what follows reads it from there */
 INLINE int32_t four_bytes(const void *p) { int32_t word; memcpy(&word, p, 4); return word; }
+typedef int32_t four_words __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t eight_words __attribute__((vector_size(32), aligned(4), may_alias));
 INLINE void flip_bytes(int32_t *to, const void *from, int words) { /* gcc would do it bit by bit */
   for (; words >= 8; words -= 8, to += 8, from = (const char *)from + 32)
     *(eight_words *)to = *(const eight_words *)from ^ (int32_t)0x80808080;
+  for (; words >= 4; words -= 4, to += 4, from = (const char *)from + 16)
+    *(four_words *)to = *(const four_words *)from ^ (int32_t)0x80808080;
   for (int i = 0; i < words; i++) to[i] = four_bytes((const char *)from + 4 * i) ^ 0x80808080;
 }
+/* Shifts of bytes by a number that is known at run time only. */
+INLINE bytes bytes_shifted_right(bytes x, int by) { return (bytes)((halves)x >> (int16_t)by) & (uint8_t)(255 >> by); }
+INLINE bytes bytes_shifted_left(bytes x, int by) { return (bytes)((halves)x << (int16_t)by) & (uint8_t)(255 << by); }
+/* Tables of 16 elements, picked by numbers from 0 to 15. */
+#if LANES == 16 && defined(__AVX512BW__)
+INLINE bytes bytes_of_table(const void *p) { return (bytes)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p)); }
+INLINE bytes bytes_picked(bytes table, bytes index) { return (bytes)_mm512_shuffle_epi8((__m512i)table, (__m512i)index); }
+INLINE ivec ivec_picked(const ivec *table, ivec index) {
+  return (ivec)_mm512_permutexvar_epi32((__m512i)index, (__m512i)*table);
+}
+#elif LANES == 8 && defined(__AVX2__)
+INLINE bytes bytes_of_table(const void *p) { return (bytes)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p)); }
+INLINE bytes bytes_picked(bytes table, bytes index) { return (bytes)_mm256_shuffle_epi8((__m256i)table, (__m256i)index); }
+INLINE ivec ivec_picked(const ivec *table, ivec index) { /* an instruction looks at three bits; the fourth selects */
+  __m256 low = (__m256)_mm256_permutevar8x32_epi32((__m256i)table[0], (__m256i)index);
+  __m256 high = (__m256)_mm256_permutevar8x32_epi32((__m256i)table[1], (__m256i)index);
+  return (ivec)_mm256_blendv_ps(low, high, (__m256)(index << 28));
+}
+#else
+INLINE bytes bytes_of_table(const void *p) { bytes v; for (int i = 0; i < 4 * LANES; i++) v[i] = ((const uint8_t *)p)[i % 16]; return v; }
+INLINE bytes bytes_picked(bytes table, bytes index) { bytes v; for (int i = 0; i < 4 * LANES; i++) v[i] = table[index[i]]; return v; }
+INLINE ivec ivec_picked(const ivec *table, ivec index) {
+  ivec v; for (int i = 0; i < LANES; i++) v[i] = ((const int32_t *)table)[index[i]]; return v;
+}
+#endif
 INLINE ivec ivec_lane_numbers(void) { ivec v; for (int i = 0; i < LANES; i++) v[i] = i; return v; }
 INLINE vec vec_select(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
 INLINE ivec ivec_select(ivec mask, ivec a, ivec b) { return (mask & a) | (~mask & b); }
@@ -367,6 +396,8 @@ INLINE vec vec_exp(vec x) {
   return vec_where_above(x, -104.f, vec_scaled(vec_fused(p, r * r, r) + 1.f, n));
 }
 INLINE vec vec_abs(vec x) { return (vec)((ivec)x & 0x7fffffff); }
+INLINE ivec ivec_shifted_unsigned(ivec x, ivec by) { return (ivec)((words)x >> (words)by); }
+INLINE vec vec_from_unsigned(ivec x) { return __builtin_convertvector((words)x, vec); }
 INLINE vec vec_from_ivec(ivec x) { return __builtin_convertvector(x, vec); }
 INLINE ivec ivec_from_vec(vec x) { return __builtin_convertvector(x, ivec); } /* towards 0 */
 #if LANES == 16 && defined(__AVX512F__)
@@ -380,6 +411,39 @@ INLINE ivec ivec_from_int8_t(const int8_t *p) { ivec v; for (int i = 0; i < LANE
 #if LANES == 4 && defined(__SSE2__)
 #define MULTIPLY_ADD_PAIRS(a, b) (ivec)_mm_madd_epi16((__m128i)(a), (__m128i)(b))
 #endif
+#endif
+/* fp8 without multiplications of subnormal floats, which may be slow. */
+#if LANES == 16 && defined(__AVX512F__)
+/* 2^(e - 7) (1 + m / 8), or 2^-6 m / 8 where e is 0: what e and the sign decide, and eighths, are picked from tables. */
+#define OF_EXPONENTS(of, first) \
+  _mm512_set_ps(of(8), of(7), of(6), of(5), of(4), of(3), of(2), of(1), of(0), of(-1), of(-2), of(-3), of(-4), of(-5), of(-6), first)
+#define POWER(e) ((float)(1 << (e + 6)) / 64)
+#define MINUS_POWER(e) -POWER(e)
+#define EIGHTHS 7 / 8.f, 6 / 8.f, 5 / 8.f, 4 / 8.f, 3 / 8.f, 2 / 8.f, 1 / 8.f, 0
+INLINE vec vec_of_e4m3(ivec codes) {
+  const __m512 units = OF_EXPONENTS(POWER, POWER(-6)), minus_units = OF_EXPONENTS(MINUS_POWER, MINUS_POWER(-6));
+  const __m512 ones = OF_EXPONENTS(POWER, 0.f), minus_ones = OF_EXPONENTS(MINUS_POWER, -0.f);
+  __m512i e = _mm512_srli_epi32((__m512i)codes, 3); /* an instruction looks at as many bits as its table needs */
+  __m512 unit = _mm512_permutex2var_ps(units, e, minus_units), one = _mm512_permutex2var_ps(ones, e, minus_ones);
+  __m512i x = (__m512i)_mm512_fmadd_ps(unit, _mm512_permutexvar_ps((__m512i)codes, _mm512_set_ps(EIGHTHS, EIGHTHS)), one);
+  __mmask16 nan = _mm512_cmpeq_epi32_mask((__m512i)(codes | -128), _mm512_set1_epi32(-1));
+  return (vec)_mm512_mask_or_epi32(x, nan, x, _mm512_set1_epi32(0x7fc00000));
+}
+INLINE vec vec_from_e4m3(const uint8_t *p) { return vec_of_e4m3(ivec_from_int8_t((const int8_t *)p)); }
+#elif LANES == 8 && defined(__AVX2__) && defined(__F16C__)
+INLINE vec vec_of_eight_e4m3(__m128i codes) { /* as f16 of a 256th: its conversion knows subnormals */
+  __m128i f16 = _mm_and_si128(_mm_slli_epi16(codes, 7), _mm_set1_epi16((short)0xbfff));
+  vec x = (vec)_mm256_cvtph_ps(f16) * 256.f;
+  return (vec)((ivec)x | ((ivec)(vec_abs(x) == 480.f) & 0x7fc00000));
+}
+INLINE vec vec_from_e4m3(const uint8_t *p) { return vec_of_eight_e4m3(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)p))); }
+INLINE vec vec_of_e4m3(ivec codes) {
+  __m256i packed = _mm256_packs_epi32((__m256i)codes, (__m256i)codes);
+  return vec_of_eight_e4m3(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+}
+#else
+INLINE vec vec_of_e4m3(ivec codes) { vec v; for (int i = 0; i < LANES; i++) v[i] = e4m3_to_float((uint8_t)codes[i]); return v; }
+INLINE vec vec_from_e4m3(const uint8_t *p) { vec v; for (int i = 0; i < LANES; i++) v[i] = e4m3_to_float(p[i]); return v; }
 #endif
 /* sum[i] + the four products of word i's unsigned bytes in u with its signed ones in s. Exact: nothing saturates. */
 INLINE ivec add_dot4(ivec sum, bytes u, bytes s) {

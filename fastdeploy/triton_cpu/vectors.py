@@ -10,7 +10,7 @@ An expression that has no such form raises NotATile; its user has another way.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from .context import Array, Context, NotATile
 from .lanes import Lanes, Unknown, lanes, row_of_lanes
 from .loops import ZERO, Index, LoopNest, Term, contraction, linear
 from .operations import Kind, operation, vector_form
+from .ranges import fits, range_of
 from .ttir import Op, Value, reachable
 
 PREFETCH_BYTES = 4096  # ahead of the row being read
@@ -32,21 +33,37 @@ class Place(NamedTuple):
     register: tuple[int, int] | None = None
 
 
-VECTOR_TYPES = {"f32": "vec", "bf16": "vec", "f16": "vec", "i32": "ivec", "i8": "ivec", "i1": "ivec"}
+VECTOR_TYPES = dict.fromkeys(("f32", "bf16", "f16", "f8E4M3FN"), "vec") | dict.fromkeys(("i32", "i8", "i1"), "ivec")
 _LOADS = {
     "f32": "vec_from_float",
     "bf16": "vec_from_bf16",
     "f16": "vec_from_f16",
+    "f8E4M3FN": "vec_from_e4m3",
     "i8": "ivec_from_int8_t",
     "i32": "*(const ivec *)",
 }
-_SIZES = {"f32": 4, "i32": 4, "bf16": 2, "f16": 2, "i8": 1}
+_SIZES = {"f32": 4, "i32": 4, "bf16": 2, "f16": 2, "f8E4M3FN": 1, "i8": 1}
+TABLE = 16  # elements of a table that is kept in registers
 
 
 def plus(variable: str, number: int) -> Term:
     if variable.isdigit():
         return Term(str(int(variable) + number), 0)
     return Term(f"({variable} + {number})" if number else variable, 0)
+
+
+def table_of(load: Op) -> tuple[Value, Value] | None:
+    """(pointers, indices) of a load from one place, plus an index that is known to be 0 ... 15: from a table. All of it
+    may be read, whichever elements the kernel asks for."""
+    address = load.operands[0].op
+    if address is None or address.name != "tt.addptr" or len(load.operands) > 1:
+        return None
+    pointers, indices = address.operands
+    if not uniform(pointers) or load.result.type.element not in _LOADS or not fits(range_of(indices), (0, TABLE - 1)):
+        return None
+    while indices.op is not None and indices.op.name in ("arith.extsi", "arith.extui"):
+        indices = indices.op.operands[0]
+    return pointers, indices
 
 
 def has_vectors(context: Context, row: Value) -> bool:
@@ -124,11 +141,16 @@ class Vectors:
         return term.text
 
     def _reads_registers(self, value: Value) -> bool:
+        return any(part in self.registers for part in self.parts(value))
+
+    def parts(self, value: Value) -> Iterable[Value]:
+        """All that is evaluated for `value`, itself too."""
+
         def sources(value: Value) -> list[Value]:
             op = value.op
             return op.operands if op is not None and is_lazy(op) and value not in self.context.storage else []
 
-        return any(part in self.registers for part in reachable(value, sources))
+        return reachable(value, sources)
 
     def scalars_of(self, value: Value, row: Term, seen: set[Value] | None = None) -> None:
         """Evaluates here and now what `vector` will splat in this row: the loop over its columns need not."""
@@ -197,7 +219,12 @@ class Vectors:
         """in_halves: bf16 as they lie in memory, in half a vector."""
         element, shape = op.result.type.element, op.result.type.shape
         count = self.context.lanes
-        self.expect_consecutive(op, row_of_lanes(count)[2 - len(shape) :])
+        try:
+            self.expect_consecutive(op, row_of_lanes(count)[2 - len(shape) :])
+        except NotATile:
+            if in_halves or not (table := table_of(op)):
+                raise
+            return self._looked_up(*table, place)
         address = self.address(op.operands[0], (place.row, place.column)[2 - len(shape) :])
         if self.read_once and len(shape) == 2 and place.register is None:  # it would delay blocks that read it again
             if self.columns.index(place.column) * count * _SIZES[element] % 64 == 0:
@@ -215,6 +242,21 @@ class Vectors:
                 raise NotATile(f"{op.text} of some lanes only")
             return f"vec_from_some({address}, {self.vector(mask, place)}, {otherwise})"
         return f"{self.scalar(mask, (place.row, ZERO)[2 - len(shape) :])} ? {text} : {otherwise}"
+
+    def _looked_up(self, pointers: Value, indices: Value, place: Place) -> str:
+        element = pointers.type.pointee
+        parts = [f"(ivec){_LOADS[element]}({{1}} + {first})" for first in range(0, TABLE, self.context.lanes)]
+        table = self.table(pointers, "ivec", f"{{0}}[] = {{{{{', '.join(parts)}}}}}")
+        return f"({VECTOR_TYPES[element]})ivec_picked({table}, {self.vector(indices, place)})"
+
+    def table(self, pointers: Value, kind: str, form: str) -> str:
+        """A table in registers; `form` defines it, given its name and an address."""
+        key = (pointers, None, Term(kind, 0))
+        if key not in self.memo:
+            address, name = self.address(pointers, (ZERO,) * len(pointers.type.shape)), self.context.name("table")
+            self.context.line(f"const {kind} {form.format(name, address)};")
+            self.memo[key] = name
+        return self.memo[key]
 
     def store(self, op: Op, place: Place) -> None:
         """tl.store of a vector of floats."""
