@@ -49,6 +49,8 @@ class EngineConfig:
         for is that type. Integers have 8 bits, 16 where their rounding shows most: before q, k, v and the LM head.
         "exact": as "auto", for any `dtype`, but activations are floats on a CPU, too: float32.
         "wint8", "wint4": as "exact", and float weights, embeddings and LM head aside, become 8 or 4 bits in loading.
+        Those of 4 are chosen by what a short text of ours puts through the model in floats, which takes a few seconds
+        for 10^8 weights; v_proj has 8. Made-up weights (load_format="dummy") are rounded to nearest.
         "w8a8", "w4a8": the same with activations in integers.
     seed: the origin of the seeds of requests that name none.
     enable_prefix_caching: keep the KV blocks of earlier tokens, and spare prompts that begin alike their computation.

@@ -13,7 +13,7 @@ What a linear layer's weights become, by `quantization` and by what the file hol
     "wint8", "w8a8"     kept                   Q8_0                Q8_0          floats
     "wint4", "w4a8"     kept                   Q8_0                Q4_1, Q8_0    floats
 
-Q4_1 is searched for, see calibration.py; v_proj is Q8_0, as it matters most for its size.
+Q4_1 is searched for, see calibration.py. Q8_0 is for v_proj, which matters most for its size.
 Activations become integers in "auto", "w8a8" and "w4a8"; on a GPU "auto" is "exact".
 Weights that are read by one launch (q, k and v; gate and up) make several where the file has them in several formats.
 Where ranks share a layer's input features in parts that are no whole groups of 32, it becomes floats, with a warning.

@@ -31,6 +31,7 @@ from fastdeploy.kernels.packing import Codes, pack_codes, pack_floats
 from fastdeploy.kernels.quantised import QuantisedRows, quantise, rows_fields
 from fastdeploy.kernels.rope import HeadLayout, HeadNorms, KVBlocks, cache_fields, rope_and_cache
 from fastdeploy.kernels.sampling import SamplingState, allocate_workspace, sample
+from fastdeploy.kernels.search import search_q4
 from fastdeploy.models.formats import GGUF_FORMATS
 
 # target, bytes of shared memory that one program may use
@@ -207,6 +208,12 @@ def run_moe(experts, top_k, hidden, intermediate):
     combine(tensor(TOKENS, hidden), sorted_rows, routing, tensor(TOKENS, hidden))
 
 
+def run_search():
+    scales, minimums = (tensor(TOKENS, 18, dtype="float16") for _ in range(2))
+    importance = tensor(576, dtype="float32")
+    search_q4(tensor(TOKENS, 576, dtype="uint8"), scales, minimums, tensor(TOKENS, 576), importance)
+
+
 def fields(shapes):
     return {name: tensor(*shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
 
@@ -248,6 +255,7 @@ LAUNCHES = {
     "attention, small blocks": lambda: run_attention(SMOLLM2, 16, num_splits=1),
     "attention, int8 cache": lambda: run_attention(LLAMA3, 64, num_splits=1, dtype="int8"),
     "attention, int8 cache, splits": lambda: run_attention(SMOLLM2, 64, num_splits=8, dtype="int8"),
+    "search": run_search,
     "silu_mul": lambda: silu_mul(tensor(TOKENS, 1536), tensor(TOKENS, 3072)),
     "moe": lambda: run_moe(128, 8, 2048, 768),
     "moe, odd sizes": lambda: run_moe(6, 3, 72, 100),
