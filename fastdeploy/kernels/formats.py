@@ -271,10 +271,8 @@ def weight_values(planes, place, group, k, groups, lane, FORMAT: tl.constexpr):
     scale = group_scale(scales, factors, place, group, k // 16, groups, lane, FORMAT)
     if BITS == 8:
         word = tl.load(data + row * 128 + k // 4 * 16 + lane)
-        if FLOATING:  # e4m3 in the place of a float16: the exponents differ by 8
-            byte = word >> (k % 4 * 8)
-            bits = ((byte & 127) << 7) | ((byte & 128) << 8)
-            values = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        if FLOATING:
+            values = _from_e4m3((word >> (k % 4 * 8)) & 255)
         else:  # shift the byte to the top, then down again with its sign
             values = ((word << (24 - k % 4 * 8)) >> 24).to(tl.float32)
     else:
@@ -296,6 +294,15 @@ def weight_values(planes, place, group, k, groups, lane, FORMAT: tl.constexpr):
     if FORMAT[6]:
         values += group_minimum(scale, minimums, factors, place, group, groups, lane, FORMAT)
     return values
+
+
+@triton.jit
+def _from_e4m3(byte):
+    """The numbers of float8 codes in int32, none of them NaN: any processor can do it, subnormals included."""
+    magnitude = byte & 127
+    normal = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)  # a float32's exponent is 120 more
+    values = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)
+    return tl.where(byte > 127, -values, values)
 
 
 @triton.jit
