@@ -32,7 +32,6 @@ from fastdeploy.kernels.quantised import (
 from fastdeploy.models.formats import GGUF_FORMATS
 from tests.blocks import STORAGES, random_blocks, values_of, widths
 
-
 # With activations of 8 bits, and of 16 where the kernel has a branch of its own.
 CASES = [(storage, False) for storage in STORAGES] + [(storage, True) for storage in ("Q4_1", "Q5_0", "Q8_0", "Q6_K")]
 
