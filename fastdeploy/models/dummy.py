@@ -59,5 +59,5 @@ def open_dummy(name_or_path: str | os.PathLike, seed: int) -> DummyCheckpoint:
         raise FileNotFoundError(
             f"{name}: load_format='dummy' needs a directory with config.json, or a model's name on the Hugging Face Hub"
         )
-    config, generation_config = read_configs(path, dtype="bfloat16")
+    config, generation_config, _ = read_configs(path, dtype="bfloat16")
     return DummyCheckpoint(path, config, generation_config, seed)

@@ -132,7 +132,7 @@ class StoredTensor:
     """A tensor of a checkpoint file, not read yet."""
 
     shape: tuple[int, ...]
-    dtype: str  # of what `rows` gives: "float32", "float16" or "bfloat16"
+    dtype: str  # of what `rows` gives: "float32", "float16" or "bfloat16"; others only until a checkpoint is open
     storage: str  # the same, or the name of a quantisation such as "Q4_1"
     nbytes: int  # in the file
     rows: Callable[[int, int], np.ndarray]  # rows(start, stop) -> [stop - start, ...]; NumPy dtype as in RawTensor

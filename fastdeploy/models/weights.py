@@ -261,8 +261,13 @@ def _rope_divisors(path: Path, tensor: StoredTensor | None) -> tuple[float, ...]
 
 
 def _open_directory(path: Path) -> Checkpoint:
-    config, generation_config = read_configs(path)  # before any tensor: what can't be run is known by then
+    config, generation_config, quantisation = read_configs(path)  # before any tensor: what can't be run is known then
     tensors = _read_shards(path)
+    if quantisation is not None:
+        from fastdeploy.models.quantised_checkpoints import read_quantised  # its formats are those of kernels
+
+        tensors = read_quantised(path, tensors, quantisation)
+    _refuse_integers(path, tensors)
     config = replace(config, dtype=config.dtype or _weights_dtype(tensors))
     if is_paddle_layout(tensors):
         tensors = huggingface_layout(tensors, config)
@@ -273,6 +278,16 @@ def _open_directory(path: Path) -> Checkpoint:
         redundant.add("lm_head.weight")
     tensors = {name: tensor for name, tensor in tensors.items() if name not in redundant}
     return Checkpoint(path, config, tensors, generation_config)
+
+
+def _refuse_integers(path: Path, tensors: dict[str, StoredTensor]) -> None:
+    """Raises ValueError if tensors aren't floats by now."""
+    others = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in DTYPES]
+    if others:
+        raise ValueError(
+            f"{path}: {len(others)} tensors are no floats: {_listed(others)}; weights can be {', '.join(DTYPES)}, or"
+            " what a quantisation that config.json names has; is config.json complete, and of this checkpoint?"
+        )
 
 
 def _weights_dtype(tensors: dict[str, StoredTensor]) -> str:

@@ -1,0 +1,650 @@
+"""Quantised checkpoints of Hugging Face: several tensors of a file, each in its own layout, become one matrix.
+
+    W[n, k] = scale[n, g] * (integer[n, k] - zero[n, g])       g = k // width, or where act order says so, g_idx[k]
+
+    gptq                qweight [K b/32, N] int32, b bits a weight along k, the lowest first; scales [G, N];
+                        qzeros [G, N b/32] int32, along n, one less than the zero (but in "gptq_v2"); g_idx [K] int32
+    awq                 qweight [K, N/8] int32, 4 bits along n, eight features in the order 0 2 4 6 1 3 5 7;
+                        scales [G, N]; qzeros [G, N/8], packed alike
+    compressed-tensors  weight_packed [N, K b/32] int32, b bits along k, 2^(b-1) added; weight_scale [N, G];
+                        weight_zero_point [N b/32, G] int32, along n; weight_g_idx; weight_shape. Or as in fp8
+    fp8, modelopt       weight [N, K] float8 (or int8); weight_scale, or weight_scale_inv, which multiplies, too:
+                        of the matrix, of each row or of each block of rows and columns
+    mxfp4               ..._blocks [(experts,) N, K/32, 16] uint8, two values a byte, the lower half first;
+                        ..._scales [(experts,) N, K/32] uint8, exponents
+
+Kernels take all of these as they are (kernels/formats.py), but for 3 and 2 bits, which become 4. The tensors say what
+they are; what the configuration says of them has to agree.
+
+Sources: AutoGPTQ, GPTQModel, AutoAWQ, compressed-tensors and transformers, as of 2025.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from math import gcd, prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastdeploy.config import DTYPES
+from fastdeploy.fields import Fields
+from fastdeploy.kernels.formats import FORMATS, GROUP, Format
+from fastdeploy.kernels.launch import cdiv
+from fastdeploy.kernels.packing import BYTES, PAIRS, Bits, Codes, Layout
+from fastdeploy.models.formats import power_of_two
+from fastdeploy.models.quantisation import Quantisation
+from fastdeploy.models.storage import Encoded, StoredTensor
+
+NIBBLES = Layout(1, 1, Bits(0, 1, 1, 4))  # an integer of up to 4 bits in each byte
+LAYOUTS = {2: Layout(4, 1, Bits(0, 1, 4, 2)), 3: NIBBLES, 4: PAIRS, 8: replace(BYTES, flipped=True)}
+AWQ_PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # of eight features in a word
+LONGEST_SPAN = 256
+EXPONENTS = "float8_e8m0fnu"
+SCALES = (*DTYPES, EXPONENTS)
+OF_ACTIVATIONS = "input_scale input_scale_ub input_zero_point output_scale q_scale k_scale v_scale".split()
+DISAGREES = "the file and its quantisation contradict each other; download both again, or use the unquantised model"
+
+Rows = Callable[[int, int], np.ndarray]  # rows(start, stop): of the output features
+
+
+class Parts:
+    """What a file has of one matrix: tensors by what their names end in. Their errors name file and tensor."""
+
+    def __init__(self, path: Path, module: str, tensors: dict[str, StoredTensor]):
+        self.path = path
+        self.module = module
+        self.tensors = tensors
+        self.used: set[str] = set()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def error(self, part: str, what: str) -> ValueError:
+        """For the caller to raise."""
+        return ValueError(f"{self.path}: tensor {self.module + part!r} {what}; {DISAGREES}")
+
+    def find(self, part: str, *dtypes: str, shape: tuple[int, ...] | None = None) -> StoredTensor | None:
+        """A tensor of one of these dtypes and, if given, this shape; None if there is none."""
+        tensor = self.tensors.get(part)
+        if tensor is None:
+            return None
+        self.used.add(part)
+        if tensor.dtype not in dtypes:
+            raise self.error(part, f"is stored as {tensor.dtype}, expected {' or '.join(dtypes)}")
+        if shape is not None and tensor.shape != shape:
+            raise self.error(part, f"has the shape {list(tensor.shape)}, expected {list(shape)}")
+        return tensor
+
+    def need(self, part: str, *dtypes: str, shape: tuple[int, ...] | None = None) -> StoredTensor:
+        """The same of one that has to be there."""
+        tensor = self.find(part, *dtypes, shape=shape)
+        if tensor is None:
+            raise self.error(part, f"is missing beside {', '.join(self.tensors)}")
+        return tensor
+
+    def matrix(self, part: str, *dtypes: str) -> StoredTensor:
+        """The same of a matrix, which is not empty."""
+        tensor = self.need(part, *dtypes)
+        if len(tensor.shape) != 2 or 0 in tensor.shape:
+            raise self.error(part, f"has the shape {list(tensor.shape)}, expected that of a matrix")
+        return tensor
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A quantised matrix [N, K], see above.
+
+    name: of the quantisation, for people.
+    format, layout: what kernels compute with, and how `blocks` has the integers; the format's span is filled in here.
+    width: weights along k that share a scale.
+    scale_part: the tensor that `scales` reads.
+    blocks: rows -> [n, bytes of a row] uint8.  scales, zeros: rows -> [n, G], bfloat16 as uint16; zeros may be None.
+    groups: the group of each k, [K], where that is not k // width.
+    """
+
+    parts: Parts
+    name: str
+    shape: tuple[int, int]
+    format: Format
+    layout: Layout
+    width: int
+    scale_part: str
+    blocks: Rows
+    scales: Rows
+    zeros: Rows | None = None
+    groups: np.ndarray | None = None
+
+    def stored(self) -> StoredTensor:
+        """As loading.py reads it."""
+        in_features = self.shape[1]
+        common = gcd(self.width, in_features) if self.width < in_features else in_features
+        span = next((span for span in range(LONGEST_SPAN, 0, -GROUP) if common % span == 0), None)
+        if span is None and in_features % GROUP == 0:
+            raise self.parts.error(
+                self.scale_part, f"has a scale for {self.width} weights; groups of multiples of {GROUP} can be read"
+            )
+        if span is None or self.groups is not None:  # floats: kernels have no way to say it
+            return StoredTensor(self.shape, "float32", "float32", self.parts.nbytes, self.values)
+        name = f"{self.format.name}, {self.format.scale} scales of {span} weights"
+        encoded = Encoded(replace(self.format, span=span, name=name), self.layout, partial(self._codes, span))
+        return StoredTensor(self.shape, "float32", self.name, self.parts.nbytes, self.values, encoded)
+
+    def _checked(self, start: int, stop: int) -> Codes:
+        """The rows as the file has them. Every row that is read comes by here."""
+        zeros = None if self.zeros is None else self.zeros(start, stop)
+        codes = Codes(self.blocks(start, stop), self.scales(start, stop), zeros)
+        damaged = self.format.floating and bool(((codes.blocks & 127) == 127).any())
+        if damaged or not codes.finite():
+            part, what = (".weight", "weights") if damaged else (self.scale_part, "scales")
+            raise ValueError(
+                f"{self.parts.path}: tensor {self.parts.module + part!r} has {what} that are NaN or infinite, for rows"
+                f" {start} to {stop}; the file is corrupt or was badly converted, download or convert it again"
+            )
+        return codes
+
+    def _codes(self, span: int, start: int, stop: int) -> Codes:
+        """Rows [start, stop) with scales and zeros for each `span` weights."""
+        codes, spans = self._checked(start, stop), self.shape[1] // span
+        scales, zeros = (
+            None if values is None else np.repeat(values, self.width // span, axis=1)[:, :spans]
+            for values in codes[1:3]
+        )
+        return Codes(codes.blocks, scales, zeros)
+
+    def values(self, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) as float32."""
+        codes, in_features = self._checked(start, stop), self.shape[1]
+        values = _meanings(self.format, self.layout)[_unpacked(codes.blocks, self.layout)[:, :in_features]]
+        groups = np.arange(in_features) // self.width if self.groups is None else self.groups
+        if codes.minimums is not None:
+            values -= codes.minimums.astype(np.float32)[:, groups]
+        scales = codes.scales
+        if scales.dtype == np.uint16:
+            scales = (scales.astype(np.uint32) << 16).view(np.float32)
+        return np.multiply(values, scales.astype(np.float32)[:, groups], out=values)
+
+
+def _unpacked(blocks: np.ndarray, layout: Layout) -> np.ndarray:
+    """The integers of rows of blocks, which are single bytes here, as uint8."""
+    _, _, share, width = layout.low
+    if share == 1:
+        return blocks
+    shifts = np.arange(share, dtype=np.uint8) * np.uint8(width)
+    return (blocks[:, :, None] >> shifts & np.uint8((1 << width) - 1)).reshape(len(blocks), -1)
+
+
+def _meanings(format: Format, layout: Layout) -> np.ndarray:
+    """What the bytes of `_unpacked` stand for, as float32, before scale and zero."""
+    codes = np.arange(1 << layout.low.width, dtype=np.uint8)
+    if format.floating:  # e4m3 in the place of a float16, whose exponents are less by 8
+        halves = (codes & 127).astype(np.uint16) << 7 | (codes & 128).astype(np.uint16) << 8
+        return halves.view(np.float16).astype(np.float32) * 256
+    if format.table:
+        return np.array(format.table, np.float32)
+    if format.bits == 8:
+        return (codes ^ 128 if layout.flipped else codes).view(np.int8).astype(np.float32)
+    return codes.astype(np.float32) - np.float32(format.offset)
+
+
+# What readers share
+
+
+def _integers(words: np.ndarray, bits: int) -> np.ndarray:
+    """[rows, W] int32 -> [rows, 32 W / bits] uint8: the bits of a row, the lowest first."""
+    rows = np.ascontiguousarray(words).view(np.uint8)
+    if bits == 8:
+        return rows
+    if 8 % bits == 0:
+        shifts = np.arange(0, 8, bits, dtype=np.uint8)
+        return (rows[:, :, None] >> shifts & np.uint8((1 << bits) - 1)).reshape(len(rows), -1)
+    single = np.unpackbits(rows, axis=1, bitorder="little").reshape(len(rows), -1, bits)
+    return single @ (1 << np.arange(bits)).astype(np.uint8)
+
+
+def _signed(zeros: np.ndarray, bits: int, added: int = 0) -> np.ndarray:
+    """Zeros of unsigned integers for the integers that kernels have: those of 8 bits have 128 less."""
+    return zeros.astype(np.int16) + np.int16(added - 128) if bits == 8 else zeros + np.uint8(added)
+
+
+def _of_integers(bits: int, scale: str, zeros: bool) -> Format:
+    """Integers of up to 8 bits, as unsigned in the file; without zeros of their own, half their range is zero."""
+    if bits == 8:
+        return Format("int8" + " with zeros" * zeros, 8, scale=scale, minimum="int16" if zeros else None)
+    if zeros:
+        return Format("int4 with zeros", 4, scale=scale, minimum="uint8")
+    return Format("int4", 4, offset=1 << (bits - 1), scale=scale)
+
+
+def _group_size(fields: Fields, *keys: str) -> int | None:
+    """Weights that share a scale; None for whole rows, which -1 stands for."""
+    key = next((key for key in keys if fields.values.get(key) is not None), keys[0])
+    size = fields.integer(key, default=-1, least=-1)
+    if size == 0:
+        raise fields.error(key, "must be a positive integer, or -1 for whole rows")
+    return None if size == -1 else size
+
+
+def _order(parts: Parts, part: str, in_features: int, width: int, needed: bool) -> np.ndarray | None:
+    """The group of each k by the tensor `part`; None where it says no more than the width does."""
+    count = cdiv(in_features, width)
+    if part not in parts.tensors and not (needed and count > 1):
+        return None
+    tensor = parts.need(part, "int32", "int64", shape=(in_features,))
+    groups = tensor.rows(0, in_features).astype(np.int64)
+    if groups.min() < 0 or groups.max() >= count:
+        raise parts.error(part, f"names the groups {groups.min()} to {groups.max()}; there are {count}")
+    return None if (groups == np.arange(in_features) // width).all() else groups
+
+
+def _by_columns(tensor: StoredTensor) -> Rows:
+    """The columns of [G, N], as rows."""
+    return lambda start, stop: np.ascontiguousarray(tensor.rows(0, tensor.shape[0])[:, start:stop].T)
+
+
+# GPTQ and AWQ
+
+
+def _gptq(fields: Fields) -> Callable[[Parts], Iterator[tuple[str, StoredTensor]]]:
+    bits, group_size = fields.integer("bits"), _group_size(fields, "group_size")
+    if bits not in LAYOUTS:
+        raise fields.error("bits", f"{', '.join(map(str, LAYOUTS))} can be read")
+    added = 0 if fields.text("checkpoint_format") == "gptq_v2" else 1
+    act_order = fields.flag("desc_act", default=False)
+    differ = bool(fields.values.get("dynamic") or fields.values.get("extra_config"))  # modules have bits of their own
+
+    def read(parts: Parts) -> Iterator[tuple[str, StoredTensor]]:
+        words = parts.matrix(".qweight", "int32")
+        scales, qzeros = parts.matrix(".scales", *DTYPES), parts.matrix(".qzeros", "int32")
+        out_features = words.shape[1]
+        own = qzeros.shape[1] * 32 // out_features if differ else bits
+        if own not in LAYOUTS or out_features * own % 32 or words.shape[0] * 32 % own:
+            raise parts.error(".qweight", f"has the shape {list(words.shape)}, which {own} bits a weight don't fill")
+        in_features = words.shape[0] * 32 // own
+        width = min(group_size or in_features, in_features)
+        if differ and scales.shape[0] != cdiv(in_features, width):
+            width = cdiv(in_features, scales.shape[0])
+        count = cdiv(in_features, width)
+        parts.need(".scales", *DTYPES, shape=(count, out_features))
+        parts.need(".qzeros", "int32", shape=(count, out_features * own // 32))
+
+        def blocks(start: int, stop: int) -> np.ndarray:
+            rows = np.ascontiguousarray(words.rows(0, words.shape[0])[:, start:stop].T)
+            return _integers(rows, own) if own == 3 else rows.view(np.uint8)
+
+        def zeros(start: int, stop: int) -> np.ndarray:
+            return _signed(_integers(qzeros.rows(0, count), own)[:, start:stop].T, own, added)
+
+        yield (
+            parts.module + ".weight",
+            Matrix(
+                parts,
+                f"GPTQ {own} bits",
+                (out_features, in_features),
+                _of_integers(own, scales.dtype, zeros=True),
+                LAYOUTS[own],
+                width,
+                ".scales",
+                blocks,
+                _by_columns(scales),
+                zeros,
+                _order(parts, ".g_idx", in_features, width, act_order),
+            ).stored(),
+        )
+
+    return read
+
+
+def _awq(fields: Fields) -> Callable[[Parts], Iterator[tuple[str, StoredTensor]]]:
+    key = "bits" if fields.values.get("bits") is not None else "w_bit"
+    if fields.integer(key) != 4:
+        raise fields.error(key, "4 can be read")
+    group_size = _group_size(fields, "group_size", "q_group_size")
+
+    def read(parts: Parts) -> Iterator[tuple[str, StoredTensor]]:
+        words = parts.matrix(".qweight", "int32")
+        in_features, out_features = words.shape[0], words.shape[1] * 8
+        width = min(group_size or in_features, in_features)
+        if in_features % width or width % 2:
+            raise parts.error(".qweight", f"has {in_features} rows, which are no groups of {width}")
+        count = in_features // width
+        scales = parts.need(".scales", *DTYPES, shape=(count, out_features))
+        qzeros = parts.need(".qzeros", "int32", shape=(count, words.shape[1]))
+
+        def blocks(start: int, stop: int) -> np.ndarray:
+            """Pairs along k, from words that have pairs of features."""
+            first, last = start // 8, cdiv(stop, 8)
+            rows = np.ascontiguousarray(words.rows(0, in_features)[:, first:last].T).view(np.uint8)
+            even, odd = rows.reshape(last - first, in_features // 2, 2, 4).transpose(2, 0, 1, 3)  # [words, K/2, 4]
+            pairs = np.stack([even & 15 | odd << 4, even >> 4 | odd & 240], axis=-1)
+            features = pairs.reshape(*even.shape[:2], 8).transpose(0, 2, 1)[:, AWQ_PLACES]
+            return features.reshape(-1, in_features // 2)[start - 8 * first : stop - 8 * first]
+
+        def zeros(start: int, stop: int) -> np.ndarray:
+            integers = _integers(qzeros.rows(0, count), 4).reshape(count, -1, 8)[:, :, AWQ_PLACES]
+            return integers.reshape(count, -1)[:, start:stop].T
+
+        yield (
+            parts.module + ".weight",
+            Matrix(
+                parts,
+                "AWQ 4 bits",
+                (out_features, in_features),
+                _of_integers(4, scales.dtype, zeros=True),
+                PAIRS,
+                width,
+                ".scales",
+                blocks,
+                _by_columns(scales),
+                zeros,
+            ).stored(),
+        )
+
+    return read
+
+
+# Integers and floats of 8 bits, compressed-tensors
+
+
+class Blocks(NamedTuple):
+    """Rows and columns of a matrix that share a scale; None for all."""
+
+    height: int | None
+    width: int | None
+
+    def of(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return min(self.height or shape[0], shape[0]), min(self.width or shape[1], shape[1])
+
+
+TENSOR, CHANNEL = Blocks(None, None), Blocks(1, None)
+
+
+class Scales(NamedTuple):
+    dtype: str
+    height: int
+    width: int
+    rows: Rows
+
+
+def _scales(parts: Parts, part: str, shape: tuple[int, int], allowed: Iterable[Blocks]) -> Scales:
+    """The scales of a matrix of this shape, in one of the `allowed` blocks: by whose shape the tensor has."""
+    tensor = parts.need(part, *SCALES)
+    expected = []
+    for blocks in allowed:
+        height, width = blocks.of(shape)
+        counts = cdiv(shape[0], height), cdiv(shape[1], width)
+        alike = [counts] + [counts[:1]] * (counts[1] == 1) + [()] * (counts == (1, 1))
+        if tensor.shape in alike:
+            break
+        expected.append(str(list(counts)))
+    else:
+        raise parts.error(
+            part, f"has the shape {list(tensor.shape)}; of a matrix {list(shape)} expected {' or '.join(expected)}"
+        )
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        first, last = start // height, cdiv(stop, height)
+        read = tensor.rows(first, last).reshape(last - first, counts[1])
+        if tensor.dtype == EXPONENTS:
+            read = power_of_two(read, 127)
+        return read if height == 1 else read[np.arange(start, stop) // height - first]
+
+    return Scales("bfloat16" if tensor.dtype == EXPONENTS else tensor.dtype, height, width, rows)
+
+
+def _bytes(parts: Parts, scale_part: str, allowed: Iterable[Blocks], *dtypes: str) -> Matrix:
+    """A matrix of float8 or int8."""
+    weight = parts.matrix(".weight", *dtypes)
+    shape = (weight.shape[0], weight.shape[1])
+    scales = _scales(parts, scale_part, shape, allowed)
+    zeros: Rows | None = None
+    if weight.dtype == "int8":
+        format, name = Format("int8", 8, scale=scales.dtype), "int8"
+        if ".weight_zero_point" in parts.tensors:
+            counts = cdiv(shape[0], scales.height), cdiv(shape[1], scales.width)
+            tensor = parts.need(".weight_zero_point", "int8", shape=counts)
+            zeros = lambda start, stop: tensor.rows(0, counts[0])[np.arange(start, stop) // scales.height]  # noqa: E731
+            format, name = replace(format, name="int8 with zeros", minimum="int8"), "int8 with zeros"
+    else:
+        format, name = replace(FORMATS["FP8"], scale=scales.dtype), "float8"
+    blocks = lambda start, stop: weight.rows(start, stop).view(np.uint8)  # noqa: E731
+    return Matrix(parts, name, shape, format, BYTES, scales.width, scale_part, blocks, scales.rows, zeros)
+
+
+def _float8(fields: Fields) -> Callable[[Parts], Iterator[tuple[str, StoredTensor]]]:
+    allowed = [TENSOR, CHANNEL]
+    if fields.list_of(int, "weight_block_size"):
+        allowed = [_block(fields, "weight_block_size")]
+
+    def read(parts: Parts) -> Iterator[tuple[str, StoredTensor]]:
+        scale = ".weight_scale" if ".weight_scale" in parts.tensors else ".weight_scale_inv"
+        yield parts.module + ".weight", _bytes(parts, scale, allowed, "float8_e4m3fn").stored()
+
+    return read
+
+
+def _block(fields: Fields, key: str) -> Blocks:
+    sizes = fields.list_of(int, key) or []
+    if len(sizes) != 2 or any(isinstance(size, bool) or not 0 < size < 1 << 31 for size in sizes):
+        raise fields.error(key, "must be two positive integers")
+    return Blocks(*sizes)
+
+
+class Scheme(NamedTuple):
+    """What one of "config_groups" says of weights."""
+
+    kind: str  # "int" or "float"
+    bits: int
+    symmetric: bool
+    blocks: Blocks
+    act_order: bool
+
+
+def _scheme(group: Any, source: str) -> Scheme | None:
+    weights = Fields(group if isinstance(group, dict) else {}, source).object("weights")
+    if weights is None:
+        return None
+    fields = Fields(weights, f"{source}: weights")
+    kind, strategy = fields.text("type") or "int", fields.text("strategy") or ""
+    group_size = _group_size(fields, "group_size")
+    strategy = strategy or ("group" if group_size else "tensor")
+    if strategy == "block":
+        blocks = _block(fields, "block_structure")
+    elif strategy in ("tensor", "channel", "group"):
+        blocks = {"tensor": TENSOR, "channel": CHANNEL, "group": Blocks(1, group_size)}[strategy]
+    else:
+        raise fields.error("strategy", "tensor, channel, group and block can be read")
+    bits = fields.integer("num_bits", default=8)
+    if (kind, bits) not in [("int", 4), ("int", 8), ("float", 8), ("float", 4)]:
+        raise fields.error("num_bits", f"int of 4 or 8 and float of 8 or 4 can be read, not {kind}")
+    order = fields.values.get("actorder") in ("group", True)
+    return Scheme(kind, bits, fields.flag("symmetric", default=True), blocks, order)
+
+
+def _compressed(fields: Fields) -> Callable[[Parts], Iterator[tuple[str, StoredTensor]]]:
+    """The schemes apply to modules whose names match; the tensors of a module say which of them it has."""
+    groups = fields.object("config_groups") or {}
+    found = [_scheme(group, f"{fields.source}: {name[:80]!r}") for name, group in groups.items()]
+    schemes = [scheme for scheme in found if scheme is not None]
+    if not schemes:
+        raise fields.error("config_groups", "expected a group that says how weights are quantised")
+
+    def read(parts: Parts) -> Iterator[tuple[str, StoredTensor]]:
+        part = ".weight_packed" if ".weight_packed" in parts.tensors else ".weight"
+        dtype = parts.matrix(part, "int32", "uint8", "int8", "float8_e4m3fn").dtype
+        kind = "float" if dtype in ("uint8", "float8_e4m3fn") else "int"
+        zeros = ".weight_zero_point" in parts.tensors
+        alike = [scheme for scheme in schemes if scheme.kind == kind and scheme.symmetric != zeros]
+        if not alike:
+            said = ", ".join(
+                f"{scheme.kind}{scheme.bits}" + " with zeros" * (not scheme.symmetric) for scheme in schemes
+            )
+            raise parts.error(part, f"holds {kind} weights{' with zeros' * zeros}, 'config_groups' say {said}")
+        if part == ".weight":
+            matrix = _bytes(parts, ".weight_scale", [scheme.blocks for scheme in alike], dtype)
+            order = any(scheme.act_order for scheme in alike)
+            groups = _order(parts, ".weight_g_idx", matrix.shape[1], matrix.width, order)
+            yield parts.module + ".weight", replace(matrix, groups=groups).stored()
+        elif dtype == "uint8":
+            yield parts.module + ".weight", _fp4(parts, ".weight_packed", ".weight_scale").stored()
+        else:
+            yield parts.module + ".weight", _packed(parts, alike).stored()
+
+    return read
+
+
+def _packed(parts: Parts, schemes: list[Scheme]) -> Matrix:
+    """A matrix of integers in words, of compressed-tensors."""
+    words = parts.need(".weight_packed", "int32")
+    sizes = parts.need(".weight_shape", "int64", "int32", shape=(2,)).rows(0, 2).tolist()
+    out_features, in_features = sizes
+    fitting = [s for s in schemes if words.shape == (out_features, cdiv(max(in_features, 1) * s.bits, 32))]
+    if not fitting:
+        said = " or ".join(dict.fromkeys(str(scheme.bits) for scheme in schemes))
+        raise parts.error(
+            ".weight_packed",
+            f"has the shape {list(words.shape)}; weight_shape is {sizes}, and 'config_groups' say {said} bits",
+        )
+    bits, per_word = fitting[0].bits, 32 // fitting[0].bits
+    scales = _scales(parts, ".weight_scale", (out_features, in_features), [scheme.blocks for scheme in fitting])
+    count = cdiv(in_features, scales.width)
+    zeros: Rows | None = None
+    if ".weight_zero_point" in parts.tensors:
+        packed = parts.need(".weight_zero_point", "int32", shape=(cdiv(out_features, per_word), count))
+
+        def zeros(start: int, stop: int) -> np.ndarray:
+            first, last = start // per_word, cdiv(stop, per_word)
+            integers = _integers(packed.rows(first, last).T, bits).T
+            return _signed(integers[start - first * per_word : stop - first * per_word], bits)
+
+    return Matrix(
+        parts,
+        f"compressed-tensors int{bits}",
+        (out_features, in_features),
+        _of_integers(bits, scales.dtype, zeros is not None),
+        LAYOUTS[bits],
+        scales.width,
+        ".weight_scale",
+        lambda start, stop: words.rows(start, stop).view(np.uint8),
+        scales.rows,
+        zeros,
+        _order(parts, ".weight_g_idx", in_features, scales.width, any(scheme.act_order for scheme in fitting)),
+    )
+
+
+# MXFP4
+
+
+def _fp4(parts: Parts, block_part: str, scale_part: str) -> Matrix:
+    """Pairs of e2m1 and a power of two for 32 of them; of several experts, all rows, one expert after the other."""
+    blocks = parts.need(block_part, "uint8")
+    scales = parts.need(scale_part, "uint8", EXPONENTS)
+    count = scales.shape[-1] if scales.shape else 0
+    width = (count, 16) if len(blocks.shape) > len(scales.shape) else (16 * count,)
+    if len(scales.shape) < 2 or 0 in scales.shape or blocks.shape != (*scales.shape[:-1], *width):
+        raise parts.error(block_part, f"has the shape {list(blocks.shape)}, and its scales {list(scales.shape)}")
+    height = prod(scales.shape[1:-1])  # rows in one of the first dimension
+
+    def rows(tensor: StoredTensor, length: int, start: int, stop: int) -> np.ndarray:
+        first, last = start // height, cdiv(stop, height)
+        read = tensor.rows(first, last).reshape((last - first) * height, length)
+        return read[start - first * height : stop - first * height]
+
+    exponents = partial(rows, scales, count)
+    return Matrix(
+        parts,
+        "MXFP4 in pairs",
+        (scales.shape[0] * height, count * 32),
+        FORMATS["MXFP4"],
+        PAIRS,
+        32,
+        scale_part,
+        partial(rows, blocks, 16 * count),
+        lambda start, stop: power_of_two(exponents(start, stop), 128),  # 128, as the table holds twice the values
+    )
+
+
+def _mxfp4(fields: Fields) -> Callable[[Parts], Iterator[tuple[str, StoredTensor]]]:
+    """Experts' tensors, three-dimensional as a whole, become "<experts>.<number>.<module>.weight"."""
+
+    def read(parts: Parts) -> Iterator[tuple[str, StoredTensor]]:
+        stored, shape = _fp4(parts, "_blocks", "_scales").stored(), parts.tensors["_scales"].shape
+        if len(shape) == 2:
+            yield parts.module + ".weight", stored
+            return
+        experts, _, module = parts.module.rpartition(".")
+        height = prod(shape[1:-1])
+        for index in range(shape[0]):
+            yield f"{experts}.{index}.{module}.weight", stored.part(index * height, height)
+
+    return read
+
+
+# All
+
+
+class Method(NamedTuple):
+    """suffixes: what the tensors of a quantised matrix end in.  reader: of the configuration, which it checks."""
+
+    suffixes: tuple[str, ...]
+    reader: Callable[[Fields], Callable[[Parts], Iterator[tuple[str, StoredTensor]]]]
+
+
+_FLOAT8 = Method((".weight", ".weight_scale", ".weight_scale_inv"), _float8)
+METHODS = {
+    "gptq": Method((".qweight", ".qzeros", ".scales", ".g_idx"), _gptq),
+    "awq": Method((".qweight", ".qzeros", ".scales"), _awq),
+    "compressed-tensors": Method(
+        (
+            *(".weight_packed", ".weight", ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx"),
+            ".weight_global_scale",
+        ),
+        _compressed,
+    ),
+    "fp8": _FLOAT8,
+    "fbgemm_fp8": _FLOAT8,
+    "modelopt": _FLOAT8,
+    "mxfp4": Method(("_blocks", "_scales"), _mxfp4),
+}
+
+
+def read_quantised(path: Path, tensors: dict[str, StoredTensor], quantisation: Quantisation) -> dict[str, StoredTensor]:
+    """The tensors of a quantised checkpoint as those of one that isn't: "<module>.weight" for each module.
+
+    path: names the checkpoint in errors. Little is read: the orders of groups, and shapes that are stored as tensors.
+    Raises ValueError if the tensors aren't what the method has, or what the configuration says.
+    """
+    suffixes, reader = METHODS[quantisation.method]
+    read = reader(quantisation.fields)
+    modules: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
+    found: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), None)
+        if suffix is not None:
+            modules[name.removesuffix(suffix)][suffix] = tensor
+        elif name.rpartition(".")[2] not in OF_ACTIVATIONS:
+            found[name] = tensor
+    quantised = 0
+    for module, of_module in modules.items():
+        if of_module.keys() == {".weight"} and of_module[".weight"].dtype in DTYPES:
+            found[f"{module}.weight"] = of_module[".weight"]
+            continue
+        quantised += 1
+        parts = Parts(path, module, of_module)
+        for name, tensor in read(parts):
+            if name in found:
+                raise ValueError(f"{path}: tensor {name!r} is there as it is and quantised; {DISAGREES}")
+            found[name] = tensor
+        if more := parts.tensors.keys() - parts.used:
+            raise parts.error(min(more), f"is not expected beside {', '.join(sorted(parts.used))}")
+    if not quantised:
+        raise ValueError(
+            f"{quantisation.fields.source} says that the weights are quantised, by {quantisation.method}; no tensor is,"
+            f" of those that end in {', '.join(suffixes)}; {DISAGREES}"
+        )
+    return found
