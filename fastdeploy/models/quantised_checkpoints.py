@@ -21,11 +21,12 @@ Sources: AutoGPTQ, GPTQModel, AutoAWQ, compressed-tensors and transformers, as o
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from math import gcd, prod
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ from fastdeploy.models.storage import Encoded, StoredTensor
 NIBBLES = Layout(1, 1, Bits(0, 1, 1, 4))  # an integer of up to 4 bits in each byte
 LAYOUTS = {2: Layout(4, 1, Bits(0, 1, 4, 2)), 3: NIBBLES, 4: PAIRS, 8: replace(BYTES, flipped=True)}
 AWQ_PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # of eight features in a word
-LONGEST_SPAN = 256
+SPANS = range(256, 0, -GROUP)  # weights that may share an element of a plane of scales, the longest first
 EXPONENTS = "float8_e8m0fnu"
 SCALES = (*DTYPES, EXPONENTS)
 OF_ACTIVATIONS = "input_scale input_scale_ub input_zero_point output_scale q_scale k_scale v_scale".split()
@@ -102,10 +103,9 @@ class Matrix:
 
     name: of the quantisation, for people.
     format, layout: what kernels compute with, and how `blocks` has the integers; the format's span is filled in here.
-    width: weights along k that share a scale.
+    groups: the group of each k, [K].
     scale_part: the tensor that `scales` reads.
     blocks: rows -> [n, bytes of a row] uint8.  scales, zeros: rows -> [n, G], bfloat16 as uint16; zeros may be None.
-    groups: the group of each k, [K], where that is not k // width.
     """
 
     parts: Parts
@@ -113,27 +113,29 @@ class Matrix:
     shape: tuple[int, int]
     format: Format
     layout: Layout
-    width: int
+    groups: np.ndarray
     scale_part: str
     blocks: Rows
     scales: Rows
     zeros: Rows | None = None
-    groups: np.ndarray | None = None
 
     def stored(self) -> StoredTensor:
-        """As loading.py reads it."""
-        in_features = self.shape[1]
-        common = gcd(self.width, in_features) if self.width < in_features else in_features
-        span = next((span for span in range(LONGEST_SPAN, 0, -GROUP) if common % span == 0), None)
-        if span is None and in_features % GROUP == 0:
-            raise self.parts.error(
-                self.scale_part, f"has a scale for {self.width} weights; groups of multiples of {GROUP} can be read"
-            )
-        if span is None or self.groups is not None:  # floats: kernels have no way to say it
+        """As loading.py reads it: with act order, kernels get the columns of a group side by side."""
+        order = None if (np.diff(self.groups) >= 0).all() else np.argsort(self.groups, kind="stable").astype(np.int32)
+        groups = self.groups if order is None else self.groups[order]
+        span = next((span for span in SPANS if _constant(groups, span)), None)
+        if span is None:  # floats
             return StoredTensor(self.shape, "float32", "float32", self.parts.nbytes, self.values)
-        name = f"{self.format.name}, {self.format.scale} scales of {span} weights"
-        encoded = Encoded(replace(self.format, span=span, name=name), self.layout, partial(self._codes, span))
-        return StoredTensor(self.shape, "float32", self.name, self.parts.nbytes, self.values, encoded)
+        kernels = replace(
+            self.format, span=span, name=f"{self.format.name}, {self.format.scale} scales of {span} weights"
+        )
+        if order is None:
+            encoded = Encoded(kernels, self.layout, partial(self._codes, groups[::span]))
+        else:
+            layout = replace(self.layout, weights=1, size=1, low=Bits(0, 1, 1, max(self.layout.low.width, 4)))
+            encoded = Encoded(kernels, layout, partial(self._ordered_codes, groups[::span], order), order)
+        name = self.name + ", act order" * (order is not None)
+        return StoredTensor(self.shape, "float32", name, self.parts.nbytes, self.values, encoded)
 
     def _checked(self, start: int, stop: int) -> Codes:
         """The rows as the file has them. Every row that is read comes by here."""
@@ -148,26 +150,39 @@ class Matrix:
             )
         return codes
 
-    def _codes(self, span: int, start: int, stop: int) -> Codes:
-        """Rows [start, stop) with scales and zeros for each `span` weights."""
-        codes, spans = self._checked(start, stop), self.shape[1] // span
-        scales, zeros = (
-            None if values is None else np.repeat(values, self.width // span, axis=1)[:, :spans]
-            for values in codes[1:3]
-        )
-        return Codes(codes.blocks, scales, zeros)
+    def _codes(self, groups: np.ndarray, start: int, stop: int) -> Codes:
+        """Rows [start, stop) as kernels take them, given the group of each span."""
+        blocks, scales, zeros, _ = self._checked(start, stop)
+        return Codes(blocks, scales[:, groups], None if zeros is None else zeros[:, groups])
+
+    def _ordered_codes(self, groups: np.ndarray, order: np.ndarray, start: int, stop: int) -> Codes:
+        """The same with the columns in this order, an integer in each byte."""
+        codes = self._codes(groups, start, stop)
+        return codes._replace(blocks=_unpacked(codes.blocks, self.layout).take(order, axis=1))
 
     def values(self, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) as float32."""
         codes, in_features = self._checked(start, stop), self.shape[1]
         values = _meanings(self.format, self.layout)[_unpacked(codes.blocks, self.layout)[:, :in_features]]
-        groups = np.arange(in_features) // self.width if self.groups is None else self.groups
         if codes.minimums is not None:
-            values -= codes.minimums.astype(np.float32)[:, groups]
+            values -= codes.minimums.astype(np.float32)[:, self.groups]
         scales = codes.scales
         if scales.dtype == np.uint16:
             scales = (scales.astype(np.uint32) << 16).view(np.float32)
-        return np.multiply(values, scales.astype(np.float32)[:, groups], out=values)
+        return np.multiply(values, scales.astype(np.float32)[:, self.groups], out=values)
+
+
+def _constant(groups: np.ndarray, span: int) -> bool:
+    """Whether each `span` weights along k are of one group."""
+    if len(groups) % span:
+        return False
+    spans = groups.reshape(-1, span)
+    return bool((spans == spans[:, :1]).all())
+
+
+def _regular(in_features: int, width: int) -> np.ndarray:
+    """The group of each k where `width` weights that follow each other share a scale."""
+    return np.arange(in_features) // width
 
 
 def _unpacked(blocks: np.ndarray, layout: Layout) -> np.ndarray:
@@ -230,16 +245,16 @@ def _group_size(fields: Fields, *keys: str) -> int | None:
     return None if size == -1 else size
 
 
-def _order(parts: Parts, part: str, in_features: int, width: int, needed: bool) -> np.ndarray | None:
-    """The group of each k by the tensor `part`; None where it says no more than the width does."""
+def _groups(parts: Parts, part: str, in_features: int, width: int, act_order: bool) -> np.ndarray:
+    """The group of each k by the tensor `part`, without which there is no act order, or by their width."""
     count = cdiv(in_features, width)
-    if part not in parts.tensors and not (needed and count > 1):
-        return None
+    if part not in parts.tensors and not (act_order and count > 1):
+        return _regular(in_features, width)
     tensor = parts.need(part, "int32", "int64", shape=(in_features,))
     groups = tensor.rows(0, in_features).astype(np.int64)
     if groups.min() < 0 or groups.max() >= count:
-        raise parts.error(part, f"names the groups {groups.min()} to {groups.max()}; there are {count}")
-    return None if (groups == np.arange(in_features) // width).all() else groups
+        raise parts.error(part, f"names the groups {groups.min()} to {groups.max()}; there are {count}, from 0 on")
+    return groups
 
 
 def _by_columns(tensor: StoredTensor) -> Rows:
@@ -288,12 +303,11 @@ def _gptq(fields: Fields) -> Callable[[Parts], Iterator[tuple[str, StoredTensor]
                 (out_features, in_features),
                 _of_integers(own, scales.dtype, zeros=True),
                 LAYOUTS[own],
-                width,
+                _groups(parts, ".g_idx", in_features, width, act_order),
                 ".scales",
                 blocks,
                 _by_columns(scales),
                 zeros,
-                _order(parts, ".g_idx", in_features, width, act_order),
             ).stored(),
         )
 
@@ -337,7 +351,7 @@ def _awq(fields: Fields) -> Callable[[Parts], Iterator[tuple[str, StoredTensor]]
                 (out_features, in_features),
                 _of_integers(4, scales.dtype, zeros=True),
                 PAIRS,
-                width,
+                _regular(in_features, width),
                 ".scales",
                 blocks,
                 _by_columns(scales),
@@ -397,7 +411,7 @@ def _scales(parts: Parts, part: str, shape: tuple[int, int], allowed: Iterable[B
     return Scales("bfloat16" if tensor.dtype == EXPONENTS else tensor.dtype, height, width, rows)
 
 
-def _bytes(parts: Parts, scale_part: str, allowed: Iterable[Blocks], *dtypes: str) -> Matrix:
+def _bytes(parts: Parts, scale_part: str, allowed: Iterable[Blocks], *dtypes: str, act_order: bool = False) -> Matrix:
     """A matrix of float8 or int8."""
     weight = parts.matrix(".weight", *dtypes)
     shape = (weight.shape[0], weight.shape[1])
@@ -413,7 +427,8 @@ def _bytes(parts: Parts, scale_part: str, allowed: Iterable[Blocks], *dtypes: st
     else:
         format, name = replace(FORMATS["FP8"], scale=scales.dtype), "float8"
     blocks = lambda start, stop: weight.rows(start, stop).view(np.uint8)  # noqa: E731
-    return Matrix(parts, name, shape, format, BYTES, scales.width, scale_part, blocks, scales.rows, zeros)
+    groups = _groups(parts, ".weight_g_idx", shape[1], scales.width, act_order)
+    return Matrix(parts, name, shape, format, BYTES, groups, scale_part, blocks, scales.rows, zeros)
 
 
 def _float8(fields: Fields) -> Callable[[Parts], Iterator[tuple[str, StoredTensor]]]:
@@ -486,10 +501,9 @@ def _compressed(fields: Fields) -> Callable[[Parts], Iterator[tuple[str, StoredT
             )
             raise parts.error(part, f"holds {kind} weights{' with zeros' * zeros}, 'config_groups' say {said}")
         if part == ".weight":
-            matrix = _bytes(parts, ".weight_scale", [scheme.blocks for scheme in alike], dtype)
-            order = any(scheme.act_order for scheme in alike)
-            groups = _order(parts, ".weight_g_idx", matrix.shape[1], matrix.width, order)
-            yield parts.module + ".weight", replace(matrix, groups=groups).stored()
+            act_order = any(scheme.act_order for scheme in alike)
+            blocks = [scheme.blocks for scheme in alike]
+            yield parts.module + ".weight", _bytes(parts, ".weight_scale", blocks, dtype, act_order=act_order).stored()
         elif dtype == "uint8":
             yield parts.module + ".weight", _fp4(parts, ".weight_packed", ".weight_scale").stored()
         else:
@@ -528,12 +542,11 @@ def _packed(parts: Parts, schemes: list[Scheme]) -> Matrix:
         (out_features, in_features),
         _of_integers(bits, scales.dtype, zeros is not None),
         LAYOUTS[bits],
-        scales.width,
+        _groups(parts, ".weight_g_idx", in_features, scales.width, any(scheme.act_order for scheme in fitting)),
         ".weight_scale",
         lambda start, stop: words.rows(start, stop).view(np.uint8),
         scales.rows,
         zeros,
-        _order(parts, ".weight_g_idx", in_features, scales.width, any(scheme.act_order for scheme in fitting)),
     )
 
 
@@ -562,7 +575,7 @@ def _fp4(parts: Parts, block_part: str, scale_part: str) -> Matrix:
         (scales.shape[0] * height, count * 32),
         FORMATS["MXFP4"],
         PAIRS,
-        32,
+        _regular(count * 32, 32),
         scale_part,
         partial(rows, blocks, 16 * count),
         lambda start, stop: power_of_two(exponents(start, stop), 128),  # 128, as the table holds twice the values
@@ -586,6 +599,9 @@ def _mxfp4(fields: Fields) -> Callable[[Parts], Iterator[tuple[str, StoredTensor
 
 
 # All
+
+
+logger = logging.getLogger("fastdeploy")
 
 
 class Method(NamedTuple):
@@ -621,30 +637,48 @@ def read_quantised(path: Path, tensors: dict[str, StoredTensor], quantisation: Q
     """
     suffixes, reader = METHODS[quantisation.method]
     read = reader(quantisation.fields)
-    modules: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
+    found, modules = _by_module(tensors, suffixes)
+    if not modules:
+        raise ValueError(
+            f"{quantisation.fields.source} says that the weights are quantised, by {quantisation.method}; no tensor is,"
+            f" of those that end in {', '.join(suffixes)}; {DISAGREES}"
+        )
+    floats = []
+    for module, of_module in modules.items():
+        parts = Parts(path, module, of_module)
+        for name, tensor in read(parts):
+            if name in found:
+                raise ValueError(f"{path}: tensor {name!r} is there as it is and quantised; {DISAGREES}")
+            found[name] = tensor
+            if tensor.encoded is None:
+                floats.append(name)
+        if more := parts.tensors.keys() - parts.used:
+            raise parts.error(min(more), f"is not expected beside {', '.join(sorted(parts.used))}")
+    if floats:
+        why = f"kernels take groups and rows of multiples of {GROUP} weights"
+        logger.warning("%s: %d tensors are kept in floats, as %s (%s ...)", path, len(floats), why, floats[0])
+    return found
+
+
+def _by_module(
+    tensors: dict[str, StoredTensor], suffixes: tuple[str, ...]
+) -> tuple[dict[str, StoredTensor], dict[str, dict[str, StoredTensor]]]:
+    """The tensors that are no part of a quantised matrix, and by module and suffix those that are."""
     found: dict[str, StoredTensor] = {}
+    modules: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         suffix = next((suffix for suffix in suffixes if name.endswith(suffix)), None)
         if suffix is not None:
             modules[name.removesuffix(suffix)][suffix] = tensor
         elif name.rpartition(".")[2] not in OF_ACTIVATIONS:
             found[name] = tensor
-    quantised = 0
-    for module, of_module in modules.items():
-        if of_module.keys() == {".weight"} and of_module[".weight"].dtype in DTYPES:
-            found[f"{module}.weight"] = of_module[".weight"]
-            continue
-        quantised += 1
-        parts = Parts(path, module, of_module)
-        for name, tensor in read(parts):
-            if name in found:
-                raise ValueError(f"{path}: tensor {name!r} is there as it is and quantised; {DISAGREES}")
-            found[name] = tensor
-        if more := parts.tensors.keys() - parts.used:
-            raise parts.error(min(more), f"is not expected beside {', '.join(sorted(parts.used))}")
-    if not quantised:
-        raise ValueError(
-            f"{quantisation.fields.source} says that the weights are quantised, by {quantisation.method}; no tensor is,"
-            f" of those that end in {', '.join(suffixes)}; {DISAGREES}"
-        )
-    return found
+    for module, parts in list(modules.items()):
+        if parts.keys() == {".weight"} and parts[".weight"].dtype in DTYPES:
+            found[f"{module}.weight"] = modules.pop(module)[".weight"]
+    return found, modules
+
+
+def empty_biases(tensors: dict[str, StoredTensor]) -> frozenset[str]:
+    """The biases that are zeros: AutoGPTQ long gave one to every layer, which most models don't have."""
+    names = [name for name, tensor in tensors.items() if name.endswith(".bias") and len(tensor.shape) == 1]
+    return frozenset(name for name in names if not tensors[name].rows(0, tensors[name].num_rows).any())

@@ -125,6 +125,9 @@ class Encoded:
     format: Format
     layout: Layout
     rows: Callable[[int, int], Codes]  # rows(start, stop)
+    order: np.ndarray | None = (
+        None  # [K] int32, of the weights of `rows` as columns of the matrix; None for as they are
+    )
 
 
 @dataclass(frozen=True)
