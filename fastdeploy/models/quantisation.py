@@ -90,7 +90,7 @@ def _method(key: str, said: Any) -> str:
     if isinstance(said, dict):
         names = [said[name] for name in NAMES if isinstance(said.get(name), str) and said[name]]
         if names:
-            return names[0][:40].lower()
+            return names[0][:40].lower() if names[0].isprintable() else reprlib.repr(names[0])
         if "load_in_4bit" in said or "load_in_8bit" in said:
             return "bitsandbytes"
         if key == "quantization" and "group_size" in said:

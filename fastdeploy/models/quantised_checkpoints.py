@@ -169,7 +169,8 @@ class Matrix:
         scales = codes.scales
         if scales.dtype == np.uint16:
             scales = (scales.astype(np.uint32) << 16).view(np.float32)
-        return np.multiply(values, scales.astype(np.float32)[:, self.groups], out=values)
+        with np.errstate(over="ignore"):  # as kernels do
+            return np.multiply(values, scales.astype(np.float32)[:, self.groups], out=values)
 
 
 def _constant(groups: np.ndarray, span: int) -> bool:

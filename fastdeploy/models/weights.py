@@ -127,7 +127,7 @@ class Checkpoint:
         return [name for name in self._tensors if name not in self._read]
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """Raises ValueError unless the tensors `expected` (name -> shape) are there; others only if they are needless."""
+        """Raises ValueError unless the tensors `expected` (name -> shape) are all there; others may be, if needless."""
         missing = [name for name in expected if name not in self._tensors]
         unexpected = [name for name in self._tensors if name not in expected and name not in self._needless]
         misshapen = [
