@@ -22,9 +22,10 @@ Sources: AutoGPTQ, GPTQModel, AutoAWQ, compressed-tensors and transformers, as o
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -36,149 +37,25 @@ from fastdeploy.config import DTYPES
 from fastdeploy.fields import Fields
 from fastdeploy.kernels.formats import FORMATS, GROUP, Format
 from fastdeploy.kernels.launch import cdiv
-from fastdeploy.kernels.packing import BYTES, PAIRS, Bits, Codes, Layout
+from fastdeploy.kernels.packing import BYTES, PAIRS, Bits, Layout
 from fastdeploy.models.formats import power_of_two
 from fastdeploy.models.quantisation import Quantisation
-from fastdeploy.models.storage import Encoded, StoredTensor
+from fastdeploy.models.quantised_matrix import DISAGREES, Matrix, Parts, Rows, unpacked_words
+from fastdeploy.models.storage import StoredTensor
+
+logger = logging.getLogger("fastdeploy")
 
 NIBBLES = Layout(1, 1, Bits(0, 1, 1, 4))  # an integer of up to 4 bits in each byte
 LAYOUTS = {2: Layout(4, 1, Bits(0, 1, 4, 2)), 3: NIBBLES, 4: PAIRS, 8: replace(BYTES, flipped=True)}
 AWQ_PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # of eight features in a word
-SPANS = range(256, 0, -GROUP)  # weights that may share an element of a plane of scales, the longest first
 EXPONENTS = "float8_e8m0fnu"
 SCALES = (*DTYPES, EXPONENTS)
 OF_ACTIVATIONS = "input_scale input_scale_ub input_zero_point output_scale q_scale k_scale v_scale".split()
-DISAGREES = "the file and its quantisation contradict each other; download both again, or use the unquantised model"
 
-Rows = Callable[[int, int], np.ndarray]  # rows(start, stop): of the output features
-
-
-class Parts:
-    """What a file has of one matrix: tensors by what their names end in. Their errors name file and tensor."""
-
-    def __init__(self, path: Path, module: str, tensors: dict[str, StoredTensor]):
-        self.path = path
-        self.module = module
-        self.tensors = tensors
-        self.used: set[str] = set()
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    def error(self, part: str, what: str) -> ValueError:
-        """For the caller to raise."""
-        return ValueError(f"{self.path}: tensor {self.module + part!r} {what}; {DISAGREES}")
-
-    def find(self, part: str, *dtypes: str, shape: tuple[int, ...] | None = None) -> StoredTensor | None:
-        """A tensor of one of these dtypes and, if given, this shape; None if there is none."""
-        tensor = self.tensors.get(part)
-        if tensor is None:
-            return None
-        self.used.add(part)
-        if tensor.dtype not in dtypes:
-            raise self.error(part, f"is stored as {tensor.dtype}, expected {' or '.join(dtypes)}")
-        if shape is not None and tensor.shape != shape:
-            raise self.error(part, f"has the shape {list(tensor.shape)}, expected {list(shape)}")
-        return tensor
-
-    def need(self, part: str, *dtypes: str, shape: tuple[int, ...] | None = None) -> StoredTensor:
-        """The same of one that has to be there."""
-        tensor = self.find(part, *dtypes, shape=shape)
-        if tensor is None:
-            raise self.error(part, f"is missing beside {', '.join(self.tensors)}")
-        return tensor
-
-    def matrix(self, part: str, *dtypes: str) -> StoredTensor:
-        """The same of a matrix, which is not empty."""
-        tensor = self.need(part, *dtypes)
-        if len(tensor.shape) != 2 or 0 in tensor.shape:
-            raise self.error(part, f"has the shape {list(tensor.shape)}, expected that of a matrix")
-        return tensor
+Reader = Callable[[Parts], Matrix]
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """A quantised matrix [N, K], see above.
-
-    name: of the quantisation, for people.
-    format, layout: what kernels compute with, and how `blocks` has the integers; the format's span is filled in here.
-    groups: the group of each k, [K].
-    scale_part: the tensor that `scales` reads.
-    blocks: rows -> [n, bytes of a row] uint8.  scales, zeros: rows -> [n, G], bfloat16 as uint16; zeros may be None.
-    """
-
-    parts: Parts
-    name: str
-    shape: tuple[int, int]
-    format: Format
-    layout: Layout
-    groups: np.ndarray
-    scale_part: str
-    blocks: Rows
-    scales: Rows
-    zeros: Rows | None = None
-
-    def stored(self) -> StoredTensor:
-        """As loading.py reads it: with act order, kernels get the columns of a group side by side."""
-        order = None if (np.diff(self.groups) >= 0).all() else np.argsort(self.groups, kind="stable").astype(np.int32)
-        groups = self.groups if order is None else self.groups[order]
-        span = next((span for span in SPANS if _constant(groups, span)), None)
-        if span is None:  # floats
-            return StoredTensor(self.shape, "float32", "float32", self.parts.nbytes, self.values)
-        kernels = replace(
-            self.format, span=span, name=f"{self.format.name}, {self.format.scale} scales of {span} weights"
-        )
-        if order is None:
-            encoded = Encoded(kernels, self.layout, partial(self._codes, groups[::span]))
-        else:
-            layout = replace(self.layout, weights=1, size=1, low=Bits(0, 1, 1, max(self.layout.low.width, 4)))
-            encoded = Encoded(kernels, layout, partial(self._ordered_codes, groups[::span], order), order)
-        name = self.name + ", act order" * (order is not None)
-        return StoredTensor(self.shape, "float32", name, self.parts.nbytes, self.values, encoded)
-
-    def _checked(self, start: int, stop: int) -> Codes:
-        """The rows as the file has them. Every row that is read comes by here."""
-        zeros = None if self.zeros is None else self.zeros(start, stop)
-        codes = Codes(self.blocks(start, stop), self.scales(start, stop), zeros)
-        damaged = self.format.floating and bool(((codes.blocks & 127) == 127).any())
-        if damaged or not codes.finite():
-            part, what = (".weight", "weights") if damaged else (self.scale_part, "scales")
-            raise ValueError(
-                f"{self.parts.path}: tensor {self.parts.module + part!r} has {what} that are NaN or infinite, for rows"
-                f" {start} to {stop}; the file is corrupt or was badly converted, download or convert it again"
-            )
-        return codes
-
-    def _codes(self, groups: np.ndarray, start: int, stop: int) -> Codes:
-        """Rows [start, stop) as kernels take them, given the group of each span."""
-        blocks, scales, zeros, _ = self._checked(start, stop)
-        return Codes(blocks, scales[:, groups], None if zeros is None else zeros[:, groups])
-
-    def _ordered_codes(self, groups: np.ndarray, order: np.ndarray, start: int, stop: int) -> Codes:
-        """The same with the columns in this order, an integer in each byte."""
-        codes = self._codes(groups, start, stop)
-        return codes._replace(blocks=_unpacked(codes.blocks, self.layout).take(order, axis=1))
-
-    def values(self, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) as float32."""
-        codes, in_features = self._checked(start, stop), self.shape[1]
-        values = _meanings(self.format, self.layout)[_unpacked(codes.blocks, self.layout)[:, :in_features]]
-        if codes.minimums is not None:
-            values -= codes.minimums.astype(np.float32)[:, self.groups]
-        scales = codes.scales
-        if scales.dtype == np.uint16:
-            scales = (scales.astype(np.uint32) << 16).view(np.float32)
-        with np.errstate(over="ignore"):  # as kernels do
-            return np.multiply(values, scales.astype(np.float32)[:, self.groups], out=values)
-
-
-def _constant(groups: np.ndarray, span: int) -> bool:
-    """Whether each `span` weights along k are of one group."""
-    if len(groups) % span:
-        return False
-    spans = groups.reshape(-1, span)
-    return bool((spans == spans[:, :1]).all())
+# What readers share
 
 
 def _regular(in_features: int, width: int) -> np.ndarray:
@@ -186,44 +63,7 @@ def _regular(in_features: int, width: int) -> np.ndarray:
     return np.arange(in_features) // width
 
 
-def _unpacked(blocks: np.ndarray, layout: Layout) -> np.ndarray:
-    """The integers of rows of blocks, which are single bytes here, as uint8."""
-    _, _, share, width = layout.low
-    if share == 1:
-        return blocks
-    shifts = np.arange(share, dtype=np.uint8) * np.uint8(width)
-    return (blocks[:, :, None] >> shifts & np.uint8((1 << width) - 1)).reshape(len(blocks), -1)
-
-
-def _meanings(format: Format, layout: Layout) -> np.ndarray:
-    """What the bytes of `_unpacked` stand for, as float32, before scale and zero."""
-    codes = np.arange(1 << layout.low.width, dtype=np.uint8)
-    if format.floating:  # e4m3 in the place of a float16, whose exponents are less by 8
-        halves = (codes & 127).astype(np.uint16) << 7 | (codes & 128).astype(np.uint16) << 8
-        return halves.view(np.float16).astype(np.float32) * 256
-    if format.table:
-        return np.array(format.table, np.float32)
-    if format.bits == 8:
-        return (codes ^ 128 if layout.flipped else codes).view(np.int8).astype(np.float32)
-    return codes.astype(np.float32) - np.float32(format.offset)
-
-
-# What readers share
-
-
-def _integers(words: np.ndarray, bits: int) -> np.ndarray:
-    """[rows, W] int32 -> [rows, 32 W / bits] uint8: the bits of a row, the lowest first."""
-    rows = np.ascontiguousarray(words).view(np.uint8)
-    if bits == 8:
-        return rows
-    if 8 % bits == 0:
-        shifts = np.arange(0, 8, bits, dtype=np.uint8)
-        return (rows[:, :, None] >> shifts & np.uint8((1 << bits) - 1)).reshape(len(rows), -1)
-    single = np.unpackbits(rows, axis=1, bitorder="little").reshape(len(rows), -1, bits)
-    return single @ (1 << np.arange(bits)).astype(np.uint8)
-
-
-def _signed(zeros: np.ndarray, bits: int, added: int = 0) -> np.ndarray:
+def _shifted(zeros: np.ndarray, bits: int, added: int = 0) -> np.ndarray:
     """Zeros of unsigned integers for the integers that kernels have: those of 8 bits have 128 less."""
     return zeros.astype(np.int16) + np.int16(added - 128) if bits == 8 else zeros + np.uint8(added)
 
@@ -266,101 +106,104 @@ def _by_columns(tensor: StoredTensor) -> Rows:
 # GPTQ and AWQ
 
 
-def _gptq(fields: Fields) -> Callable[[Parts], Iterator[tuple[str, StoredTensor]]]:
-    bits, group_size = fields.integer("bits"), _group_size(fields, "group_size")
+class Gptq(NamedTuple):
+    """What a configuration says of GPTQ. added: to the zeros. differ: modules may have bits and groups of their own."""
+
+    bits: int
+    group_size: int | None
+    added: int
+    act_order: bool
+    differ: bool
+
+
+def _gptq(fields: Fields) -> Reader:
+    bits = fields.integer("bits")
     if bits not in LAYOUTS:
         raise fields.error("bits", f"{', '.join(map(str, LAYOUTS))} can be read")
     added = 0 if fields.text("checkpoint_format") == "gptq_v2" else 1
+    differ = bool(fields.values.get("dynamic") or fields.values.get("extra_config"))
     act_order = fields.flag("desc_act", default=False)
-    differ = bool(fields.values.get("dynamic") or fields.values.get("extra_config"))  # modules have bits of their own
-
-    def read(parts: Parts) -> Iterator[tuple[str, StoredTensor]]:
-        words = parts.matrix(".qweight", "int32")
-        scales, qzeros = parts.matrix(".scales", *DTYPES), parts.matrix(".qzeros", "int32")
-        out_features = words.shape[1]
-        own = qzeros.shape[1] * 32 // out_features if differ else bits
-        if own not in LAYOUTS or out_features * own % 32 or words.shape[0] * 32 % own:
-            raise parts.error(".qweight", f"has the shape {list(words.shape)}, which {own} bits a weight don't fill")
-        in_features = words.shape[0] * 32 // own
-        width = min(group_size or in_features, in_features)
-        if differ and scales.shape[0] != cdiv(in_features, width):
-            width = cdiv(in_features, scales.shape[0])
-        count = cdiv(in_features, width)
-        parts.need(".scales", *DTYPES, shape=(count, out_features))
-        parts.need(".qzeros", "int32", shape=(count, out_features * own // 32))
-
-        def blocks(start: int, stop: int) -> np.ndarray:
-            rows = np.ascontiguousarray(words.rows(0, words.shape[0])[:, start:stop].T)
-            return _integers(rows, own) if own == 3 else rows.view(np.uint8)
-
-        def zeros(start: int, stop: int) -> np.ndarray:
-            return _signed(_integers(qzeros.rows(0, count), own)[:, start:stop].T, own, added)
-
-        yield (
-            parts.module + ".weight",
-            Matrix(
-                parts,
-                f"GPTQ {own} bits",
-                (out_features, in_features),
-                _of_integers(own, scales.dtype, zeros=True),
-                LAYOUTS[own],
-                _groups(parts, ".g_idx", in_features, width, act_order),
-                ".scales",
-                blocks,
-                _by_columns(scales),
-                zeros,
-            ).stored(),
-        )
-
-    return read
+    return partial(_gptq_matrix, Gptq(bits, _group_size(fields, "group_size"), added, act_order, differ))
 
 
-def _awq(fields: Fields) -> Callable[[Parts], Iterator[tuple[str, StoredTensor]]]:
+def _gptq_matrix(said: Gptq, parts: Parts) -> Matrix:
+    words = parts.matrix(".qweight", "int32")
+    scales, qzeros = parts.matrix(".scales", *DTYPES), parts.matrix(".qzeros", "int32")
+    height, out_features = words.shape
+    bits = qzeros.shape[1] * 32 // out_features if said.differ else said.bits
+    if bits not in LAYOUTS or out_features * bits % 32 or height * 32 % bits:
+        raise parts.error(".qweight", f"has the shape {list(words.shape)}, which {bits} bits a weight don't fill")
+    in_features = height * 32 // bits
+    width = min(said.group_size or in_features, in_features)
+    if said.differ and scales.shape[0] != cdiv(in_features, width):
+        width = cdiv(in_features, scales.shape[0])
+    count = cdiv(in_features, width)
+    parts.need(".scales", *DTYPES, shape=(count, out_features))
+    parts.need(".qzeros", "int32", shape=(count, out_features * bits // 32))
+
+    def blocks(start: int, stop: int) -> np.ndarray:
+        rows = np.ascontiguousarray(words.rows(0, height)[:, start:stop].T)
+        return unpacked_words(rows, bits) if bits == 3 else rows.view(np.uint8)
+
+    def zeros(start: int, stop: int) -> np.ndarray:
+        return _shifted(unpacked_words(qzeros.rows(0, count), bits)[:, start:stop].T, bits, said.added)
+
+    return Matrix(
+        parts=parts,
+        name=f"GPTQ {bits} bits",
+        shape=(out_features, in_features),
+        format=_of_integers(bits, scales.dtype, zeros=True),
+        layout=LAYOUTS[bits],
+        groups=_groups(parts, ".g_idx", in_features, width, said.act_order),
+        scale_part=".scales",
+        blocks=blocks,
+        scales=_by_columns(scales),
+        zeros=zeros,
+    )
+
+
+def _awq(fields: Fields) -> Reader:
     key = "bits" if fields.values.get("bits") is not None else "w_bit"
     if fields.integer(key) != 4:
         raise fields.error(key, "4 can be read")
-    group_size = _group_size(fields, "group_size", "q_group_size")
+    return partial(_awq_matrix, _group_size(fields, "group_size", "q_group_size"))
 
-    def read(parts: Parts) -> Iterator[tuple[str, StoredTensor]]:
-        words = parts.matrix(".qweight", "int32")
-        in_features, out_features = words.shape[0], words.shape[1] * 8
-        width = min(group_size or in_features, in_features)
-        if in_features % width or width % 2:
-            raise parts.error(".qweight", f"has {in_features} rows, which are no groups of {width}")
-        count = in_features // width
-        scales = parts.need(".scales", *DTYPES, shape=(count, out_features))
-        qzeros = parts.need(".qzeros", "int32", shape=(count, words.shape[1]))
 
-        def blocks(start: int, stop: int) -> np.ndarray:
-            """Pairs along k, from words that have pairs of features."""
-            first, last = start // 8, cdiv(stop, 8)
-            rows = np.ascontiguousarray(words.rows(0, in_features)[:, first:last].T).view(np.uint8)
-            even, odd = rows.reshape(last - first, in_features // 2, 2, 4).transpose(2, 0, 1, 3)  # [words, K/2, 4]
-            pairs = np.stack([even & 15 | odd << 4, even >> 4 | odd & 240], axis=-1)
-            features = pairs.reshape(*even.shape[:2], 8).transpose(0, 2, 1)[:, AWQ_PLACES]
-            return features.reshape(-1, in_features // 2)[start - 8 * first : stop - 8 * first]
+def _awq_matrix(group_size: int | None, parts: Parts) -> Matrix:
+    words = parts.matrix(".qweight", "int32")
+    in_features, out_features = words.shape[0], words.shape[1] * 8
+    width = min(group_size or in_features, in_features)
+    if in_features % width or width % 2:
+        raise parts.error(".qweight", f"has {in_features} rows, which are no groups of {width}")
+    count = in_features // width
+    scales = parts.need(".scales", *DTYPES, shape=(count, out_features))
+    qzeros = parts.need(".qzeros", "int32", shape=(count, words.shape[1]))
 
-        def zeros(start: int, stop: int) -> np.ndarray:
-            integers = _integers(qzeros.rows(0, count), 4).reshape(count, -1, 8)[:, :, AWQ_PLACES]
-            return integers.reshape(count, -1)[:, start:stop].T
+    def blocks(start: int, stop: int) -> np.ndarray:
+        """Pairs along k, from words that have pairs of features."""
+        first, last = start // 8, cdiv(stop, 8)
+        rows = np.ascontiguousarray(words.rows(0, in_features)[:, first:last].T).view(np.uint8)
+        even, odd = rows.reshape(last - first, in_features // 2, 2, 4).transpose(2, 0, 1, 3)  # [words, K/2, 4]
+        pairs = np.stack([even & 15 | odd << 4, even >> 4 | odd & 240], axis=-1)
+        features = pairs.reshape(*even.shape[:2], 8).transpose(0, 2, 1)[:, AWQ_PLACES]
+        return features.reshape(-1, in_features // 2)[start - 8 * first : stop - 8 * first]
 
-        yield (
-            parts.module + ".weight",
-            Matrix(
-                parts,
-                "AWQ 4 bits",
-                (out_features, in_features),
-                _of_integers(4, scales.dtype, zeros=True),
-                PAIRS,
-                _regular(in_features, width),
-                ".scales",
-                blocks,
-                _by_columns(scales),
-                zeros,
-            ).stored(),
-        )
+    def zeros(start: int, stop: int) -> np.ndarray:
+        integers = unpacked_words(qzeros.rows(0, count), 4).reshape(count, -1, 8)[:, :, AWQ_PLACES]
+        return integers.reshape(count, -1)[:, start:stop].T
 
-    return read
+    return Matrix(
+        parts=parts,
+        name="AWQ 4 bits",
+        shape=(out_features, in_features),
+        format=_of_integers(4, scales.dtype, zeros=True),
+        layout=PAIRS,
+        groups=_regular(in_features, width),
+        scale_part=".scales",
+        blocks=blocks,
+        scales=_by_columns(scales),
+        zeros=zeros,
+    )
 
 
 # Integers and floats of 8 bits, compressed-tensors
@@ -432,14 +275,14 @@ def _bytes(parts: Parts, scale_part: str, allowed: Iterable[Blocks], *dtypes: st
     return Matrix(parts, name, shape, format, BYTES, groups, scale_part, blocks, scales.rows, zeros)
 
 
-def _float8(fields: Fields) -> Callable[[Parts], Iterator[tuple[str, StoredTensor]]]:
+def _float8(fields: Fields) -> Reader:
     allowed = [TENSOR, CHANNEL]
     if fields.list_of(int, "weight_block_size"):
         allowed = [_block(fields, "weight_block_size")]
 
-    def read(parts: Parts) -> Iterator[tuple[str, StoredTensor]]:
+    def read(parts: Parts) -> Matrix:
         scale = ".weight_scale" if ".weight_scale" in parts.tensors else ".weight_scale_inv"
-        yield parts.module + ".weight", _bytes(parts, scale, allowed, "float8_e4m3fn").stored()
+        return _bytes(parts, scale, allowed, "float8_e4m3fn")
 
     return read
 
@@ -449,6 +292,10 @@ def _block(fields: Fields, key: str) -> Blocks:
     if len(sizes) != 2 or any(isinstance(size, bool) or not 0 < size < 1 << 31 for size in sizes):
         raise fields.error(key, "must be two positive integers")
     return Blocks(*sizes)
+
+
+# dtype of the weights -> what they are, and of how many bits
+STORED = {"int32": ("int", (4, 8)), "uint8": ("float", (4,)), "int8": ("int", (4, 8)), "float8_e4m3fn": ("float", (8,))}
 
 
 class Scheme(NamedTuple):
@@ -477,12 +324,12 @@ def _scheme(group: Any, source: str) -> Scheme | None:
         raise fields.error("strategy", "tensor, channel, group and block can be read")
     bits = fields.integer("num_bits", default=8)
     if (kind, bits) not in [("int", 4), ("int", 8), ("float", 8), ("float", 4)]:
-        raise fields.error("num_bits", f"int of 4 or 8 and float of 8 or 4 can be read, not {kind}")
+        raise fields.error("num_bits", f"int of 4 or 8 and float of 4 or 8 can be read, not {reprlib.repr(kind)}")
     order = fields.values.get("actorder") in ("group", True)
     return Scheme(kind, bits, fields.flag("symmetric", default=True), blocks, order)
 
 
-def _compressed(fields: Fields) -> Callable[[Parts], Iterator[tuple[str, StoredTensor]]]:
+def _compressed(fields: Fields) -> Reader:
     """The schemes apply to modules whose names match; the tensors of a module say which of them it has."""
     groups = fields.object("config_groups") or {}
     found = [_scheme(group, f"{fields.source}: {name[:80]!r}") for name, group in groups.items()]
@@ -490,27 +337,38 @@ def _compressed(fields: Fields) -> Callable[[Parts], Iterator[tuple[str, StoredT
     if not schemes:
         raise fields.error("config_groups", "expected a group that says how weights are quantised")
 
-    def read(parts: Parts) -> Iterator[tuple[str, StoredTensor]]:
-        part = ".weight_packed" if ".weight_packed" in parts.tensors else ".weight"
-        dtype = parts.matrix(part, "int32", "uint8", "int8", "float8_e4m3fn").dtype
-        kind = "float" if dtype in ("uint8", "float8_e4m3fn") else "int"
-        zeros = ".weight_zero_point" in parts.tensors
-        alike = [scheme for scheme in schemes if scheme.kind == kind and scheme.symmetric != zeros]
-        if not alike:
-            said = ", ".join(
-                f"{scheme.kind}{scheme.bits}" + " with zeros" * (not scheme.symmetric) for scheme in schemes
-            )
-            raise parts.error(part, f"holds {kind} weights{' with zeros' * zeros}, 'config_groups' say {said}")
-        if part == ".weight":
-            act_order = any(scheme.act_order for scheme in alike)
-            blocks = [scheme.blocks for scheme in alike]
-            yield parts.module + ".weight", _bytes(parts, ".weight_scale", blocks, dtype, act_order=act_order).stored()
-        elif dtype == "uint8":
-            yield parts.module + ".weight", _fp4(parts, ".weight_packed", ".weight_scale").stored()
-        else:
-            yield parts.module + ".weight", _packed(parts, alike).stored()
+    return partial(_compressed_matrix, schemes)
 
-    return read
+
+def _compressed_matrix(schemes: list[Scheme], parts: Parts) -> Matrix:
+    part = ".weight_packed" if ".weight_packed" in parts.tensors else ".weight"
+    dtype = parts.matrix(part, *STORED).dtype
+    kind, widths = STORED[dtype]
+    needless = _drop_needless_zeros(parts)
+    zeros = ".weight_zero_point" in parts.tensors
+    alike = [
+        scheme
+        for scheme in schemes
+        if scheme.kind == kind and scheme.bits in widths and (needless or scheme.symmetric != zeros)
+    ]
+    if not alike:
+        said = ", ".join(f"{scheme.kind}{scheme.bits}" + " with zeros" * (not scheme.symmetric) for scheme in schemes)
+        raise parts.error(part, f"holds {kind} weights{' with zeros' * zeros}, 'config_groups' say {said}")
+    if dtype == "uint8":
+        return _fp4(parts, ".weight_packed", ".weight_scale")
+    if part == ".weight_packed":
+        return _packed(parts, alike)
+    act_order = any(scheme.act_order for scheme in alike)
+    return _bytes(parts, ".weight_scale", [scheme.blocks for scheme in alike], dtype, act_order=act_order)
+
+
+def _drop_needless_zeros(parts: Parts) -> bool:
+    """Whether there were zero points of nothing but zeros: older files have these of symmetric weights, too."""
+    tensor = parts.tensors.get(".weight_zero_point")
+    if tensor is None or tensor.dtype != "int8" or tensor.rows(0, max(tensor.num_rows, 1)).any():
+        return False
+    del parts.tensors[".weight_zero_point"]
+    return True
 
 
 def _packed(parts: Parts, schemes: list[Scheme]) -> Matrix:
@@ -518,8 +376,8 @@ def _packed(parts: Parts, schemes: list[Scheme]) -> Matrix:
     words = parts.need(".weight_packed", "int32")
     sizes = parts.need(".weight_shape", "int64", "int32", shape=(2,)).rows(0, 2).tolist()
     out_features, in_features = sizes
-    fitting = [s for s in schemes if words.shape == (out_features, cdiv(max(in_features, 1) * s.bits, 32))]
-    if not fitting:
+    fitting = [s for s in schemes if words.shape == (out_features, cdiv(in_features * s.bits, 32))]
+    if not fitting or in_features < 1:
         said = " or ".join(dict.fromkeys(str(scheme.bits) for scheme in schemes))
         raise parts.error(
             ".weight_packed",
@@ -534,20 +392,21 @@ def _packed(parts: Parts, schemes: list[Scheme]) -> Matrix:
 
         def zeros(start: int, stop: int) -> np.ndarray:
             first, last = start // per_word, cdiv(stop, per_word)
-            integers = _integers(packed.rows(first, last).T, bits).T
-            return _signed(integers[start - first * per_word : stop - first * per_word], bits)
+            integers = unpacked_words(packed.rows(first, last).T, bits).T
+            return _shifted(integers[start - first * per_word : stop - first * per_word], bits)
 
+    act_order = any(scheme.act_order for scheme in fitting)
     return Matrix(
-        parts,
-        f"compressed-tensors int{bits}",
-        (out_features, in_features),
-        _of_integers(bits, scales.dtype, zeros is not None),
-        LAYOUTS[bits],
-        _groups(parts, ".weight_g_idx", in_features, scales.width, any(scheme.act_order for scheme in fitting)),
-        ".weight_scale",
-        lambda start, stop: words.rows(start, stop).view(np.uint8),
-        scales.rows,
-        zeros,
+        parts=parts,
+        name=f"compressed-tensors int{bits}",
+        shape=(out_features, in_features),
+        format=_of_integers(bits, scales.dtype, zeros is not None),
+        layout=LAYOUTS[bits],
+        groups=_groups(parts, ".weight_g_idx", in_features, scales.width, act_order),
+        scale_part=".weight_scale",
+        blocks=lambda start, stop: words.rows(start, stop).view(np.uint8),
+        scales=scales.rows,
+        zeros=zeros,
     )
 
 
@@ -571,45 +430,31 @@ def _fp4(parts: Parts, block_part: str, scale_part: str) -> Matrix:
 
     exponents = partial(rows, scales, count)
     return Matrix(
-        parts,
-        "MXFP4 in pairs",
-        (scales.shape[0] * height, count * 32),
-        FORMATS["MXFP4"],
-        PAIRS,
-        _regular(count * 32, 32),
-        scale_part,
-        partial(rows, blocks, 16 * count),
-        lambda start, stop: power_of_two(exponents(start, stop), 128),  # 128, as the table holds twice the values
+        parts=parts,
+        name="MXFP4 in pairs",
+        shape=(scales.shape[0] * height, count * 32),
+        format=FORMATS["MXFP4"],
+        layout=PAIRS,
+        groups=_regular(count * 32, 32),
+        scale_part=scale_part,
+        blocks=partial(rows, blocks, 16 * count),
+        scales=lambda start, stop: power_of_two(exponents(start, stop), 128),  # 128: the table holds twice the values
+        experts=scales.shape[0] if len(scales.shape) > 2 else 0,
     )
 
 
-def _mxfp4(fields: Fields) -> Callable[[Parts], Iterator[tuple[str, StoredTensor]]]:
-    """Experts' tensors, three-dimensional as a whole, become "<experts>.<number>.<module>.weight"."""
-
-    def read(parts: Parts) -> Iterator[tuple[str, StoredTensor]]:
-        stored, shape = _fp4(parts, "_blocks", "_scales").stored(), parts.tensors["_scales"].shape
-        if len(shape) == 2:
-            yield parts.module + ".weight", stored
-            return
-        experts, _, module = parts.module.rpartition(".")
-        height = prod(shape[1:-1])
-        for index in range(shape[0]):
-            yield f"{experts}.{index}.{module}.weight", stored.part(index * height, height)
-
-    return read
+def _mxfp4(fields: Fields) -> Reader:
+    return lambda parts: _fp4(parts, "_blocks", "_scales")
 
 
 # All
-
-
-logger = logging.getLogger("fastdeploy")
 
 
 class Method(NamedTuple):
     """suffixes: what the tensors of a quantised matrix end in.  reader: of the configuration, which it checks."""
 
     suffixes: tuple[str, ...]
-    reader: Callable[[Fields], Callable[[Parts], Iterator[tuple[str, StoredTensor]]]]
+    reader: Callable[[Fields], Reader]
 
 
 _FLOAT8 = Method((".weight", ".weight_scale", ".weight_scale_inv"), _float8)
@@ -647,7 +492,7 @@ def read_quantised(path: Path, tensors: dict[str, StoredTensor], quantisation: Q
     floats = []
     for module, of_module in modules.items():
         parts = Parts(path, module, of_module)
-        for name, tensor in read(parts):
+        for name, tensor in read(parts).tensors():
             if name in found:
                 raise ValueError(f"{path}: tensor {name!r} is there as it is and quantised; {DISAGREES}")
             found[name] = tensor

@@ -195,6 +195,17 @@ def test_biases_that_the_model_lacks_may_be_there_if_they_are_zeros(value, tmp_p
         assert np.isfinite(logits(tmp_path, "auto")).all()
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_zero_points_that_are_all_zeros_need_not_be_asked_for(symmetric, tmp_path):
+    def layout(generator, rows, width):
+        tensors, values = CASES["int8"][1](generator, rows, width)
+        return tensors | {"weight_zero_point": ("I8", np.zeros((rows, 1)))}, values
+
+    said = compressed("int-quantized", num_bits=8, strategy="channel", symmetric=symmetric)
+    expected = reference.logits(CONFIG, write(tmp_path, said, layout), "float32", IDS)
+    assert distance(logits(tmp_path, "exact"), expected) < 3e-5
+
+
 @pytest.mark.parametrize(
     ("file", "content", "case"),
     [
@@ -305,6 +316,21 @@ BAD = {
         "packed int4, zeros",
         put("weight_shape", lambda _: np.array([128, 256])),
         r"weight_packed' has the shape \[128, 16\]; weight_shape is \[128, 256\]",
+    ),
+    "empty shape": (
+        INT4,
+        "packed int4, zeros",
+        lambda tensors: (
+            put("weight_shape", lambda _: np.array([128, 0]))(tensors),
+            put("weight_packed", lambda array: array[:, :0])(tensors),
+        ),
+        r"weight_packed' has the shape \[128, 0\]",
+    ),
+    "float8 as float4": (
+        compressed("float-quantized", num_bits=4, type="float", strategy="channel"),
+        "float8 of channels",
+        None,
+        "weight' holds float weights, 'config_groups' say float4",
     ),
     "negative shape": (INT4, "packed int4, zeros", put("weight_shape", lambda _: np.array([128, -1])), "_packed' has"),
     "zeros missing": (
