@@ -65,8 +65,8 @@ def open_dummy(name_or_path: str | os.PathLike, seed: int) -> DummyCheckpoint:
     config, generation_config, quantisation = read_configs(path, dtype="bfloat16")
     if quantisation is not None:
         logger.warning(
-            "%s: its weights are quantised, by %s; those that load_format='dummy' makes up are floats, which quantization="
-            "'wint4' or 'wint8' makes as small",
+            "%s: its weights are quantised, by %s; those that load_format='dummy' makes up are floats, which"
+            " quantization='wint4' or 'wint8' makes as small",
             path,
             quantisation.method,
         )

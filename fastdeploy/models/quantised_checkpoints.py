@@ -494,7 +494,8 @@ def read_quantised(path: Path, tensors: dict[str, StoredTensor], quantisation: Q
         parts = Parts(path, module, of_module)
         for name, tensor in read(parts).tensors():
             if name in found:
-                raise ValueError(f"{path}: tensor {name!r} is there as it is and quantised; {DISAGREES}")
+                where = found[name].path or path
+                raise ValueError(f"{where}: tensor {name!r} is there as it is and quantised; {DISAGREES}")
             found[name] = tensor
             if tensor.encoded is None:
                 floats.append(name)

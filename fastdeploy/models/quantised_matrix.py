@@ -38,9 +38,15 @@ class Parts:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    def named(self, part: str) -> str:
+        """What errors begin with: the file of a tensor, or of others of the module, and its name."""
+        tensors = [tensor for tensor in (self.tensors.get(part), *self.tensors.values()) if tensor is not None]
+        path = next((tensor.path for tensor in tensors if tensor.path is not None), self.path)
+        return f"{path}: tensor {self.module + part!r}"
+
     def error(self, part: str, what: str) -> ValueError:
         """For the caller to raise."""
-        return ValueError(f"{self.path}: tensor {self.module + part!r} {what}; {DISAGREES}")
+        return ValueError(f"{self.named(part)} {what}; {DISAGREES}")
 
     def find(self, part: str, *dtypes: str, shape: tuple[int, ...] | None = None) -> StoredTensor | None:
         """A tensor of one of these dtypes and, if given, this shape; None if there is none."""
@@ -129,8 +135,8 @@ class Matrix:
         if damaged or not codes.finite():
             part, what = (".weight", "weights") if damaged else (self.scale_part, "scales")
             raise ValueError(
-                f"{self.parts.path}: tensor {self.parts.module + part!r} has {what} that are NaN or infinite, for rows"
-                f" {start} to {stop}; the file is corrupt or was badly converted, download or convert it again"
+                f"{self.parts.named(part)} has {what} that are NaN or infinite, for rows {start} to {stop}; the file is"
+                " corrupt or was badly converted, download or convert it again"
             )
         return codes
 

@@ -86,4 +86,4 @@ def _placed(file: MappedFile, data_start: int, name: str, entry: Any) -> tuple[i
             " again"
         )
     rows = partial(mapped_rows, file, data_start + begin, shape, numpy_dtype)
-    return data_start + begin, StoredTensor(shape, dtype, dtype, nbytes, rows)
+    return data_start + begin, StoredTensor(shape, dtype, dtype, nbytes, rows, path=file.path)

@@ -140,6 +140,7 @@ class StoredTensor:
     nbytes: int  # in the file
     rows: Callable[[int, int], np.ndarray]  # rows(start, stop) -> [stop - start, ...]; NumPy dtype as in RawTensor
     encoded: Encoded | None = None  # the same rows as kernels take them, of a quantisation that they know
+    path: Path | None = None  # the file, where errors to come shall name it
 
     @property
     def num_rows(self) -> int:

@@ -287,11 +287,13 @@ def _open_directory(path: Path) -> Checkpoint:
 
 def _refuse_integers(path: Path, tensors: dict[str, StoredTensor]) -> None:
     """Raises ValueError if tensors aren't floats by now."""
-    others = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in DTYPES]
+    others = {name: tensor for name, tensor in tensors.items() if tensor.dtype not in DTYPES}
     if others:
+        first = next(iter(others.values()))
+        listed = _listed([f"{name} ({tensor.dtype})" for name, tensor in others.items()])
         raise ValueError(
-            f"{path}: {len(others)} tensors are no floats: {_listed(others)}; weights can be {', '.join(DTYPES)}, or"
-            " what a quantisation that config.json names has; is config.json complete, and of this checkpoint?"
+            f"{first.path or path}: {len(others)} tensors are no floats: {listed}; weights can be {', '.join(DTYPES)},"
+            " or what a quantisation that config.json names has; is config.json complete, and of this checkpoint?"
         )
 
 

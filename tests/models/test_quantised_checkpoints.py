@@ -387,7 +387,7 @@ def test_tensors_that_contradict_the_configuration_are_refused(name, tmp_path):
     write(tmp_path, said, CASES[case][1], change=change or (lambda tensors: None))
     with pytest.raises(ValueError, match=message) as caught:
         logits(tmp_path, "auto")
-    assert str(tmp_path) in str(caught.value)
+    assert str(caught.value).startswith((f"{tmp_path}/model.safetensors: ", f"{tmp_path}/config.json: "))
 
 
 @pytest.mark.parametrize("quantization", [None, "auto"])
@@ -405,5 +405,8 @@ def test_tensors_that_contradict_the_configuration_are_refused(name, tmp_path):
 )
 def test_numbers_that_are_none_are_refused_while_loading(quantization, case, change, message, tmp_path):
     write(tmp_path, *CASES[case], change=change)
-    with pytest.raises(ValueError, match=f"{tmp_path}: tensor '.*{message} that are NaN.*download or convert it again"):
+    with pytest.raises(
+        ValueError,
+        match=f"{tmp_path}/model.safetensors: tensor '.*{message} that are NaN.*download or convert it again",
+    ):
         logits(tmp_path, quantization)
