@@ -16,8 +16,8 @@ What a linear layer's weights become, by `quantization` and by what the file hol
 Activations become integers in "auto", "w8a8" and "w4a8"; on a GPU "auto" is "exact".
 Weights that are read by one launch (q, k and v; gate and up) make several where the file has them in several formats.
 Where ranks share a layer's input features in parts that are no whole groups of 32, it becomes floats, with a warning.
-Where a file has the weights of a row in an order of their own, a layer keeps it, and whatever else they are for is
-floats: embeddings, experts, and layers whose input features ranks share.
+Some files have the weights of a row in an order of their own ("act order"). Linear layers keep it; embeddings, experts
+and layers whose input features ranks share become floats, with a warning.
 """
 
 from __future__ import annotations
@@ -88,9 +88,8 @@ class WeightLoader:
         self._reads: list[Callable[[tqdm], None]] = []  # what `load` has to do, in the order asked for
         matrices = [name for name in checkpoint.names() if len(checkpoint.shape(name)) == 2]
         self._tables: dict[tuple[int, ...], TensorView] = {}  # of values, on the device
-        self._formats = {
-            name: self._format(name, ordered=True) for name in matrices
-        }  # what each weight becomes; None for floats
+        # What each weight becomes; None for floats
+        self._formats = {name: self._format(name, ordered=True) for name in matrices}
         self._refuse_above(sum(map(self._nbytes, checkpoint.names())))  # before any is read or allocated
 
     def vector(self, names: Sequence[str], sizes: Sequence[int], rows: Sequence[range] | None = None) -> TensorView:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from fastdeploy.fields import Fields
 from fastdeploy.models.storage import read_json
 
-# Keys of config.json: Hugging Face's, that of older compressed-tensors, MLX's.
-KEYS = ("quantization_config", "compression_config", "quantization")
+# Keys of config.json: MLX's, which has the next as well, Hugging Face's, that of older compressed-tensors.
+KEYS = ("quantization", "quantization_config", "compression_config")
 # Where these name the method: Hugging Face's key, then Paddle's and ModelOpt's.
 NAMES = "quant_method quant_type dense_quant_type moe_quant_type weight_quantize_algo quantization quant_algo".split()
 # Files in which older tools note a quantisation -> its name, if they don't say it themselves.

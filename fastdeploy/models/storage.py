@@ -125,9 +125,7 @@ class Encoded:
     format: Format
     layout: Layout
     rows: Callable[[int, int], Codes]  # rows(start, stop)
-    order: np.ndarray | None = (
-        None  # [K] int32, of the weights of `rows` as columns of the matrix; None for as they are
-    )
+    order: np.ndarray | None = None  # [K] int32: the columns of the matrix, as `rows` has them one after the other
 
 
 @dataclass(frozen=True)
