@@ -178,7 +178,7 @@ def test_layers_that_a_config_does_not_have_are_in_no_mixture():
         ("config.json", {"quantization_config": {"dense_quant_type": "wint8", "moe_quant_type": "w4w2"}}, "wint8"),
         ("config.json", {"quantization_config": {"dense_quant_type": None, "moe_quant_type": "w4w2"}}, "w4w2"),
         ("config.json", {"quantization": {"group_size": 64, "bits": 4}}, "mlx"),
-        ("config.json", dict.fromkeys(["quantization_config", "quantization"], {"group_size": 64, "bits": 4}), "mlx"),
+        ("config.json", {key: {"group_size": 64, "bits": 4} for key in ("quantization_config", "quantization")}, "mlx"),
         ("config.json", {"quantization_config": ["x"] * 10_000}, "a method without a name"),
         ("config.json", {"quantization_config": {"bits": 4}}, "a method without a name .*bits"),
         (
