@@ -173,6 +173,8 @@ class QuantisedWeight:
     data ... factors: see `Format.fields`, None for what the format lacks.  bias: [out_features] float32 or None.
     table: [16] int8, see `table_of`, or None.
     wide_inputs: activations that are quantised for this layer take 16 bits.
+    order: [in_features] int32, of the activations, before they are quantised: the weight's column k is for element
+        order[k] of x. None for as it is. Whoever launches brings x into this order.
     """
 
     format: Format
@@ -186,12 +188,15 @@ class QuantisedWeight:
     table: TensorView | None = None
     bias: TensorView | None = None
     wide_inputs: bool = False
+    order: TensorView | None = None
 
     def __post_init__(self) -> None:
         for name, (shape, dtype) in self.format.fields(self.out_features, self.in_features).items():
             expect(f"weight {name}", getattr(self, name), shape, dtype)
         if self.bias is not None:
             expect("bias", self.bias, (self.out_features,), "float32")
+        if self.order is not None:
+            expect("order", self.order, (self.in_features,), "int32")
         if (self.table is not None) != bool(self.format.table):
             raise ValueError(f"{self.format.name} has {'a' if self.format.table else 'no'} table of values")
 
@@ -209,6 +214,11 @@ class QuantisedWeight:
     def takes_integers(self) -> bool:
         """Whether activations may be integers."""
         return self.format.takes_integers
+
+    @property
+    def ordered(self) -> bool:
+        """Whether activations have to be brought into an order."""
+        return self.order is not None
 
 
 def groups(width: int) -> int:
