@@ -181,12 +181,14 @@ def watched(worker: Worker, disturbance: list[float]) -> Iterator[None]:
 
 
 @contextmanager
-def started(options: argparse.Namespace, sequences: int, length: int) -> Iterator[list[Worker]]:
-    """The engines that `options` name, started one after the other; they end with the block."""
+def started(
+    options: argparse.Namespace, sequences: int, length: int, keywords: Mapping[str, Any] | None = None
+) -> Iterator[list[Worker]]:
+    """The engines that `options` name, started one after the other; they end with the block. keywords: see `Worker`."""
     with ExitStack() as stack:
         workers: list[Worker] = []
         for spec in options.engines:
-            workers.append(Worker(spec, options, sequences, length))
+            workers.append(Worker(spec, options, sequences, length, keywords=keywords))
             stack.callback(workers[-1].close)
         yield workers
 

@@ -1,7 +1,6 @@
 """What a checkpoint says of itself: ModelConfig, read from config.json or from GGUF metadata."""
 
 import math
-import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,10 +48,6 @@ DTYPE_KEY = "fastdeploy.dtype"  # in GGUF files of our own: a model's dtype, whi
 HUGGINGFACE_SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 GGUF_SIZES = ("embedding_length", "attention.head_count", "attention.head_count_kv", "attention.key_length")
 INTERLEAVED = ("Ernie4_5ForCausalLM", "Ernie4_5_MoeForCausalLM")  # whose rotary pairs are neighbours
-# Where "quantization_config" names its method: Hugging Face's key, then Paddle's and ModelOpt's.
-QUANTISATION_NAMES = (
-    "quant_method quant_type dense_quant_type moe_quant_type weight_quantize_algo quantization quant_algo".split()
-)
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_POSITIONS = 2**31 - 1  # an int32 in the kernels
 ROPE_SCALINGS = {  # rope_type in config.json -> the numbers it can't do without
@@ -175,7 +170,6 @@ def config_from_json(
     Raises ValueError for an architecture we don't have, a missing or mistyped field, or a feature we don't have.
     """
     architecture, fields = _huggingface_architecture(Fields(config, source))
-    refuse_quantised(config, source)
     hidden_size, num_heads, num_kv_heads, head_dim = _sizes(fields, *HUGGINGFACE_SIZES)
     vocab_size = fields.integer("vocab_size")
     rope = fields.object("rope_parameters") or fields.object("rope_scaling") or {}
@@ -288,22 +282,6 @@ def _huggingface_architecture(config: Fields) -> tuple[str, Fields]:
         raise config.error("architectures", f"the architectures we have are {', '.join(HUGGINGFACE_ARCHITECTURES)}")
     fields = Fields({**HUGGINGFACE_ARCHITECTURES[name], **config.values}, config.source)
     return SAME_ARCHITECTURES.get(name, name), fields
-
-
-def refuse_quantised(config: Mapping[str, Any], source: str) -> None:
-    """Raises ValueError, with the method's name and the remedy, if a Hugging Face config.json says that the weights are
-    quantised. They have formats of their own, and tensors that an unquantised checkpoint doesn't."""
-    for key in ("quantization_config", "compression_config", "quantization"):
-        said = config.get(key)
-        methods = [said[name] for name in QUANTISATION_NAMES if name in said] if isinstance(said, dict) else []
-        if not said or (methods and not any(methods)):  # "quant_method": null
-            continue
-        names = [name[:40] for name in methods if isinstance(name, str)]
-        method = names[0] if names else f"a method without a name ({reprlib.repr(said)})"
-        raise ValueError(
-            f"{source}: {key!r} says that the weights are quantised, by {method}, which is not available; use the"
-            ' unquantised checkpoint of this model, with quantization="wint4" if it shall take less memory, or a GGUF'
-        )
 
 
 def _sliding_window(fields: Fields) -> int | None:

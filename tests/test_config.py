@@ -5,12 +5,11 @@ import os
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from fastdeploy.config import config_from_gguf, config_from_json
 from fastdeploy.models.weights import open_checkpoint
 from tests.smollm2 import MODEL, needs_smollm2
-from tests.test_weights import CONFIG_JSON, HEAD_DIM, HIDDEN, LAYERS, VOCABULARY, random_weights, write_directory
+from tests.test_weights import CONFIG_JSON, HEAD_DIM, LAYERS, VOCABULARY, random_weights, write_directory
 from tests.test_weights import LLAMA_METADATA as WRITTEN
 
 LLAMA_CONFIG = config_from_json(CONFIG_JSON, {}, "float32", "c")
@@ -102,7 +101,6 @@ def test_what_an_ernie_does_not_say(name):
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic.*default, linear, llama3, yarn"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor.*missing"),
         ({"rope_scaling": "linear"}, "rope_scaling.*must be an object"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor.*0.5"),
         ({"torch_dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
@@ -169,24 +167,50 @@ def test_layers_that_a_config_does_not_have_are_in_no_mixture():
 @pytest.mark.parametrize(
     ("file", "content", "method"),
     [
-        ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
-        ("config.json", {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "fp8"),
-        ("config.json", {"quantization_config": {"load_in_4bit": True}}, "a method without a name .*load_in_4bit"),
+        (
+            "config.json",
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            "bitsandbytes",
+        ),
+        ("config.json", {"quantization_config": {"load_in_4bit": True}}, "bitsandbytes"),
+        ("config.json", {"quantization_config": {"quant_method": "hqq", "quant_config": {}}}, "hqq"),
+        ("config.json", {"quantization_config": {"quant_method": "exl2", "bits": 4.0}}, "exl2"),
         ("config.json", {"quantization_config": {"dense_quant_type": "wint8", "moe_quant_type": "w4w2"}}, "wint8"),
         ("config.json", {"quantization_config": {"dense_quant_type": None, "moe_quant_type": "w4w2"}}, "w4w2"),
-        ("config.json", {"quantization": {"group_size": 64, "bits": 4}}, "a method without a name .*group_size"),
+        ("config.json", {"quantization": {"group_size": 64, "bits": 4}}, "mlx"),
+        ("config.json", {key: {"group_size": 64, "bits": 4} for key in ("quantization_config", "quantization")}, "mlx"),
         ("config.json", {"quantization_config": ["x"] * 10_000}, "a method without a name"),
-        ("quantize_config.json", {"bits": 4, "group_size": 128}, "gptq"),
-        ("quant_config.json", {"w_bit": 4, "version": "GEMM"}, "awq"),
-        ("hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}}, "modelopt"),
+        ("config.json", {"quantization_config": {"bits": 4}}, "a method without a name .*bits"),
+        (
+            "config.json",
+            {"quantization_config": {"quant_method": "gptq", "checkpoint_format": "marlin"}},
+            "gptq.*marlin",
+        ),
+        ("config.json", {"quantization_config": {"quant_method": "awq", "version": "gemv"}}, "awq, version 'gemv'"),
+        ("config.json", {"quantization_config": {"quant_method": "awq", "version": 4}}, "awq, version 4"),
+        ("config.json", {"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}}, "fp8, fmt 'e5m2'"),
+        (
+            "config.json",
+            {"compression_config": {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}},
+            "compressed-tensors, format 'nvfp4",
+        ),
+        ("config.json", {"quantization_config": {"quant_method": "auto-round", "bits": 4}}, "auto-round"),
+        (
+            "config.json",
+            {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
+            "modelopt.*NVFP4",
+        ),
+        ("quant_config.json", {"w_bit": 4, "version": "GEMV"}, "awq.*GEMV"),
+        ("hf_quant_config.json", {"quantization": {"quant_algo": "NVFP4"}}, "modelopt, quant_algo 'NVFP4'"),
+        ("hf_quant_config.json", {"producer": {}, "quantization": {"quant_algo": "W4A8_AWQ"}}, "modelopt.*W4A8"),
     ],
 )
 def test_quantised_checkpoints_are_refused_before_their_shards_are_opened(tmp_path, file, content, method):
-    save_file({"model.norm.weight": np.zeros(HIDDEN, np.int32)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").write_bytes(b"no shard")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG_JSON | content if file == "config.json" else CONFIG_JSON))
     if file != "config.json":
         (tmp_path / file).write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"/{file}: .*quantised, by {method}.*unquantised checkpoint.*wint4.*GGUF"):
+    with pytest.raises(ValueError, match=f"/{file}.* quantised, by {method}.*unquantised checkpoint.*wint4.*GGUF"):
         open_checkpoint(tmp_path)
 
 

@@ -508,7 +508,7 @@ def test_safetensors_with_broken_header_gives_a_value_error_or_still_opens(tmp_p
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}, "F8_E4M3.*F32, F16, BF16"),
+        ({"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}, "float8_e4m3fn.*float32, bfloat16, float16"),
         ({"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}, "takes 16 bytes.*span 12"),
         ({"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}, "needs dtype, shape"),
         ({"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}, "ends at byte"),

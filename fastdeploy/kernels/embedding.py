@@ -1,6 +1,7 @@
 """Gathering rows: token embeddings from the packed table, hidden states of the tokens that need logits; late ids.
 
     embedding:     out[t, :] = W[ids[t], :]       gather_rows:     out[r, :] = x[rows[r], :]
+    gather_columns:  out[t, k] = x[t, order[k]]
 
 The table is laid out as linear.py describes, so that a model with tied embeddings stores it once and its LM head reads
 it at full speed:  W[n, k] at (n // panel) * K * panel + k * panel + n % panel.  Plain rows are panels of one.
@@ -107,6 +108,32 @@ def gather_rows(out: Any, x: Any, rows: Any) -> None:
     expect("x", x, x.shape, *FLOATS)
     num_rows, width = x.shape
     _gather(view(out), view(rows), x, 0, num_rows, width, panel=1)
+
+
+@triton.jit
+def _gather_columns_kernel(out, x, order, K: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * K
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    inside = k < K if K % BLOCK != 0 else tl.full([BLOCK], True, tl.int1)
+    values = tl.load(x + row + tl.load(order + k, mask=inside, other=0), mask=inside)
+    tl.store(out + row + k, values.to(out.dtype.element_ty), mask=inside)
+
+
+def gather_columns(out: Any, x: Any, order: Any) -> None:
+    """out[t, k] = x[t, order[k]].
+
+    Args:
+        out: [T, K], any float type.
+        x: [T, K], any float type.
+        order: [K] int32, each from 0 to K - 1, which is not checked.
+    """
+    out, x, order = view(out), view(x), view(order)
+    count, width = x.shape
+    for name, tensor in (("x", x), ("out", out)):
+        expect(name, tensor, (count, width), *FLOATS)
+    expect("order", order, (width,), "int32")
+    rule = tiles(target(), width)
+    launch(_gather_columns_kernel, (count, cdiv(width, rule["BLOCK"])), out, x, order, K=width, **rule)
 
 
 def resolve_ids(ids: Any, sampled: Any) -> None:

@@ -173,6 +173,8 @@ class QuantisedWeight:
     data ... factors: see `Format.fields`, None for what the format lacks.  bias: [out_features] float32 or None.
     table: [16] int8, see `table_of`, or None.
     wide_inputs: activations that are quantised for this layer take 16 bits.
+    order: [in_features] int32, of the activations, before they are quantised: the weight's column k is for element
+        order[k] of x. None for as it is. Whoever launches brings x into this order.
     """
 
     format: Format
@@ -186,12 +188,15 @@ class QuantisedWeight:
     table: TensorView | None = None
     bias: TensorView | None = None
     wide_inputs: bool = False
+    order: TensorView | None = None
 
     def __post_init__(self) -> None:
         for name, (shape, dtype) in self.format.fields(self.out_features, self.in_features).items():
             expect(f"weight {name}", getattr(self, name), shape, dtype)
         if self.bias is not None:
             expect("bias", self.bias, (self.out_features,), "float32")
+        if self.order is not None:
+            expect("order", self.order, (self.in_features,), "int32")
         if (self.table is not None) != bool(self.format.table):
             raise ValueError(f"{self.format.name} has {'a' if self.format.table else 'no'} table of values")
 
@@ -209,6 +214,11 @@ class QuantisedWeight:
     def takes_integers(self) -> bool:
         """Whether activations may be integers."""
         return self.format.takes_integers
+
+    @property
+    def ordered(self) -> bool:
+        """Whether activations have to be brought into an order."""
+        return self.order is not None
 
 
 def groups(width: int) -> int:
@@ -271,10 +281,8 @@ def weight_values(planes, place, group, k, groups, lane, FORMAT: tl.constexpr):
     scale = group_scale(scales, factors, place, group, k // 16, groups, lane, FORMAT)
     if BITS == 8:
         word = tl.load(data + row * 128 + k // 4 * 16 + lane)
-        if FLOATING:  # e4m3 in the place of a float16: the exponents differ by 8
-            byte = word >> (k % 4 * 8)
-            bits = ((byte & 127) << 7) | ((byte & 128) << 8)
-            values = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        if FLOATING:
+            values = _from_e4m3((word >> (k % 4 * 8)) & 255)
         else:  # shift the byte to the top, then down again with its sign
             values = ((word << (24 - k % 4 * 8)) >> 24).to(tl.float32)
     else:
@@ -296,6 +304,15 @@ def weight_values(planes, place, group, k, groups, lane, FORMAT: tl.constexpr):
     if FORMAT[6]:
         values += group_minimum(scale, minimums, factors, place, group, groups, lane, FORMAT)
     return values
+
+
+@triton.jit
+def _from_e4m3(byte):
+    """The numbers of float8 codes in int32, none of them NaN: any processor can do it, subnormals included."""
+    magnitude = byte & 127
+    normal = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)  # a float32's exponent is 120 more
+    values = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)
+    return tl.where(byte > 127, -values, values)
 
 
 @triton.jit

@@ -93,6 +93,11 @@ class LinearWeight:
         """Whether activations may be integers."""
         return False
 
+    @property
+    def ordered(self) -> bool:
+        """Whether activations have to be brought into an order."""
+        return False
+
 
 @dataclass(frozen=True)
 class FusedWeight:
@@ -119,6 +124,11 @@ class FusedWeight:
     def takes_integers(self) -> bool:
         """Whether activations may be integers: floats serve every part."""
         return all(part.takes_integers for part in self.parts)
+
+    @property
+    def ordered(self) -> bool:
+        """Whether activations have to be brought into an order, which each part has for itself."""
+        return any(part.ordered for part in self.parts)
 
     @property
     def wide_inputs(self) -> bool:

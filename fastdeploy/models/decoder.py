@@ -138,7 +138,7 @@ class Decoder:
         self.device: Device = weights.device
         self.dtype = weights.dtype
         self.mode = weights.mode
-        self.quantised = weights.quantised
+        self.places = weights.places
         shard = weights.shard
         num_heads, num_kv_heads = len(shard.of(config.num_heads)), len(shard.of_kv_heads(config.num_kv_heads))
         self.heads = HeadLayout(num_heads, num_kv_heads, config.head_dim, config.rope_interleaved)
@@ -147,6 +147,7 @@ class Decoder:
         self.tokens = shard.of_vocabulary(config.vocab_size)
         self.embedding = self.read_table("model.embed_tokens", weights)
         self.layers = [self.read_layer(index, weights) for index in range(config.num_layers)]
+        self.ordered = weights.ordered
         self.final_norm = weights.vector(["model.norm.weight"], [config.hidden_size])
         self.lm_head = self.embedding
         if not config.tie_word_embeddings:
@@ -228,7 +229,7 @@ class Decoder:
         config, heads, device = self.config, self.heads, self.device
         dtype = device.activation_dtype(self.dtype)
         input_dtype = device.linear_input_dtype(self.dtype) if self.mode.all_floats else dtype
-        allocator = Allocator(device, dtype, input_dtype, self.mode.int8_activations)
+        allocator = Allocator(device, dtype, input_dtype, self.mode.int8_activations, self.ordered)
         hidden, q_width, mixture = config.hidden_size, heads.num_heads * heads.head_dim, config.mixture
         ranks = 1 if self.group is None else self.group.size
         logits_width = self.embedding.out_features
@@ -316,7 +317,7 @@ class Decoder:
         self, attended: LinearOperand, layer: Layer, step: StepInputs, cache: KVBlocks, memory: Activations
     ) -> None:
         """hidden -> attended, and the tokens' keys and values into the cache."""
-        linear(memory.qkv, memory.hidden.of(layer.qkv), layer.qkv)
+        memory.hidden.linear(memory.qkv, layer.qkv)
         inputs = (memory.qkv, step.positions, step.slots, self.cos, self.sin)
         rope_and_cache(*inputs, cache, self.heads, layer.head_norms)
         paged_attention(attended, memory.qkv, cache, step.attention, self.heads, self.scale, memory.workspace)
@@ -332,8 +333,8 @@ class Decoder:
     def _add_attention(self, attended: LinearOperand, layer: Layer, memory: Activations) -> None:
         """attended -> residual, and hidden for the feed-forward network."""
         if not isinstance(attended, QuantisedRows):
-            attended = memory.attended.quantised_of(layer.attention_output)
-        linear(memory.delta, attended, layer.attention_output)
+            memory.attended.quantised_of(layer.attention_output)
+        memory.attended.linear(memory.delta, layer.attention_output)
         self._sum_over_ranks(memory.delta, memory)
         self._add_and_norm(memory, layer.mlp_norm, layer.feed_forward.first)
 

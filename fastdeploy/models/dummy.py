@@ -4,6 +4,7 @@ Every tensor that a model asks for is there. The values are a few megabytes of n
 tensors repeat, each from a place of its own: to draw them all would take longer than to read them from a file.
 """
 
+import logging
 import os
 import zlib
 from functools import partial
@@ -18,6 +19,8 @@ from fastdeploy.models.configs import read_configs
 from fastdeploy.models.hub import from_hub, is_hub_name, published_name
 from fastdeploy.models.storage import StoredTensor
 from fastdeploy.models.weights import Checkpoint
+
+logger = logging.getLogger("fastdeploy")
 
 PERIOD = 1_048_573  # numbers; a prime, so that no two rows of a matrix are alike
 DEVIATION = 0.02  # as models are initialised before they are trained
@@ -59,5 +62,12 @@ def open_dummy(name_or_path: str | os.PathLike, seed: int) -> DummyCheckpoint:
         raise FileNotFoundError(
             f"{name}: load_format='dummy' needs a directory with config.json, or a model's name on the Hugging Face Hub"
         )
-    config, generation_config = read_configs(path, dtype="bfloat16")
+    config, generation_config, quantisation = read_configs(path, dtype="bfloat16")
+    if quantisation is not None:
+        logger.warning(
+            "%s: its weights are quantised, by %s; those that load_format='dummy' makes up are floats, which"
+            " quantization='wint4' or 'wint8' makes as small",
+            path,
+            quantisation.method,
+        )
     return DummyCheckpoint(path, config, generation_config, seed)

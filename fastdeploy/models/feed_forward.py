@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 from fastdeploy.config import MixtureConfig
 from fastdeploy.device import Device
 from fastdeploy.kernels.activation import silu_mul
+from fastdeploy.kernels.embedding import gather_columns
+from fastdeploy.kernels.formats import QuantisedWeight
 from fastdeploy.kernels.launch import TensorView, view
-from fastdeploy.kernels.linear import LinearWeight, Weight, gated_linear, linear
+from fastdeploy.kernels.linear import FusedWeight, LinearWeight, Weight, gated_linear, linear
 from fastdeploy.kernels.moe import ExpertWeights, Routing, combine, grouped_linear, route, routing_fields
 from fastdeploy.kernels.quantised import GROUP, QuantisedRows, quantise, rows_fields
 from fastdeploy.models.loading import WeightLoader
@@ -35,11 +37,16 @@ class LinearInput:
     floats: TensorView
     int8: QuantisedRows | None
     int16: QuantisedRows | None  # the same memory as `int8`, and the low bytes
+    ordered: TensorView | None = None  # the floats in the order of a weight, where the model has such weights
 
     def of(self, weight: Weight) -> LinearOperand:
-        """The memory that a layer with this weight reads."""
+        """The memory that is written for a layer with this weight: floats, if they have to be ordered yet."""
+        return self.floats if weight.ordered else self._read_by(weight)
+
+    def _read_by(self, weight: Weight) -> LinearOperand:
+        """The memory that it reads: the floats, ordered or not, or the integers."""
         if self.int8 is None or isinstance(weight, LinearWeight) or not weight.takes_integers:
-            return self.floats
+            return self.ordered if weight.ordered and self.ordered is not None else self.floats
         return self.int16 if weight.wide_inputs and self.int16 is not None else self.int8
 
     def quantised_of(self, weight: Weight) -> LinearOperand:
@@ -49,20 +56,45 @@ class LinearInput:
             quantise(found, self.floats)
         return found
 
+    def in_order(self, weight: Weight) -> LinearOperand:
+        """What a layer with this weight reads, after its order was made from what `of` gave memory for."""
+        if not isinstance(weight, QuantisedWeight) or weight.order is None:
+            return self.of(weight)
+        gather_columns(self.ordered, self.floats, weight.order)
+        found = self._read_by(weight)
+        if isinstance(found, QuantisedRows):
+            quantise(found, self.ordered)
+        return found
+
+    def linear(self, out: TensorView, weight: Weight) -> None:
+        """out = x @ W.T (+ bias), x being what was written to the memory that `of` gave."""
+        if not (weight.ordered and isinstance(weight, FusedWeight)):
+            linear(out, self.in_order(weight), weight)
+            return
+        start = 0
+        for part in weight.parts:
+            operand = self.in_order(part) if part.ordered else self.quantised_of(part)
+            linear(out.columns(start, start + part.out_features), operand, part)
+            start += part.out_features
+
     def rows(self, count: int) -> LinearInput:
         """The same memory, cut to `count` rows."""
         int8, int16 = (None if rows is None else rows.rows(count) for rows in (self.int8, self.int16))
-        return LinearInput(self.floats.rows(count), int8, int16)
+        return LinearInput(self.floats.rows(count), int8, int16, self.ordered and self.ordered.rows(count))
 
 
 @dataclass(frozen=True)
 class Allocator:
-    """Gives out memory for activations of type `dtype`; linear layers read `input_dtype`, or integers (`int8`)."""
+    """Gives out memory for activations of type `dtype`; linear layers read `input_dtype`, or integers (`int8`).
+
+    ordered: some weights have an order.
+    """
 
     device: Device
     dtype: str
     input_dtype: str
     int8: bool
+    ordered: bool
 
     def matrix(self, rows: int, width: int) -> TensorView:
         return view(self.device.empty((rows, width), self.dtype))
@@ -72,10 +104,11 @@ class Allocator:
 
     def linear_input(self, rows: int, width: int, wide: bool = False) -> LinearInput:
         floats = self.input_floats(rows, width)
+        ordered = self.input_floats(rows, width) if self.ordered else None
         if not self.int8 or width % GROUP:
-            return LinearInput(floats, None, None)
+            return LinearInput(floats, None, None, ordered)
         integers = QuantisedRows(**self.fields(rows_fields(rows, width, wide)))
-        return LinearInput(floats, replace(integers, low=None), integers if wide else None)
+        return LinearInput(floats, replace(integers, low=None), integers if wide else None, ordered)
 
     def fields(self, shapes: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, TensorView]:
         """Memory by name, for shapes and types by name."""
@@ -123,10 +156,10 @@ class MLP:
     def launch(self, out: TensorView, hidden: LinearInput, memory: MLPMemory) -> None:
         """out = mlp(hidden), [T, hidden]."""
         activated = memory.activated.of(self.down)
-        if not gated_linear(activated, hidden.of(self.gate_up), self.gate_up):
-            linear(memory.gate_up, hidden.of(self.gate_up), self.gate_up)
+        if not gated_linear(activated, hidden.in_order(self.gate_up), self.gate_up):
+            hidden.linear(memory.gate_up, self.gate_up)
             silu_mul(activated, memory.gate_up)
-        linear(out, activated, self.down)
+        memory.activated.linear(out, self.down)
 
 
 @dataclass(frozen=True)

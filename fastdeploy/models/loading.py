@@ -17,6 +17,8 @@ Q4_1 is searched for, see calibration.py. Q8_0 is for v_proj, which matters most
 Activations become integers in "auto", "w8a8" and "w4a8"; on a GPU "auto" is "exact".
 Weights that are read by one launch (q, k and v; gate and up) make several where the file has them in several formats.
 Where ranks share a layer's input features in parts that are no whole groups of 32, it becomes floats, with a warning.
+Some files have the weights of a row in an order of their own ("act order"). Linear layers keep it; embeddings, experts
+and layers whose input features ranks share become floats, with a warning.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from math import prod
@@ -84,12 +87,16 @@ class WeightLoader:
         self._shapes: dict[str, tuple[int, ...]] = {}  # of the tensors asked for
         self._shares: dict[str, float] = {}  # what part of each tensor this rank takes
         self._room, self._allocated = device.free_memory(), 0  # bytes
+        self.ordered = False  # whether any weight has an order of its own
+        self._orders: dict[bytes, TensorView] = {}  # on the device: what reads the same activations has the same
         self._reads: list[Callable[[tqdm], None]] = []  # what `load` has to do, in the order asked for
         self._importance: Mapping[str, np.ndarray] = {}
-        self.quantised: dict[str, tuple[QuantisedWeight, int]] = {}  # tensor -> the weight that has it, its first row
+        # Where each tensor is that was asked for: the quantised weight that has it and its first row; None for floats.
+        self.places: dict[str, tuple[QuantisedWeight, int] | None] = {}
         matrices = [name for name in checkpoint.names() if len(checkpoint.shape(name)) == 2]
         self._tables: dict[tuple[int, ...], TensorView] = {}  # of values, on the device
-        self._formats = {name: self._format(name) for name in matrices}  # what each weight becomes; None for floats
+        # What each weight becomes; None for floats
+        self._formats = {name: self._format(name, ordered=True) for name in matrices}
         self._refuse_above(sum(map(self._nbytes, checkpoint.names())))  # before any is read or allocated
 
     def vector(self, names: Sequence[str], sizes: Sequence[int], rows: Sequence[range] | None = None) -> TensorView:
@@ -132,14 +139,18 @@ class WeightLoader:
         biases = None
         if bias:
             biases = self.vector([f"{module}.bias" for module in modules], out_features, taken)
-        self._formats |= {name: self._format(name, columns) for name in names}
+        whole = len(columns) == in_features
+        self._formats |= {name: self._format(name, columns, whole and name not in TABLES) for name in names}
         parts: list[LinearWeight | QuantisedWeight] = []
         start = 0
-        for format, run in groupby(zip(names, taken, strict=True), lambda pair: self._formats[pair[0]]):
+        for (format, order), run in groupby(zip(names, taken, strict=True), lambda pair: self._kind(pair[0])):
             names_here, rows_here = zip(*run, strict=True)
             height = max(sum(map(len, rows_here)), padded_rows)
             bias_here = biases.rows(height, start) if biases is not None and columns.start == 0 else None
-            parts.append(self._allocate(format, height, len(columns), bias_here, wide_inputs))
+            weight = self._allocate(format, height, len(columns), bias_here, wide_inputs)
+            if isinstance(weight, QuantisedWeight) and order:
+                weight = replace(weight, order=self._order_on_device(order))
+            parts.append(weight)
             self._place(parts[-1], names_here, rows_here, columns, 0)
             start += height
         return parts[0] if len(parts) == 1 else FusedWeight(tuple(parts))
@@ -206,8 +217,20 @@ class WeightLoader:
             read(bar)
         self._reads.clear()
 
-    def _format(self, name: str, columns: range = range(0)) -> Format | None:
-        """What these columns of a weight become; None for floats."""
+    def _kind(self, name: str) -> tuple[Format | None, bytes]:
+        """What the weights that one launch computes have in common: the format, and the order if there is one."""
+        format = self._formats[name]
+        encoded = None if format is None else self._checkpoint.encoded(name)
+        return format, b"" if encoded is None or encoded.order is None else encoded.order.tobytes()
+
+    def _order_on_device(self, order: bytes) -> TensorView:
+        self.ordered = True
+        if order not in self._orders:
+            self._orders[order] = view(self.device.from_numpy(np.frombuffer(order, np.int32).copy()))
+        return self._orders[order]
+
+    def _format(self, name: str, columns: range = range(0), ordered: bool = False) -> Format | None:
+        """What these columns of a weight become; None for floats. ordered: it may have an order of its own."""
         if name not in self._checkpoint or self._checkpoint.shape(name)[-1] % GROUP:
             return None  # `load` reports what is missing
         if self._checkpoint.storage(name) in DTYPE_BYTES:
@@ -218,6 +241,9 @@ class WeightLoader:
         elif self.mode.keeps_quantised:
             encoded = self._checkpoint.encoded(name)
             found = FORMATS["Q8_0"] if encoded is None else encoded.format
+            if encoded is not None and encoded.order is not None and not ordered:
+                logger.warning("%s: has its weights in an order of its own, so it is kept in floats", name)
+                found = None
         else:
             found = None
         if found is None:
@@ -240,7 +266,7 @@ class WeightLoader:
         """Have `load` read these parts of tensors into `weight`, one below the other from row `place` on."""
         for name, part in zip(names, rows, strict=True):
             if isinstance(weight, QuantisedWeight):
-                self.quantised[name] = (weight, place)
+                self.places[name] = (weight, place)
                 self._reads.append(partial(self._read_quantised, weight, name, part, columns, place))
             else:
                 self._reads.append(partial(self._read_matrix, weight, name, part, columns, place))
@@ -283,6 +309,7 @@ class WeightLoader:
             raise ValueError(f"the model asks for the tensor {name!r} twice")
         self._shapes[name] = shape
         self._shares[name] = share
+        self.places[name] = None
         self._checkpoint.expect(name, shape)
 
     def _read_vector(self, out: Any, names: Sequence[str], rows: Sequence[range], bar: tqdm) -> None:

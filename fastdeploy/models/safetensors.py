@@ -29,6 +29,14 @@ DTYPES: dict[str, tuple[np.dtype, str]] = {  # safetensors' name -> (NumPy dtype
     "F16": (np.dtype(np.float16), "float16"),
     "BF16": (np.dtype(np.uint16), "bfloat16"),
     "U16": (np.dtype(np.uint16), "bfloat16"),  # as Paddle, which keeps such numbers in uint16, saves them
+    # What only quantised checkpoints have, see quantised_checkpoints.py
+    "F8_E4M3": (np.dtype(np.uint8), "float8_e4m3fn"),
+    "F8_E5M2": (np.dtype(np.uint8), "float8_e5m2"),
+    "F8_E8M0": (np.dtype(np.uint8), "float8_e8m0fnu"),
+    "U8": (np.dtype(np.uint8), "uint8"),
+    "I8": (np.dtype(np.int8), "int8"),
+    "I32": (np.dtype(np.int32), "int32"),
+    "I64": (np.dtype(np.int64), "int64"),
 }
 
 
@@ -78,4 +86,4 @@ def _placed(file: MappedFile, data_start: int, name: str, entry: Any) -> tuple[i
             " again"
         )
     rows = partial(mapped_rows, file, data_start + begin, shape, numpy_dtype)
-    return data_start + begin, StoredTensor(shape, dtype, dtype, nbytes, rows)
+    return data_start + begin, StoredTensor(shape, dtype, dtype, nbytes, rows, path=file.path)

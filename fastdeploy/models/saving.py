@@ -116,7 +116,7 @@ def _tensors(model: Decoder, checkpoint: Checkpoint, architecture: str) -> Itera
     """By Hugging Face's names, the rows in llama.cpp's order."""
     config = checkpoint.config
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads} if architecture == "llama" else {}
-    for name in checkpoint.names():
+    for name in model.places:
         tensor = _tensor(name, model, checkpoint)
         module = name.split(".")[-2]
         if module in heads:
@@ -126,16 +126,17 @@ def _tensors(model: Decoder, checkpoint: Checkpoint, architecture: str) -> Itera
 
 def _tensor(name: str, model: Decoder, checkpoint: Checkpoint) -> _Tensor:
     shape = checkpoint.shape(name)
-    if name not in model.quantised:
+    place = model.places[name]
+    if place is None:
         vector = len(shape) == 1 or name.endswith(("mlp.gate.weight", "e_score_correction_bias"))
         dtype = "float32" if vector else model.dtype
         shape = shape[1:] if name.endswith("e_score_correction_bias") else shape
         width = shape[-1] * (4 if dtype == "float32" else 2)
         return _Tensor(FLOAT_TYPES[dtype], (*shape[:-1], width), lambda: _floats(checkpoint, name, dtype, shape))
-    weight, place = model.quantised[name]
+    weight, first_row = place
     storage = checkpoint.storage(name)
     if checkpoint.encoded(name) is None:
-        type_, read = GGMLQuantizationType[weight.format.name], lambda: _blocks(model, weight, place, shape[0])
+        type_, read = GGMLQuantizationType[weight.format.name], lambda: _blocks(model, weight, first_row, shape[0])
     elif checkpoint.metadata is not None:
         type_, read = GGMLQuantizationType[storage], lambda: checkpoint.read_codes(name, 0, shape[0]).blocks
     else:

@@ -125,6 +125,7 @@ class Encoded:
     format: Format
     layout: Layout
     rows: Callable[[int, int], Codes]  # rows(start, stop)
+    order: np.ndarray | None = None  # [K] int32: the columns of the matrix, as `rows` has them one after the other
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,12 @@ class StoredTensor:
     """A tensor of a checkpoint file, not read yet."""
 
     shape: tuple[int, ...]
-    dtype: str  # of what `rows` gives: "float32", "float16" or "bfloat16"
+    dtype: str  # of what `rows` gives: "float32", "float16" or "bfloat16"; others only until a checkpoint is open
     storage: str  # the same, or the name of a quantisation such as "Q4_1"
     nbytes: int  # in the file
     rows: Callable[[int, int], np.ndarray]  # rows(start, stop) -> [stop - start, ...]; NumPy dtype as in RawTensor
     encoded: Encoded | None = None  # the same rows as kernels take them, of a quantisation that they know
+    path: Path | None = None  # the file, where errors to come shall name it
 
     @property
     def num_rows(self) -> int:

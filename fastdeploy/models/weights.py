@@ -40,7 +40,7 @@ class Checkpoint:
 
     path: the .gguf file, the first if there are several parts, or the directory; config: ModelConfig;
     generation_config: generation_config.json or {}; metadata: all GGUF metadata, None for a directory of safetensors;
-    nbytes: size of all tensors as stored.
+    needless: tensors that may be left unread; nbytes: size of all tensors as stored.
     Nothing is read before `read` or `read_rows` asks for it.
     """
 
@@ -51,6 +51,7 @@ class Checkpoint:
         tensors: dict[str, StoredTensor],
         generation_config: dict[str, Any] | None = None,
         metadata: dict[str, Any] | None = None,
+        needless: frozenset[str] = frozenset(),
     ):
         self.path = path
         self.config = config
@@ -58,6 +59,7 @@ class Checkpoint:
         self.metadata = metadata
         self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
         self._tensors = tensors
+        self._needless = needless
         self._read: set[str] = set()
 
     def forget_vocabulary(self) -> None:
@@ -131,9 +133,9 @@ class Checkpoint:
         return [name for name in self._tensors if name not in self._read]
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """Raises ValueError unless the checkpoint has exactly the tensors `expected` (name -> shape)."""
+        """Raises ValueError unless the tensors `expected` (name -> shape) are all there; others may be, if needless."""
         missing = [name for name in expected if name not in self._tensors]
-        unexpected = [name for name in self._tensors if name not in expected]
+        unexpected = [name for name in self._tensors if name not in expected and name not in self._needless]
         misshapen = [
             f"{name} (expected {list(expected[name])}, found {list(tensor.shape)})"
             for name, tensor in self._tensors.items()
@@ -273,8 +275,16 @@ def _rope_divisors(path: Path, tensor: StoredTensor | None) -> tuple[float, ...]
 
 
 def _open_directory(path: Path) -> Checkpoint:
-    config, generation_config = read_configs(path)  # before any tensor: what can't be run is known by then
+    config, generation_config, quantisation = read_configs(path)  # before any tensor: what can't be run is known then
     tensors = _read_shards(path)
+    needless: frozenset[str] = frozenset()
+    if quantisation is not None:
+        # Here, as its formats are those of kernels: importing them takes Triton
+        from fastdeploy.models.quantised_checkpoints import empty_biases, read_quantised
+
+        tensors = read_quantised(path, tensors, quantisation)
+        needless = empty_biases(tensors)
+    _refuse_integers(path, tensors)
     config = replace(config, dtype=config.dtype or _weights_dtype(tensors))
     if is_paddle_layout(tensors):
         tensors = huggingface_layout(tensors, config)
@@ -284,7 +294,19 @@ def _open_directory(path: Path) -> Checkpoint:
     if config.tie_word_embeddings:
         redundant.add("lm_head.weight")
     tensors = {name: tensor for name, tensor in tensors.items() if name not in redundant}
-    return Checkpoint(path, config, tensors, generation_config)
+    return Checkpoint(path, config, tensors, generation_config, needless=needless)
+
+
+def _refuse_integers(path: Path, tensors: dict[str, StoredTensor]) -> None:
+    """Raises ValueError if tensors aren't floats by now."""
+    others = {name: tensor for name, tensor in tensors.items() if tensor.dtype not in DTYPES}
+    if others:
+        first = next(iter(others.values()))
+        listed = _listed([f"{name} ({tensor.dtype})" for name, tensor in others.items()])
+        raise ValueError(
+            f"{first.path or path}: {len(others)} tensors are no floats: {listed}; weights can be {', '.join(DTYPES)},"
+            " or what a quantisation that config.json names has; is config.json complete, and of this checkpoint?"
+        )
 
 
 def _weights_dtype(tensors: dict[str, StoredTensor]) -> str:

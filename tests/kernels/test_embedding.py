@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 
-from fastdeploy.kernels.embedding import embedding, embedding_reference, gather_rows, resolve_ids, resolve_ids_reference
+from fastdeploy.kernels.embedding import (
+    embedding,
+    embedding_reference,
+    gather_columns,
+    gather_rows,
+    resolve_ids,
+    resolve_ids_reference,
+)
 from fastdeploy.kernels.linear import LinearWeight, pack, packed_shape
 
 
@@ -21,6 +28,15 @@ def test_gather_rows(normal, store, blank):
     x, rows, out = normal(10, 576), store([9, 0, 3, 3], "int32"), blank((4, 576))
     gather_rows(out.view, x.view, rows.view)
     np.testing.assert_array_equal(out.memory, x.memory[[9, 0, 3, 3]])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [1, 576, 1030])
+def test_gather_columns(width, dtype, rng, normal, store, blank):
+    order = rng.permutation(width)
+    x, out = normal(5, width, dtype=dtype), blank((5, width), dtype)
+    gather_columns(out.view, x.view, store(order, "int32").view)
+    np.testing.assert_array_equal(out.memory, x.memory[:, order])
 
 
 def test_offsets_beyond_31_bits(store, blank):

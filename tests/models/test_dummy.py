@@ -67,6 +67,12 @@ def test_dummy_weights_are_quantised_like_others(tmp_path):
         assert llm.engine.runner.model.layers[0].qkv.kind == "q8"
 
 
+def test_dummies_of_a_quantised_model_are_floats_and_a_warning_says_so(tmp_path, caplog):
+    checkpoint = opened(write_config(tmp_path, quantization_config={"quant_method": "fp8"}))
+    assert "quantised, by fp8; those that load_format='dummy' makes up are floats" in caplog.text
+    assert {checkpoint.storage(name) for name in SHAPES} == {checkpoint.config.dtype}
+
+
 def test_the_longest_sequence_is_what_the_kv_cache_holds_and_facts_say_so(tmp_path):
     keywords = {"load_format": "dummy", "block_size": 16, "max_num_seqs": 2}
     with LLM(write_config(tmp_path), **keywords) as llm:

@@ -90,7 +90,7 @@ def test_what_the_cache_lacks_is_downloaded_once(cache, hub, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quantization_config": {"quant_method": "awq"}}, "config.json: .*quantised, by awq"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "config.json: .*quantised, by hqq"),
         ({"architectures": ["MambaForCausalLM"]}, "config.json: .*MambaForCausalLM.*the architectures we have are"),
         ({"num_hidden_layers": 10**9}, "config.json: .*must be 10000 at most"),
     ],
