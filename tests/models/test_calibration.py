@@ -17,7 +17,7 @@ from fastdeploy.text.tokenizer import load_tokenizer
 from tests.models import reference
 from tests.models.tiny import BIASED, GROUPED, INTERLEAVED, QWEN3, UNTIED, checkpoint, random_tensors
 
-SEQUENCES = [np.random.default_rng(length).integers(0, 131, length).astype(np.int32) for length in (200, 1, 64)]
+SEQUENCES = [np.random.default_rng(length).integers(0, 131, length).astype(np.int32) for length in (128, 1, 70)]
 MIXTURE = replace(
     GROUPED,
     architecture="Ernie4_5_MoeForCausalLM",
