@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from fastdeploy import LLM, SamplingParams
+from fastdeploy.models import calibration
 from tests.models.test_families import open_llm
 from tests.references.families import CASES, write_checkpoint
 
@@ -95,6 +96,18 @@ def test_a_name_that_is_no_gguf_files_is_refused(tmp_path):
             llm.save_quantised(tmp_path / "no folder" / "saved.gguf")
     with pytest.raises(RuntimeError, match="closed"):
         llm.save_quantised(tmp_path / "saved.gguf")
+
+
+def test_weights_that_are_made_up_are_not_calibrated(tmp_path, monkeypatch):
+    def unwanted(*_):
+        raise AssertionError("calibrated")
+
+    monkeypatch.setattr(calibration, "importance", unwanted)
+    with opened(written(tmp_path, "llama"), "wint4", load_format="dummy") as llm:
+        expected = said(llm)
+        llm.save_quantised(tmp_path / "saved.gguf")
+    with opened(tmp_path / "saved.gguf", "exact") as llm:
+        assert said(llm) == expected
 
 
 def test_a_rank_of_several_is_refused(tmp_path):

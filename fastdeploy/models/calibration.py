@@ -9,7 +9,8 @@ The model reads it in floats, layer by layer, before any of its weights is packe
     embed all sequences;  for every layer: read its weights as floats, run all sequences through it, let them go
 
 So the pass takes the memory of one layer in floats and of one sequence's activations. The statistics are of the float
-model: those of a model whose layers before are in four bits already give the same (SmolLM2: KL 0.072 against 0.073).
+model: those of one that has its weights in four bits already give the same (SmolLM2: KL 0.072 against 0.073). A
+sequence's first token counts as others do, though it looks like an outlier: without it, the KL is 0.113.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastdeploy.config import MODES
-from fastdeploy.device.host import progress_bar
+from fastdeploy.device.host import progress_bar, release_free_memory
 from fastdeploy.kernels.attention import AttentionBatch, split_keys
 from fastdeploy.kernels.embedding import embedding
 from fastdeploy.kernels.launch import TensorView, cdiv, view
@@ -57,10 +58,13 @@ READERS = {  # the modules that read what `Decoder.watch_layer` shows
 def calibration_sequences(tokenizer: Tokenizer, vocab_size: int) -> list[np.ndarray]:
     """The text as sequences of at most LENGTH token ids, int32; ids that the model doesn't have are left out.
 
-    Of a text that is longer, as a vocabulary without a script makes it, parts are left out at equal distances.
+    Of more tokens than SEQUENCES hold, as a vocabulary makes that lacks a script, parts at equal distances are taken.
+    No sequences, with a warning, if there are no such tokens.
     """
     ids = np.array(tokenizer.encode(TEXT.read_text(encoding="utf-8")), np.int32)
     ids = ids[ids < vocab_size]
+    if not len(ids):
+        logger.warning("the tokenizer makes no tokens of the calibration text: four bits are rounded to nearest")
     sequences = [ids[start : start + LENGTH] for start in range(0, len(ids), LENGTH)]
     kept = np.linspace(0, len(sequences) - 1, min(SEQUENCES, len(sequences))).astype(int)
     return [sequences[index] for index in kept]
@@ -82,10 +86,15 @@ def importance(
     found: dict[str, np.ndarray] = {}
     layers = model.config.num_layers
     with progress_bar(total=layers, desc="Calibrating", unit=" layers", disable=not progress) as bar:
-        run = _Pass(model, checkpoint, sequences)
+        sequences_in_model = _Pass(model, checkpoint, sequences)
         for index in range(layers):
-            found |= {f"model.layers.{index}.{module}.weight": mean for module, mean in run.layer(index).items()}
+            means = sequences_in_model.layer(index)
+            found |= {f"model.layers.{index}.{module}.weight": mean for module, mean in means.items()}
             bar.update(1)
+    del sequences_in_model
+    tokens = sum(map(len, sequences))
+    logger.info("%s: weights for 4 bits are chosen by what %d tokens put through the model", checkpoint.path, tokens)
+    release_free_memory()
     overflown = [name for name, mean in found.items() if not np.isfinite(mean).all()]
     if overflown:
         logger.warning(

