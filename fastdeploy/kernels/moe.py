@@ -273,9 +273,12 @@ def route(out: Routing, logits: Any, correction: Any = None, floor: float | None
 
 @triton.jit
 def _rows_of_tile(rows, tile_starts, tile, m, count):
-    """The rows of y of a tile, and those of x. Those past the end are the last one again: cheaper than a mask."""
-    row = (tl.load(tile_starts + tile) + tl.minimum(m, count - 1)).to(tl.int64)
-    return row, row if rows is None else tl.load(rows + row).to(tl.int64)
+    """The rows of y of a tile, and those of x; past the tile's end the first one of x, cheaper than masks in a loop."""
+    row = (tl.load(tile_starts + tile) + m).to(tl.int64)
+    source = tl.where(m < count, row, 0)
+    if rows is not None:
+        source = tl.load(rows + row, mask=m < count, other=0).to(tl.int64)
+    return row, source
 
 
 @triton.jit
@@ -292,12 +295,12 @@ def _grouped_linear_kernel(
 ):  # fmt: skip
     tile = tl.program_id(0)
     count = tl.load(tile_rows + tile)
+    m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    row, source = _rows_of_tile(rows, tile_starts, tile, m, count)
     if count == 0:
         return
-    m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
-    row, source = _rows_of_tile(rows, tile_starts, tile, m, count)
     x_tile = x + source[:, None] * K + k[None, :]  # [BLOCK_M, BLOCK_K]
     weight += tl.load(tile_experts + tile).to(tl.int64) * EXPERT_ROWS * K
     if PANEL == 1:
@@ -318,11 +321,11 @@ def _grouped_quantised_kernel(
     """Without x_scales x are floats, and data and high come as 32-bit words."""
     tile = tl.program_id(0)
     count = tl.load(tile_rows + tile)
+    m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    row, source = _rows_of_tile(rows, tile_starts, tile, m, count)
     if count == 0:
         return
-    m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    row, source = _rows_of_tile(rows, tile_starts, tile, m, count)
     place = tl.load(tile_experts + tile).to(tl.int64) * EXPERT_TILES + packed_tile(n, N)
     weight = (data, high, scales, minimums, factors, table)
     if x_scales is None:
@@ -341,17 +344,16 @@ def _grouped_gated_kernel(
     """A tile's rows of one group of 32 features of silu(gate) * up, see `gated_quantised_linear`."""
     tile = tl.program_id(0)
     count = tl.load(tile_rows + tile)
-    if count == 0:
-        return
     m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    n = tl.program_id(1) * 32 + tl.arange(0, 32)
     row, source = _rows_of_tile(rows, tile_starts, tile, m, count)
-    weight = (data, high, scales, minimums, factors, table)
-    place = tl.load(tile_experts + tile).to(tl.int64) * EXPERT_TILES + n // 16
-    gate = integer_sums(x, x_scales, x_sums, None, source, weight, place, n % 16, K, FORMAT, [BLOCK_M, 32])
-    up = integer_sums(x, x_scales, x_sums, None, source, weight, I // 16 + place, n % 16, K, FORMAT, [BLOCK_M, 32])
-    group = row * (I // 32) + tl.program_id(1)
-    store_groups(out, out_scales, out_sums, None, swiglu(gate, up), group, m < count)
+    n = tl.program_id(1) * 32 + tl.arange(0, 32)
+    if count > 0:  # no return: the CPU's compiler would put x's addresses, which both sums use, into memory
+        weight = (data, high, scales, minimums, factors, table)
+        place = tl.load(tile_experts + tile).to(tl.int64) * EXPERT_TILES + packed_tile(n, I)
+        gate = integer_sums(x, x_scales, x_sums, None, source, weight, place, n % 16, K, FORMAT, [BLOCK_M, 32])
+        up = integer_sums(x, x_scales, x_sums, None, source, weight, I // 16 + place, n % 16, K, FORMAT, [BLOCK_M, 32])
+        group = row * (I // 32) + tl.program_id(1)
+        store_groups(out, out_scales, out_sums, None, swiglu(gate, up), group, m < count)
 
 
 XTensors: TypeAlias = tuple[TensorView, TensorView | None, TensorView | None]  # values, scales and sums, or floats
