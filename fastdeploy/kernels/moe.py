@@ -19,19 +19,21 @@ A grouped linear layer runs one program for each tile of rows and each block of 
 are is known on the device only; the grid has as many as there can be, and those without rows return at once. So
 nothing waits for the device, and a step can be recorded. Experts without tokens cost nothing.
 
-The expert weights of a layer lie one below the other in one packed matrix (linear.py), each from a full panel on.
+The expert weights of a layer lie one below the other in one packed matrix, each from a full panel on: in floats
+(linear.py), or quantised in any format (formats.py), which meet int8 or floats with the sums of quantised.py.
 
 A row's sums run over its own elements in a fixed order, and a token's experts are added by rank: its bits do not depend
 on the other tokens. Cost: the weights of the experts that are hit once per tile, 2 T k N K FLOPs.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import triton
 import triton.language as tl
 
+from fastdeploy.kernels.formats import TILE, QuantisedWeight, groups, packed_tile, words
 from fastdeploy.kernels.launch import (
     FLOATS,
     Target,
@@ -46,8 +48,10 @@ from fastdeploy.kernels.launch import (
     view,
 )
 from fastdeploy.kernels.linear import LinearWeight, sum_of_products
+from fastdeploy.kernels.quantised import QuantisedRows, float_sums, integer_sums, store_groups, swiglu
+from fastdeploy.kernels.quantised import tiles as quantised_tiles
 
-PADDING = 32  # an expert's weights begin on a row that is a multiple of it: a full panel
+PADDING = 32  # an expert's weights begin on a row that is a multiple of it: a full panel, or two packed tiles
 CHUNK = 256  # pairs that the sort looks at together
 
 
@@ -55,7 +59,7 @@ CHUNK = 256  # pairs that the sort looks at together
 class ExpertWeights:
     """The weights [out_features, in_features] of `count` experts, one below the other, each padded to full panels."""
 
-    packed: LinearWeight
+    packed: LinearWeight | QuantisedWeight
     count: int
     out_features: int
 
@@ -70,6 +74,46 @@ class ExpertWeights:
     def padded_features(self) -> int:
         """Rows from one expert's first to the next one's."""
         return padded(self.out_features)
+
+    @property
+    def takes_integers(self) -> bool:
+        """Whether activations may be integers, of 8 bits."""
+        return self.packed.takes_integers
+
+    @property
+    def wide_inputs(self) -> bool:
+        """Whether activations that are quantised take 16 bits."""
+        return False
+
+    @property
+    def ordered(self) -> bool:
+        """Whether activations have to be brought into an order."""
+        return False
+
+
+@dataclass(frozen=True)
+class FusedExperts:
+    """Weights that read the same input, side by side, where no single format holds them all: see `FusedWeight`."""
+
+    parts: tuple[ExpertWeights, ...]
+
+    @property
+    def takes_integers(self) -> bool:
+        """Whether activations may be integers, of 8 bits: floats serve every part."""
+        return all(part.takes_integers for part in self.parts)
+
+    @property
+    def wide_inputs(self) -> bool:
+        """Whether activations that are quantised take 16 bits."""
+        return False
+
+    @property
+    def ordered(self) -> bool:
+        """Whether activations have to be brought into an order."""
+        return False
+
+
+Experts: TypeAlias = ExpertWeights | FusedExperts  # what grouped linear layers take
 
 
 def padded(out_features: int) -> int:
@@ -238,22 +282,36 @@ def route(out: Routing, logits: Any, correction: Any = None, floor: float | None
 
 
 @triton.jit
+def _rows_of_tile(rows, tile_starts, tile, m, count):
+    """The rows of y of a tile, and those of x; past the tile's end the first one of x, cheaper than masks in a loop."""
+    row = (tl.load(tile_starts + tile) + m).to(tl.int64)
+    source = tl.where(m < count, row, 0)
+    if rows is not None:
+        source = tl.load(rows + row, mask=m < count, other=0).to(tl.int64)
+    return row, source
+
+
+@triton.jit
+def _store_rows(y, sums, row, m, count, n, N, STRIDE):
+    y_tile = y + row[:, None] * STRIDE + n[None, :]
+    tl.store(y_tile, sums.to(y.dtype.element_ty), mask=(m < count)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
 def _grouped_linear_kernel(
-    y, x, rows, tile_experts, tile_starts, tile_rows, weight, N, K, EXPERT_ROWS,
+    y, x, rows, tile_experts, tile_starts, tile_rows, weight, N, K, STRIDE, EXPERT_ROWS,
     PANEL: tl.constexpr, OPERAND: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     count = tl.load(tile_rows + tile)
+    m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    row, source = _rows_of_tile(rows, tile_starts, tile, m, count)
     if count == 0:
         return
-    m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
-    # Rows and features past the end are read again from the last one: cheaper than a mask in the loop.
-    row = tl.load(tile_starts + tile) + tl.minimum(m, count - 1)
-    source = row if rows is None else tl.load(rows + row)
-    x_tile = x + source.to(tl.int64)[:, None] * K + k[None, :]  # [BLOCK_M, BLOCK_K]
+    x_tile = x + source[:, None] * K + k[None, :]  # [BLOCK_M, BLOCK_K]
     weight += tl.load(tile_experts + tile).to(tl.int64) * EXPERT_ROWS * K
     if PANEL == 1:
         weight_tile = weight + tl.minimum(n, N - 1).to(tl.int64)[None, :] * K + k[:, None]  # [BLOCK_K, BLOCK_N]
@@ -261,8 +319,55 @@ def _grouped_linear_kernel(
         panel = weight + tl.program_id(1).to(tl.int64) * K * PANEL
         weight_tile = panel + k[:, None] * PANEL + tl.arange(0, BLOCK_N)[None, :]
     sums = sum_of_products(x_tile, weight_tile, K, PANEL, OPERAND, EVEN_K)
-    y_tile = y + row.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(y_tile, sums.to(y.dtype.element_ty), mask=(m < count)[:, None] & (n < N)[None, :])
+    _store_rows(y, sums, row, m, count, n, N, STRIDE)
+
+
+@triton.jit
+def _grouped_quantised_kernel(
+    y, x, x_scales, x_sums, rows, tile_experts, tile_starts, tile_rows,
+    data, high, scales, minimums, factors, table, N, K, STRIDE, EXPERT_TILES,
+    OPERAND: tl.constexpr, FORMAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Without x_scales x are floats, and data and high come as 32-bit words."""
+    tile = tl.program_id(0)
+    count = tl.load(tile_rows + tile)
+    m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    row, source = _rows_of_tile(rows, tile_starts, tile, m, count)
+    if count == 0:
+        return
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    place = tl.load(tile_experts + tile).to(tl.int64) * EXPERT_TILES + packed_tile(n, N)
+    weight = (data, high, scales, minimums, factors, table)
+    if x_scales is None:
+        sums = float_sums(x, source, weight, place, n % 16, K, OPERAND, FORMAT, [BLOCK_M, BLOCK_N])
+    else:
+        sums = integer_sums(x, x_scales, x_sums, None, source, weight, place, n % 16, K, FORMAT, [BLOCK_M, BLOCK_N])
+    _store_rows(y, sums, row, m, count, n, N, STRIDE)
+
+
+@triton.jit
+def _grouped_gated_kernel(
+    out, out_scales, out_sums, x, x_scales, x_sums, rows, tile_experts, tile_starts, tile_rows,
+    data, high, scales, minimums, factors, table, I, K, EXPERT_TILES,  # noqa: E741
+    FORMAT: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """A tile's rows of one group of 32 features of silu(gate) * up, see `gated_quantised_linear`."""
+    tile = tl.program_id(0)
+    count = tl.load(tile_rows + tile)
+    m = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    row, source = _rows_of_tile(rows, tile_starts, tile, m, count)
+    n = tl.program_id(1) * 32 + tl.arange(0, 32)
+    if count > 0:  # no return: the CPU's compiler would put x's addresses, which both sums use, into memory
+        weight = (data, high, scales, minimums, factors, table)
+        place = tl.load(tile_experts + tile).to(tl.int64) * EXPERT_TILES + packed_tile(n, I)
+        gate = integer_sums(x, x_scales, x_sums, None, source, weight, place, n % 16, K, FORMAT, [BLOCK_M, 32])
+        up = integer_sums(x, x_scales, x_sums, None, source, weight, I // 16 + place, n % 16, K, FORMAT, [BLOCK_M, 32])
+        group = row * (I // 32) + tl.program_id(1)
+        store_groups(out, out_scales, out_sums, None, swiglu(gate, up), group, m < count)
+
+
+XTensors: TypeAlias = tuple[TensorView, TensorView | None, TensorView | None]  # values, scales and sums, or floats
+Routes: TypeAlias = tuple[TensorView | None, TensorView, TensorView, TensorView]  # rows, and what there is of tiles
 
 
 def tiles(target: Target, block_m: int, weight: LinearWeight) -> dict[str, Any]:
@@ -275,29 +380,98 @@ def tiles(target: Target, block_m: int, weight: LinearWeight) -> dict[str, Any]:
     return {**shape, "num_warps": 4, "num_stages": 3 if target.kind == "cuda" else 2}
 
 
-def grouped_linear(out: Any, x: Any, weights: ExpertWeights, routing: Routing, by_token: bool) -> None:
+def grouped_linear(out: Any, x: Any, weights: Experts, routing: Routing, by_token: bool) -> None:
     """Each row of `out` is a row of `x` times the weight of the row's expert, transposed.
 
     Args:
-        out: [T k, out_features], any float type: the rows sorted by expert.
-        x: any float type: [T, in_features], a row for each token, if `by_token`; else [T k, in_features], sorted, too.
+        out: [T k, out_features], any float type: the rows sorted by expert, perhaps with gaps between them.
+        x: any float type, or `QuantisedRows` in 8 bits if the weights take integers: [T, in_features], a row for each
+            token, if `by_token`; else [T k, in_features], sorted, too.
         routing: as `route` filled it.
     """
-    out, x, packed = view(out), view(x), weights.packed
-    pairs = routing.rows.shape[0]
-    tokens = routing.experts.shape[0]
-    expect("x", x, (tokens if by_token else pairs, packed.in_features), *FLOATS)
-    expect("out", out, (pairs, weights.out_features), *FLOATS)
-    if pairs == 0:
+    out = view(out)
+    if isinstance(weights, FusedExperts):
+        start = 0
+        for part in weights.parts:
+            grouped_linear(out.columns(start, start + part.out_features), x, part, routing, by_token)
+            start += part.out_features
         return
-    here = target()
+    x_tensors, routes = _expect_rows(x, weights, routing, by_token), _routes(routing, by_token)
+    expect("out", out, (routing.rows.shape[0], weights.out_features), *FLOATS, row_gaps=True)
+    if routing.rows.shape[0]:
+        run = _launch_floats if isinstance(weights.packed, LinearWeight) else _launch_quantised
+        run(out, x_tensors, weights, routes)
+
+
+def _launch_floats(out: TensorView, x: XTensors, weights: ExpertWeights, routes: Routes) -> None:
+    here, packed, pairs = target(), weights.packed, out.shape[0]
+    assert isinstance(packed, LinearWeight)
     block_m = tile_rows(here, pairs, weights.count)
     rule = tiles(here, block_m, packed)
     grid = (most_tiles(pairs, weights.count, block_m), cdiv(weights.out_features, rule["BLOCK_N"]))
-    rows = (routing.rows if by_token else None, routing.tile_experts, routing.tile_starts, routing.tile_rows)
-    sizes = (weights.out_features, packed.in_features, weights.padded_features)
-    constants = {"PANEL": packed.panel, "OPERAND": operand_dtype(here, x, packed.data)}
-    launch(_grouped_linear_kernel, grid, out, x, *rows, packed.data, *sizes, **constants, **rule)
+    sizes = (weights.out_features, packed.in_features, out.strides[0], weights.padded_features)
+    constants = {"PANEL": packed.panel, "OPERAND": operand_dtype(here, x[0], packed.data)}
+    launch(_grouped_linear_kernel, grid, out, x[0], *routes, packed.data, *sizes, **constants, **rule)
+
+
+def _launch_quantised(out: TensorView, x: XTensors, weights: ExpertWeights, routes: Routes) -> None:
+    here, packed, pairs, in_floats = target(), weights.packed, out.shape[0], x[1] is None
+    assert isinstance(packed, QuantisedWeight)
+    block_m = tile_rows(here, pairs, weights.count)
+    rule = quantised_tiles(here, block_m, not in_floats)
+    grid = (most_tiles(pairs, weights.count, block_m), cdiv(weights.out_features, rule["BLOCK_N"]))
+    integers = (words(packed.data), words(packed.high)) if in_floats else (packed.data, packed.high)
+    sizes = (weights.out_features, packed.in_features, out.strides[0], weights.padded_features // TILE)
+    known = {"OPERAND": operand_dtype(here, x[0]) if in_floats else None, "FORMAT": packed.format.constants}
+    arguments = (out, *x, *routes, *integers, *packed.planes[2:], *sizes)
+    launch(_grouped_quantised_kernel, grid, *arguments, **known, **rule)
+
+
+def gated_grouped_linear(out: Any, x: Any, weights: Experts, routing: Routing) -> bool:
+    """`grouped_linear` of each token's row, ending in silu(gate) * up; or False, and nothing done, where no kernel does
+    that: it takes integers and gives integers.
+
+    Args:
+        out: [T k, I], in 8 bits: the rows sorted by expert.
+        x: [T, in_features], in 8 bits.
+        weights: [2 I, in_features] for each expert, the rows of gate, then up.
+    """
+    if not (isinstance(out, QuantisedRows) and isinstance(x, QuantisedRows) and isinstance(weights, ExpertWeights)):
+        return False
+    pairs, width = out.shape
+    x_tensors = _expect_rows(x, weights, routing, by_token=True)
+    if weights.out_features != 2 * width or pairs != routing.rows.shape[0] or out.low is not None:
+        shape = f"{routing.rows.shape[0]} rows of gate and up of {weights.out_features} features"
+        raise ValueError(f"{shape} don't fill {pairs} rows of {width} in 8 bits")
+    if pairs == 0:
+        return True
+    packed = weights.packed
+    assert isinstance(packed, QuantisedWeight)  # as it takes integers
+    block_m = tile_rows(target(), pairs, weights.count)
+    grid = (most_tiles(pairs, weights.count, block_m), groups(width))
+    written, routes = (out.values, out.scales, out.sums), _routes(routing, by_token=True)
+    sizes = (width, packed.in_features, weights.padded_features // TILE)
+    arguments = (*written, *x_tensors, *routes, *packed.planes, *sizes)
+    launch(_grouped_gated_kernel, grid, *arguments, FORMAT=packed.format.constants, BLOCK_M=block_m)
+    return True
+
+
+def _routes(routing: Routing, by_token: bool) -> Routes:
+    return routing.rows if by_token else None, routing.tile_experts, routing.tile_starts, routing.tile_rows
+
+
+def _expect_rows(x: Any, weights: ExpertWeights, routing: Routing, by_token: bool) -> XTensors:
+    """Raises where x doesn't fit."""
+    shape = (routing.experts.shape[0] if by_token else routing.rows.shape[0], weights.packed.in_features)
+    if not isinstance(x, QuantisedRows):
+        x = view(x)
+        expect("x", x, shape, *FLOATS)
+        return x, None, None
+    expect("x", x.values, shape, "int8")
+    if x.low is not None or not weights.takes_integers:
+        takes = "8 bits or floats, not 16 bits" if weights.takes_integers else "floats only"
+        raise TypeError(f"these experts take activations in {takes}")
+    return x.values, x.scales, x.sums
 
 
 @triton.jit

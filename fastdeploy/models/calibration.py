@@ -221,9 +221,10 @@ class _Inputs:
         if isinstance(network, MLP):
             self._add_down("mlp", memory.mlp.activated.floats)
             return
-        assert memory.mixture is not None  # as the layer has one
+        config = self._model.config.mixture
+        assert config is not None and memory.mixture is not None  # as the layer is one
         self._readers["feed_forward"] = ()
-        for expert in range(network.gate_up.count):
+        for expert in range(config.num_experts):
             self._readers["feed_forward"] += tuple(f"mlp.experts.{expert}.{name}_proj" for name in ("gate", "up"))
         if memory.mixture.shared is not None:
             self._readers["feed_forward"] += tuple(f"mlp.shared_experts.{name}_proj" for name in ("gate", "up"))
@@ -250,7 +251,7 @@ class _Inputs:
     def _add_experts(self, memory: MixtureMemory) -> None:
         """Rows lie sorted by expert."""
         counts = self._model.device.to_numpy(memory.routing.counts)
-        rows = self._read(memory.activated)
+        rows = self._read(memory.activated.floats)
         self._experts = self._experts or [_Sum() for _ in counts]
         for total, part in zip(self._experts, np.split(rows, np.cumsum(counts)[:-1]), strict=True):
             total.add(part)

@@ -3,7 +3,7 @@
     mlp(h)     = (silu(h Wgate) * h Wup) Wdown
     mixture(h) = sum of w_e mlp_e(h) over the experts e that the router chooses for a token  (+ mlp_shared(h))
 
-A mixture is nine launches, see kernels/moe.py; a shared MLP is three more.
+A mixture is nine launches, see kernels/moe.py, with activations in int8 too; a shared MLP is two or three more.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ from fastdeploy.kernels.embedding import gather_columns
 from fastdeploy.kernels.formats import QuantisedWeight
 from fastdeploy.kernels.launch import TensorView, view
 from fastdeploy.kernels.linear import FusedWeight, LinearWeight, Weight, gated_linear, linear
-from fastdeploy.kernels.moe import ExpertWeights, Routing, combine, grouped_linear, route, routing_fields
+from fastdeploy.kernels.moe import (
+    Experts,
+    Routing,
+    combine,
+    gated_grouped_linear,
+    grouped_linear,
+    route,
+    routing_fields,
+)
 from fastdeploy.kernels.quantised import GROUP, QuantisedRows, quantise, rows_fields
 from fastdeploy.models.loading import WeightLoader
 from fastdeploy.models.sharding import Shard
@@ -39,17 +47,17 @@ class LinearInput:
     int16: QuantisedRows | None  # the same memory as `int8`, and the low bytes
     ordered: TensorView | None = None  # the floats in the order of a weight, where the model has such weights
 
-    def of(self, weight: Weight) -> LinearOperand:
+    def of(self, weight: Weight | Experts) -> LinearOperand:
         """The memory that is written for a layer with this weight: floats, if they have to be ordered yet."""
         return self.floats if weight.ordered else self._read_by(weight)
 
-    def _read_by(self, weight: Weight) -> LinearOperand:
+    def _read_by(self, weight: Weight | Experts) -> LinearOperand:
         """The memory that it reads: the floats, ordered or not, or the integers."""
         if self.int8 is None or isinstance(weight, LinearWeight) or not weight.takes_integers:
             return self.ordered if weight.ordered and self.ordered is not None else self.floats
         return self.int16 if weight.wide_inputs and self.int16 is not None else self.int8
 
-    def quantised_of(self, weight: Weight) -> LinearOperand:
+    def quantised_of(self, weight: Weight | Experts) -> LinearOperand:
         """The same, after the floats have been quantised if that is what the layer reads."""
         found = self.of(weight)
         if isinstance(found, QuantisedRows):
@@ -169,7 +177,7 @@ class MixtureMemory:
     logits: TensorView  # [T, experts] float32
     routing: Routing
     gate_up: TensorView  # [T k, 2 * intermediate]
-    activated: TensorView  # [T k, intermediate]
+    activated: LinearInput  # [T k, intermediate]
     outputs: TensorView  # [T k, hidden]
     shared: MLPMemory | None
     shared_output: TensorView | None  # [T, hidden]
@@ -186,7 +194,7 @@ class MixtureMemory:
             logits=view(allocator.device.empty((tokens, config.num_experts), "float32")),
             routing=Routing(**allocator.fields(routing)),
             gate_up=allocator.matrix(pairs, 2 * intermediate),
-            activated=allocator.input_floats(pairs, intermediate),
+            activated=allocator.linear_input(pairs, intermediate),
             outputs=allocator.matrix(pairs, hidden),
             shared=MLPMemory.allocate(allocator, tokens, shared) if shared else None,
             shared_output=allocator.matrix(tokens, hidden) if shared else None,
@@ -212,8 +220,8 @@ class Mixture:
 
     router: Weight  # [experts, hidden] float32
     correction: TensorView | None  # [experts] float32
-    gate_up: ExpertWeights  # [2 * intermediate, hidden] each
-    down: ExpertWeights  # [hidden, intermediate] each
+    gate_up: Experts  # [2 * intermediate, hidden] each
+    down: Experts  # [hidden, intermediate] each
     shared: MLP | None
     floor: float | None
 
@@ -244,10 +252,13 @@ class Mixture:
         routing = memory.routing
         linear(memory.logits, hidden.floats, self.router)
         route(routing, memory.logits, self.correction, self.floor)
-        grouped_linear(memory.gate_up, hidden.floats, self.gate_up, routing, by_token=True)
-        silu_mul(memory.activated, memory.gate_up)
-        grouped_linear(memory.outputs, memory.activated, self.down, routing, by_token=False)
+        read, activated = hidden.quantised_of(self.gate_up), memory.activated.of(self.down)
+        if not gated_grouped_linear(activated, read, self.gate_up, routing):
+            grouped_linear(memory.gate_up, read, self.gate_up, routing, by_token=True)
+            silu_mul(activated, memory.gate_up)
+        grouped_linear(memory.outputs, activated, self.down, routing, by_token=False)
         if self.shared is not None and memory.shared is not None and memory.shared_output is not None:
-            hidden.quantised_of(self.shared.gate_up)
+            if not isinstance(read, QuantisedRows):
+                hidden.quantised_of(self.shared.gate_up)
             self.shared.launch(memory.shared_output, hidden, memory.shared)
         combine(out, memory.outputs, routing, memory.shared_output)

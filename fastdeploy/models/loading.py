@@ -16,6 +16,8 @@ What a linear layer's weights become, by `quantization` and by what the file hol
 Q4_1 is searched for, see calibration.py. Q8_0 is for v_proj, which matters most for its size.
 Activations become integers in "auto", "w8a8" and "w4a8"; on a GPU "auto" is "exact".
 Weights that are read by one launch (q, k and v; gate and up) make several where the file has them in several formats.
+Of a mixture, gate, up or down of all experts is a matrix in one format: those in several become Q8_0 or, if some are
+floats, floats.
 Where ranks share a layer's input features in parts that are no whole groups of 32, it becomes floats, with a warning.
 Some files have the weights of a row in an order of their own ("act order"). Linear layers keep it; embeddings, experts
 and layers whose input features ranks share become floats, with a warning.
@@ -41,10 +43,11 @@ from fastdeploy.device.host import progress_bar
 from fastdeploy.kernels.formats import FORMATS, GROUP, Format, QuantisedWeight, table_of
 from fastdeploy.kernels.launch import TensorView, target, view
 from fastdeploy.kernels.linear import FusedWeight, LinearWeight, Weight, default_panel, pack, packed_shape
-from fastdeploy.kernels.moe import ExpertWeights, padded
+from fastdeploy.kernels.moe import Experts, ExpertWeights, FusedExperts, padded
 from fastdeploy.kernels.packing import NIBBLES, Codes, pack_codes, pack_floats
 from fastdeploy.kernels.search import search_q4
 from fastdeploy.models.sharding import WHOLE, Shard
+from fastdeploy.models.storage import Encoded
 from fastdeploy.models.weights import Checkpoint, RawTensor
 
 logger = logging.getLogger("fastdeploy")
@@ -140,7 +143,9 @@ class WeightLoader:
         if bias:
             biases = self.vector([f"{module}.bias" for module in modules], out_features, taken)
         whole = len(columns) == in_features
-        self._formats |= {name: self._format(name, columns, whole and name not in TABLES) for name in names}
+        for name in names:
+            format = self._format(name, ordered=whole and name not in TABLES)
+            self._formats[name] = self._narrowed(format, name, columns)
         parts: list[LinearWeight | QuantisedWeight] = []
         start = 0
         for (format, order), run in groupby(zip(names, taken, strict=True), lambda pair: self._kind(pair[0])):
@@ -157,17 +162,22 @@ class WeightLoader:
 
     def experts(
         self, modules: Sequence[Sequence[str]], in_features: int, out_features: int, rows: range, columns: range
-    ) -> ExpertWeights:
-        """The weights of each expert's modules, as in `linear`. They are floats in every mode."""
-        height = len(rows) * len(modules[0])
-        weight = self._allocate_floats(len(modules) * padded(height), len(columns), None, self.dtype)
-        for index, of_expert in enumerate(modules):
-            names = [f"{module}.weight" for module in of_expert]
-            for name in names:
-                self._ask(name, (out_features, in_features), len(rows) / out_features * len(columns) / in_features)
-            self._formats |= dict.fromkeys(names)
-            self._place(weight, names, [rows] * len(names), columns, index * padded(height))
-        return ExpertWeights(weight, len(modules), height)
+    ) -> Experts:
+        """The weights of each expert's modules, as in `linear`."""
+        stacks = [[f"{module}.weight" for module in stack] for stack in zip(*modules, strict=True)]  # one of gate, ...
+        for name in (name for stack in stacks for name in stack):
+            self._ask(name, (out_features, in_features), len(rows) / out_features * len(columns) / in_features)
+        formats = [self._format_of_experts(stack, columns) for stack in stacks]
+        parts: list[ExpertWeights] = []
+        for format, run in groupby(zip(formats, stacks, strict=True), lambda pair: pair[0]):
+            stacks_here = [stack for _, stack in run]
+            height, count = len(rows) * len(stacks_here), len(modules)
+            weight = self._allocate(format, count * padded(height), len(columns))
+            parts.append(ExpertWeights(weight, count, height))
+            for place, stack in enumerate(stacks_here):  # one after the other, as files have them
+                for expert, name in enumerate(stack):
+                    self._place(weight, [name], [rows], columns, expert * padded(height) + place * len(rows))
+        return parts[0] if len(parts) == 1 else FusedExperts(tuple(parts))
 
     def router(self, module: str, in_features: int, num_experts: int) -> LinearWeight:
         """The weight that chooses experts, in float32: nearly equal ones must not become equal."""
@@ -229,31 +239,46 @@ class WeightLoader:
             self._orders[order] = view(self.device.from_numpy(np.frombuffer(order, np.int32).copy()))
         return self._orders[order]
 
-    def _format(self, name: str, columns: range = range(0), ordered: bool = False) -> Format | None:
-        """What these columns of a weight become; None for floats. ordered: it may have an order of its own."""
+    def _format(self, name: str, ordered: bool = False) -> Format | None:
+        """What a weight becomes; None for floats. ordered: it may have an order of its own."""
         if name not in self._checkpoint or self._checkpoint.shape(name)[-1] % GROUP:
             return None  # `load` reports what is missing
         if self._checkpoint.storage(name) in DTYPE_BYTES:
             made = None if name in TABLES else self.mode.floats_become
             if made == "Q4_1" and name.endswith(EIGHT_BITS):
                 made = "Q8_0"
-            found = FORMATS[made] if made else None
-        elif self.mode.keeps_quantised:
-            encoded = self._checkpoint.encoded(name)
-            found = FORMATS["Q8_0"] if encoded is None else encoded.format
-            if encoded is not None and encoded.order is not None and not ordered:
-                logger.warning("%s: has its weights in an order of its own, so it is kept in floats", name)
-                found = None
-        else:
-            found = None
-        if found is None:
+            return FORMATS[made] if made else None
+        if not self.mode.keeps_quantised:
+            return None
+        encoded = self._checkpoint.encoded(name)
+        if encoded is not None and encoded.order is not None and not ordered:
+            logger.warning("%s: has its weights in an order of its own, so it is kept in floats", name)
+            return None
+        return FORMATS["Q8_0"] if encoded is None else encoded.format
+
+    def _narrowed(self, format: Format | None, name: str, columns: range) -> Format | None:
+        """The same for these columns of the weight alone."""
+        if format is None:
             return None
         try:
-            return found.narrowed(columns.start, columns.stop)
+            return format.narrowed(columns.start, columns.stop)
         except ValueError:
             share = f"{len(columns)} input features a rank"
             logger.warning("%s: %s cut groups of %d, so it is kept in floats", name, share, GROUP)
             return None
+
+    def _format_of_experts(self, names: Sequence[str], columns: range) -> Format | None:
+        """What the same matrix of all experts becomes: one format, as they lie in one matrix."""
+        formats = {self._format(name) for name in names if name in self._checkpoint}
+        found = formats.pop() if len(formats) == 1 else None
+        if len(formats) > 1:
+            found = None if None in formats else FORMATS["Q8_0"]
+            had = ", ".join(sorted(format.name if format else "floats" for format in formats))
+            became = found.name if found else "floats"
+            logger.info("%s and the other experts' come as %s; all become %s", names[0], had, became)
+        found = self._narrowed(found, names[0], columns)
+        self._formats |= dict.fromkeys(names, found)
+        return found
 
     def _place(
         self,
@@ -336,7 +361,7 @@ class WeightLoader:
         self, out: QuantisedWeight, name: str, rows: range, columns: range, place: int, bar: tqdm
     ) -> None:
         """The same of a quantised matrix: as the file has it, if kernels know its format."""
-        encoded = self._checkpoint.encoded(name)
+        encoded = self._kept(name, out.format)
         for start, stop in self._slices(name, rows, bar):
             first_row = place + start - rows.start
             if encoded is not None:
@@ -359,6 +384,11 @@ class WeightLoader:
         search_q4(q, scales, minimums, rows, self.device.from_numpy(self._importance[name]))
         pack_codes(out, Codes(q, scales, minimums), NIBBLES, first_row)
 
+    def _kept(self, name: str, format: Format) -> Encoded | None:
+        """How a tensor is stored, if it need not be converted to become a weight in this format."""
+        encoded = self._checkpoint.encoded(name)
+        return encoded if encoded is not None and replace(encoded.format, span=format.span) == format else None
+
     def _nbytes(self, name: str) -> int:
         """Bytes that this rank's part of a tensor takes in memory."""
         format = self._formats.get(name)
@@ -373,8 +403,7 @@ class WeightLoader:
             if format is None:
                 continue
             stored = self._checkpoint.storage(name)
-            kept = self._checkpoint.encoded(name) is not None
-            if not kept:
+            if self._kept(name, format) is None:
                 way = f"{stored} converted to {format.name}"
             else:
                 way = f"{stored} kept" + (f" as {format.name}" if format.name != stored else "")

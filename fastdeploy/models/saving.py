@@ -135,7 +135,8 @@ def _tensor(name: str, model: Decoder, checkpoint: Checkpoint) -> _Tensor:
         return _Tensor(FLOAT_TYPES[dtype], (*shape[:-1], width), lambda: _floats(checkpoint, name, dtype, shape))
     weight, first_row = place
     storage = checkpoint.storage(name)
-    if checkpoint.encoded(name) is None:
+    encoded = checkpoint.encoded(name)
+    if encoded is None or encoded.format.name != weight.format.name:
         type_, read = GGMLQuantizationType[weight.format.name], lambda: _blocks(model, weight, first_row, shape[0])
     elif checkpoint.metadata is not None:
         type_, read = GGMLQuantizationType[storage], lambda: checkpoint.read_codes(name, 0, shape[0]).blocks

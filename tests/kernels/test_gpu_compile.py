@@ -25,7 +25,16 @@ from fastdeploy.kernels.formats import FORMATS, QuantisedWeight
 from fastdeploy.kernels.launch import TensorView, target
 from fastdeploy.kernels.linear import LinearWeight, default_panel, gated_linear, linear, pack, packed_shape
 from fastdeploy.kernels.logprobs import LogprobOutputs, LogprobWorkspace, token_logprobs
-from fastdeploy.kernels.moe import ExpertWeights, Routing, combine, grouped_linear, padded, route, routing_fields
+from fastdeploy.kernels.moe import (
+    ExpertWeights,
+    Routing,
+    combine,
+    gated_grouped_linear,
+    grouped_linear,
+    padded,
+    route,
+    routing_fields,
+)
 from fastdeploy.kernels.norm import add_rms_norm, rms_norm
 from fastdeploy.kernels.packing import Codes, pack_codes, pack_floats
 from fastdeploy.kernels.quantised import QuantisedRows, quantise, rows_fields
@@ -214,6 +223,19 @@ def run_search():
     search_q4(tensor(TOKENS, 576, dtype="uint8"), scales, minimums, tensor(TOKENS, 576), importance)
 
 
+def run_quantised_moe(name, int8=False):
+    experts, top_k, hidden, intermediate = 8, 2, 512, 256
+    routing = Routing(**fields(routing_fields(TOKENS, top_k, experts)))
+    format, rows = FORMATS[name], experts * padded(2 * intermediate)
+    table = tensor(16, dtype="int8") if format.table else None
+    packed = QuantisedWeight(format, rows, hidden, **fields(format.fields(rows, hidden)), table=table)
+    x = QuantisedRows(**fields(rows_fields(TOKENS, hidden))) if int8 else tensor(TOKENS, hidden)
+    gate_up = ExpertWeights(packed, experts, 2 * intermediate)
+    grouped_linear(tensor(TOKENS * top_k, 2 * intermediate), x, gate_up, routing, by_token=True)
+    if int8:
+        gated_grouped_linear(QuantisedRows(**fields(rows_fields(TOKENS * top_k, intermediate))), x, gate_up, routing)
+
+
 def fields(shapes):
     return {name: tensor(*shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
 
@@ -259,6 +281,8 @@ LAUNCHES = {
     "silu_mul": lambda: silu_mul(tensor(TOKENS, 1536), tensor(TOKENS, 3072)),
     "moe": lambda: run_moe(128, 8, 2048, 768),
     "moe, odd sizes": lambda: run_moe(6, 3, 72, 100),
+    **{f"moe, {name}": partial(run_quantised_moe, name) for name in FORMATS},
+    "moe, int8": lambda: run_quantised_moe("Q8_0", int8=True),
     "sample": lambda: run_sample(49152),
     "sample, odd vocabulary": lambda: run_sample(128_003),
     "logprobs": lambda: run_logprobs(128_003),
