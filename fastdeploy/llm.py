@@ -134,7 +134,7 @@ class LLM:
         )
         self.config = config
         self.tokenizer = tokenizer
-        self._checkpoint, self._model = loaded.checkpoint, runner.model
+        self._checkpoint = loaded.checkpoint
         forkable = loaded.leader is None and runner.device.name == "cpu"
         self.engine = Engine(scheduler, runner, runner.overlaps, forkable)
         self._leader = loaded.leader
@@ -189,7 +189,7 @@ class LLM:
                 logger.warning(
                     "%s: GGUF has no form for its tokenizer; give tokenizer= to load %s", self.config.model, target
                 )
-        save(target, self._model, self._checkpoint, vocabulary)
+        save(target, self.engine.runner.model, self._checkpoint, vocabulary)
 
     def close(self) -> None:
         """Free the memory of the model and the KV cache. Calls under way and later ones raise RuntimeError."""

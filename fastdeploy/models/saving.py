@@ -99,10 +99,10 @@ def save(path: Path, model: Decoder, checkpoint: Checkpoint, vocabulary: Mapping
 def _refuse_unsayable(checkpoint: Checkpoint) -> None:
     """Raises ValueError for a configuration of which llama.cpp's keys would make another model."""
     config = checkpoint.config
+    mixture, scaling = config.mixture, config.rope_scaling or {}
     unsayable = {
-        "that the weights of experts are not divided by their sum": config.mixture
-        and config.mixture.weight_floor is None,
-        "that YaRN's ramp begins between two pairs (truncate)": (config.rope_scaling or {}).get("truncate") is False,
+        "that the weights of experts are not divided by their sum": mixture and mixture.weight_floor is None,
+        "that YaRN's ramp begins between two pairs (truncate)": scaling.get("truncate") is False,
     }
     for what, is_so in unsayable.items():
         if is_so:
