@@ -189,7 +189,9 @@ class LLM:
                 logger.warning(
                     "%s: GGUF has no form for its tokenizer; give tokenizer= to load %s", self.config.model, target
                 )
-        save(target, self.engine.runner.model, self._checkpoint, vocabulary)
+        runner = self.engine.runner
+        assert runner is not None  # as the engine is open
+        save(target, runner.model, self._checkpoint, vocabulary)
 
     def close(self) -> None:
         """Free the memory of the model and the KV cache. Calls under way and later ones raise RuntimeError."""
