@@ -64,7 +64,7 @@ def test_dummy_weights_are_quantised_like_others(tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 2}
     with LLM(write_config(tmp_path, **sizes), load_format="dummy", quantization="w8a8", max_num_seqs=2) as llm:
         assert len(llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)[0].outputs.token_ids) == 4
-        assert llm.engine.runner.model.layers[0].qkv.kind == "q8"
+        assert llm.engine.runner.model.layers[0].qkv.format.name == "Q8_0"
 
 
 def test_dummies_of_a_quantised_model_are_floats_and_a_warning_says_so(tmp_path, caplog):
