@@ -16,7 +16,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 from fastdeploy.device.root_logger import undo_paddles_logging
 from fastdeploy.engine.engine import Engine
@@ -189,8 +189,7 @@ class LLM:
                 logger.warning(
                     "%s: GGUF has no form for its tokenizer; give tokenizer= to load %s", self.config.model, target
                 )
-        runner = self.engine.runner
-        assert runner is not None  # as the engine is open
+        runner = cast("Runner", self.engine.runner)  # which an open engine has
         save(target, runner.model, self._checkpoint, vocabulary)
 
     def close(self) -> None:
