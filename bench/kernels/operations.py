@@ -12,7 +12,7 @@ from bench.kernels.cases import ByToken, Case, Reference, Tensors, TokenReferenc
 from bench.kernels.machine import Machine
 from fastdeploy.kernels.activation import silu_mul_reference
 from fastdeploy.kernels.embedding import embedding_reference
-from fastdeploy.kernels.formats import FORMATS, dequantise_reference, pack_reference, per_group_reference
+from fastdeploy.kernels.formats import FORMATS, Format, dequantise_reference, pack_reference, per_group_reference
 from fastdeploy.kernels.launch import cdiv
 from fastdeploy.kernels.linear import linear_reference
 from fastdeploy.kernels.logprobs import logprobs_reference
@@ -218,37 +218,57 @@ class Linear(ByToken):
 
 @dataclass(frozen=True)
 class QuantisedLinear(Linear):
-    """4-bit weights and activations in int8, which the layer before has quantised. On a CPU only."""
+    """Weights of a few bits, and activations in int8, which the layer before has quantised. On a CPU only."""
 
     operation = "quantised_linear"
+    weights: str = "Q4_1"  # their format, one with scales in float16
+
+    @property
+    def format(self) -> Format:
+        """With spans that the layer's width has room for."""
+        return FORMATS[self.weights].narrowed(0, self.features[1])
+
+    def size(self) -> str:
+        return f"{super().size()} {self.weights}"
 
     def work(self) -> Work:
         n, k = self.features
-        weights, activations = n * k // 2 + n * k // 32 * 4, self.tokens * (k + k // 32 * 8)
-        return Work(weights + activations + self.tokens * n * self.item, 2 * self.tokens * n * k)
+        packed, activations = round(n * k * self.format.bits_per_weight / 8), self.tokens * (k + k // 32 * 8)
+        return Work(packed + activations + self.tokens * n * self.item, 2 * self.tokens * n * k)
 
     def tensors(self, machine: Machine) -> Tensors:
-        n, k = self.features
+        (n, k), format = self.features, self.format
         random = np.random.default_rng(0)
-        q = random.integers(0, 16, (n, k), dtype=np.uint8)
-        scales = random.uniform(0.5, 1.5, (n, k // 32)).astype(np.float16)
+        rows = {
+            "integers": random.integers(0, 1 << format.bits, (n, k), dtype=np.uint8),
+            "scales": random.uniform(0.5, 1.5, (n, k // format.span)).astype(np.float16),
+        }
+        if format.minimum is not None:
+            rows["minimums"] = np.float16(-8) * rows["scales"]
+        if format.factor is not None:
+            rows["factors"] = random.integers(1, 32, (n, k // 32, format.factors)).astype(format.factor)
         x = random.standard_normal((self.tokens, k), dtype=np.float32)
         values, row_scales = quantise_reference(x)
         sums = row_scales * values.reshape(self.tokens, -1, 32).sum(axis=2)
         arrays = {
-            "data": pack_reference(FORMATS["Q4_1"], q)["data"], "scales": per_group_reference(scales),
-            "minimums": per_group_reference(np.float16(-8) * scales), "values": values.astype(np.int8),
-            "row_scales": row_scales.astype(np.float32), "row_sums": sums.astype(np.float32),
-            "q": q, "scales_by_row": scales, "x": x,
+            **pack_reference(format, rows["integers"]),
+            **{name: per_group_reference(array) for name, array in rows.items() if name != "integers"},
+            **{f"{name} by row": array for name, array in rows.items()},
+            "values": values.astype(np.int8), "row_scales": row_scales.astype(np.float32),
+            "row_sums": sums.astype(np.float32), "x": x,
         }  # fmt: skip
+        if format.table:
+            arrays["table"] = np.array(format.table, np.int8)
         return {name: machine.from_numpy(array) for name, array in arrays.items()}
 
     def reference(self, machine: Machine, tensors: Tensors) -> Reference:
         rows = some_rows(self.tokens)
         integers, row_scales = quantise_reference(rows_of(tensors["x"], rows, machine))
-        scales = np.asarray(tensors["scales_by_row"])[self.columns]
-        q = np.asarray(tensors["q"])[self.columns]
-        weight = dequantise_reference(FORMATS["Q4_1"], q, scales, np.float16(-8) * scales)
+        parts = {name: tensors.get(f"{name} by row") for name in ("integers", "scales", "minimums", "factors")}
+        chosen = {name: None if part is None else np.asarray(part)[self.columns] for name, part in parts.items()}
+        if self.format.bits == 8:
+            chosen["integers"] = chosen["integers"].view(np.int8)
+        weight = dequantise_reference(self.format, **chosen)
         values = quantised_linear_reference(activations_reference(integers, row_scales), weight)
         return Reference(rows, self.columns, values)
 

@@ -15,7 +15,7 @@ from fastdeploy.kernels import logprobs, sampling
 from fastdeploy.kernels.activation import silu_mul
 from fastdeploy.kernels.attention import AttentionBatch, paged_attention, split_keys, workspace_shape
 from fastdeploy.kernels.embedding import embedding, gather_rows
-from fastdeploy.kernels.formats import FORMATS, QuantisedWeight
+from fastdeploy.kernels.formats import QuantisedWeight
 from fastdeploy.kernels.launch import TensorView, cdiv, target
 from fastdeploy.kernels.linear import LinearWeight, default_panel, linear, pack, packed_shape
 from fastdeploy.kernels.moe import ExpertWeights, Routing, combine, grouped_linear, route, routing_fields
@@ -92,8 +92,8 @@ class Ours:
     def quantised_linear(self, case: QuantisedLinear, tensors: Tensors) -> Call:
         n, k = case.features
         out = self.machine.blank((case.tokens, n), case.dtype)
-        planes = {name: self.view(tensors[name]) for name in ("data", "scales", "minimums")}
-        weight = QuantisedWeight(FORMATS["Q4_1"], n, k, **planes)
+        planes = ("data", "high", "scales", "minimums", "factors", "table")
+        weight = QuantisedWeight(case.format, n, k, **{p: self.view(tensors[p]) for p in planes if p in tensors})
         x = QuantisedRows(*(self.view(tensors[name]) for name in ("values", "row_scales", "row_sums")))
         return returning(out, quantised_linear, self.view(out), x, weight)
 

@@ -26,6 +26,7 @@ from bench.kernels.operations import (
     Rope,
     Sampling,
 )
+from fastdeploy.kernels.formats import FORMATS
 from fastdeploy.kernels.rope import HeadLayout
 
 SMOLLM2 = Model("SmolLM2-135M", 576, 1536, HeadLayout(9, 3, 64), 49152, 1e5)
@@ -61,6 +62,9 @@ def default(kind: str) -> list[Case]:
     return _on_cpu() if kind == "cpu" else _on_gpu()
 
 
+FLOAT16_SCALES = [format.name for format in FORMATS.values() if format.scale == "float16"]
+
+
 def _on_cpu(dtype: str = "float32") -> list[Case]:
     return [
         *(operation(SMOLLM2, dtype, tokens) for operation in (Norm, AddNorm, Activation, Rope) for tokens in (8, 512)),
@@ -71,6 +75,7 @@ def _on_cpu(dtype: str = "float32") -> list[Case]:
         *(Linear(SMOLLM2, dtype, 1, layer) for layer in ("down", "lm_head")),
         Linear(QWEN_SMALL, dtype, 1, "gate_up"),
         *(QuantisedLinear(SMOLLM2, dtype, tokens, "gate_up") for tokens in (1, 8, 128)),
+        *(QuantisedLinear(QWEN_SMALL, dtype, 1, "gate_up", weights) for weights in FLOAT16_SCALES),
         *(decode(SMOLLM2, dtype, *size) for size in ((1, 512), (1, 4096), (8, 512))),
         decode(QWEN_SMALL, dtype, 8, 512),
         prefill(SMOLLM2, dtype, 512),
