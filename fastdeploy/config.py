@@ -74,11 +74,6 @@ class Mode:
     floats_become: str | None  # the format, "Q4_1" or "Q8_0"
     int8_activations: bool
 
-    @property
-    def all_floats(self) -> bool:
-        """Are all weights floats?"""
-        return not self.keeps_quantised and self.floats_become is None
-
 
 MODES = {
     None: Mode(False, None, False),
@@ -89,6 +84,9 @@ MODES = {
     "w8a8": Mode(True, "Q8_0", True),
     "w4a8": Mode(True, "Q4_1", True),
 }
+# What other engines want to be told of a quantised checkpoint -> its method: "auto" for it, an error for others.
+METHODS = {name: name for name in "gguf gptq awq compressed-tensors fp8 fbgemm_fp8 mxfp4 modelopt".split()}
+METHODS |= {"gptq_marlin": "gptq", "awq_marlin": "awq"}
 
 
 @dataclass(frozen=True)

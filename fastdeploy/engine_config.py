@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastdeploy.checks import check_int, check_number, complaint, path_text, suggesting_keywords
-from fastdeploy.config import MODES
+from fastdeploy.config import METHODS, MODES
 from fastdeploy.sampling_params import MAX_SEED
 from fastdeploy.text.reasoning import REASONING_PARSERS
 
@@ -44,9 +44,10 @@ class EngineConfig:
     kv_cache_dtype: what keys and values are stored in. "auto": as `dtype` says, bfloat16 for a quantised file.
         "int8": with a float32 scale for each token and KV head, in about half the memory of bfloat16.
     quantization: in what precision linear layers compute. None: in floats, whatever the checkpoint holds.
-        "auto": weights that a GGUF file has quantised stay so, in its 4 or 8 bits, and meet activations in integers on
-        a CPU, in floats on a GPU; float weights stay floats. Beside a `dtype` given by name it is None: what was asked
-        for is that type. Integers have 8 bits, 16 where their rounding shows most: before q, k, v and the LM head.
+        "auto": weights that the checkpoint has quantised stay so, at their own size, and meet activations in integers
+        on a CPU, in floats on a GPU; float weights stay floats. Beside dtype="float32" it is None: what was asked for
+        is that type. Integers have 8 bits, 16 where their rounding shows most: before q, k, v and the LM head.
+        The name of the checkpoint's own method, such as "awq", is "auto", too; of another one, an error.
         "exact": as "auto", for any `dtype`, but activations are floats on a CPU, too: float32.
         "wint8", "wint4": as "exact", and float weights, embeddings and LM head aside, become 8 or 4 bits in loading.
         Those of 4 are chosen by what a short text of ours puts through the model in floats, which takes a few seconds
@@ -103,7 +104,7 @@ class EngineConfig:
         self._check_choice("kv_cache_dtype", KV_CACHE_DTYPES)
         self._check_choice("load_format", LOAD_FORMATS)
         if self.quantization is not None:
-            self._check_choice("quantization", tuple(filter(None, MODES)))
+            self._check_choice("quantization", (*filter(None, MODES), *METHODS))
         for field in ("enable_prefix_caching", "enforce_eager"):
             self._check_choice(field, (True, False))
         if self.overlap_steps is not None:
@@ -166,7 +167,9 @@ class EngineConfig:
             raise ValueError(complaint("LLM", "max_model_len", length, must))
         tokens = self.max_num_batched_tokens or DEFAULT_MAX_NUM_BATCHED_TOKENS
         known: dict[str, Any] = {"max_model_len": length, "max_num_batched_tokens": tokens}
-        if self.quantization == "auto" and self.dtype != "auto":
+        if self.quantization in METHODS:
+            known["quantization"] = "auto"
+        elif self.quantization == "auto" and self.dtype == "float32":
             known["quantization"] = None
         return ResolvedConfig(**{**vars(self), **known})
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
+from fastdeploy.checks import complaint
+from fastdeploy.config import METHODS
 from fastdeploy.device.root_logger import undo_paddles_logging
 from fastdeploy.engine.engine import Engine
 from fastdeploy.engine.request import Request, RequestOutput
@@ -66,6 +68,7 @@ def load(given: EngineConfig) -> Loaded:
 
     checkpoint = open_model(given.model, given.load_format, given.seed)
     check_divisible(checkpoint.config, given.tensor_parallel_size)
+    _check_method(given.quantization, checkpoint)
     config = given.resolved(*checkpoint.config.length_limit)
     tokenizer = load_tokenizer(config.tokenizer or checkpoint)
     checkpoint.forget_vocabulary()
@@ -77,6 +80,15 @@ def load(given: EngineConfig) -> Loaded:
             leader.close()
         raise
     return Loaded(checkpoint, tokenizer, runner, leader)
+
+
+def _check_method(quantization: str | None, checkpoint: Checkpoint) -> None:
+    """Raises ValueError if `quantization` names a method and the checkpoint is quantised by another one, or by none."""
+    asked = METHODS.get(quantization or "")
+    if asked is not None and checkpoint.method != asked:
+        found = f"is quantised by {checkpoint.method}" if checkpoint.method else "is not quantised"
+        must = f'{checkpoint.path} {found}; leave it out, or quantise floats in loading: "wint4", "wint8"'
+        raise ValueError(complaint("LLM", "quantization", quantization, must))
 
 
 def _load_runner(

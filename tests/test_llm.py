@@ -377,3 +377,9 @@ def test_two_processes_at_once_say_what_one_says(llm: LLM) -> None:
         said, _ = process.communicate(timeout=120)
         assert process.returncode == 0
         assert json.loads(said) == [output.outputs.token_ids for output in expected]
+
+
+def test_a_quantisation_that_the_checkpoint_has_not_is_refused_before_anything_is_loaded() -> None:
+    message = r"quantization='awq'\): .*SmolLM2.*gguf is quantised by gguf; leave it out, or"
+    with pytest.raises(ValueError, match=message):
+        LLM(MODEL, quantization="awq")

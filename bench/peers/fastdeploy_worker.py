@@ -19,7 +19,7 @@ def main():
     from fastdeploy.engine_config import DTYPES
 
     floats = options.dtype in DTYPES and options.dtype != "auto"
-    keywords = {"dtype": options.dtype} if floats else {"quantization": options.dtype}
+    keywords = {"dtype": options.dtype, "quantization": None} if floats else {"quantization": options.dtype}
     keywords |= {"max_model_len": options.length, "max_num_seqs": options.sequences, **options.keywords}
     llm = LLM(options.model, **keywords)
 

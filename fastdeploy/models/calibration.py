@@ -162,7 +162,7 @@ class _Pass:
 def _in_floats(model: Decoder) -> Decoder:
     """The same model with memory for floats, a cache for one layer, and positions for one sequence."""
     twin, config = copy.copy(model), model.config
-    twin.mode = MODES[None]
+    twin.mode, twin.all_floats = MODES[None], True
     twin.config = replace(config, num_layers=1)
     tables = rope_tables(config.head_dim, LENGTH, config.rope_theta, config.rope_scaling)
     twin.cos, twin.sin = (view(model.device.from_numpy(table)) for table in tables)

@@ -147,11 +147,11 @@ class Decoder:
         self.tokens = shard.of_vocabulary(config.vocab_size)
         self.embedding = self.read_table("model.embed_tokens", weights)
         self.layers = [self.read_layer(index, weights) for index in range(config.num_layers)]
-        self.ordered = weights.ordered
         self.final_norm = weights.vector(["model.norm.weight"], [config.hidden_size])
         self.lm_head = self.embedding
         if not config.tie_word_embeddings:
             self.lm_head = self.read_table("lm_head", weights)
+        self.ordered, self.all_floats = weights.ordered, weights.all_floats
         tables = rope_tables(config.head_dim, max_positions, config.rope_theta, config.rope_scaling)
         self.cos, self.sin = (view(self.device.from_numpy(table)) for table in tables)
 
@@ -228,7 +228,7 @@ class Decoder:
         the logits of up to `max_rows` rows at a time."""
         config, heads, device = self.config, self.heads, self.device
         dtype = device.activation_dtype(self.dtype)
-        input_dtype = device.linear_input_dtype(self.dtype) if self.mode.all_floats else dtype
+        input_dtype = device.linear_input_dtype(self.dtype) if self.all_floats else dtype
         allocator = Allocator(device, dtype, input_dtype, self.mode.int8_activations, self.ordered)
         hidden, q_width, mixture = config.hidden_size, heads.num_heads * heads.head_dim, config.mixture
         ranks = 1 if self.group is None else self.group.size

@@ -91,6 +91,7 @@ class WeightLoader:
         self._shares: dict[str, float] = {}  # what part of each tensor this rank takes
         self._room, self._allocated = device.free_memory(), 0  # bytes
         self.ordered = False  # whether any weight has an order of its own
+        self.all_floats = True  # whether none is quantised
         self._orders: dict[bytes, TensorView] = {}  # on the device: what reads the same activations has the same
         self._reads: list[Callable[[tqdm], None]] = []  # what `load` has to do, in the order asked for
         self._importance: Mapping[str, np.ndarray] = {}
@@ -313,6 +314,7 @@ class WeightLoader:
     ) -> LinearWeight | QuantisedWeight:
         if format is None:
             return self._allocate_floats(out_features, in_features, bias, self.dtype)
+        self.all_floats = False
         fields = format.fields(out_features, in_features).items()
         planes = {name: view(self._empty(shape, dtype)) for name, (shape, dtype) in fields}
         values = table_of(format)

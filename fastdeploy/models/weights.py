@@ -40,7 +40,8 @@ class Checkpoint:
 
     path: the .gguf file, the first if there are several parts, or the directory; config: ModelConfig;
     generation_config: generation_config.json or {}; metadata: all GGUF metadata, None for a directory of safetensors;
-    needless: tensors that may be left unread; nbytes: size of all tensors as stored.
+    needless: tensors that may be left unread; method: by which the weights are quantised, "gguf" for such a file, or
+    None; nbytes: size of all tensors as stored.
     Nothing is read before `read` or `read_rows` asks for it.
     """
 
@@ -52,6 +53,7 @@ class Checkpoint:
         generation_config: dict[str, Any] | None = None,
         metadata: dict[str, Any] | None = None,
         needless: frozenset[str] = frozenset(),
+        method: str | None = None,
     ):
         self.path = path
         self.config = config
@@ -60,6 +62,7 @@ class Checkpoint:
         self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
         self._tensors = tensors
         self._needless = needless
+        self.method = "gguf" if metadata is not None else method
         self._read: set[str] = set()
 
     def forget_vocabulary(self) -> None:
@@ -294,7 +297,8 @@ def _open_directory(path: Path) -> Checkpoint:
     if config.tie_word_embeddings:
         redundant.add("lm_head.weight")
     tensors = {name: tensor for name, tensor in tensors.items() if name not in redundant}
-    return Checkpoint(path, config, tensors, generation_config, needless=needless)
+    method = quantisation and quantisation.method
+    return Checkpoint(path, config, tensors, generation_config, needless=needless, method=method)
 
 
 def _refuse_integers(path: Path, tensors: dict[str, StoredTensor]) -> None:
