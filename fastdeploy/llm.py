@@ -146,7 +146,10 @@ class LLM:
         )
         self.config = config
         self.tokenizer = tokenizer
-        self._checkpoint = loaded.checkpoint
+        # For saving. A file's is opened again: kept, it would hold pages of the file and, of a mixture, 18,000 tensors.
+        self._source: Checkpoint | Path = loaded.checkpoint
+        if config.load_format != "dummy":
+            self._source = loaded.checkpoint.path.absolute()  # the program may go to another folder
         forkable = loaded.leader is None and runner.device.name == "cpu"
         self.engine = Engine(scheduler, runner, runner.overlaps, forkable)
         self._leader = loaded.leader
@@ -184,6 +187,7 @@ class LLM:
         no form for; OSError if the file can't be written; RuntimeError once the LLM is closed.
         """
         from fastdeploy.models.saving import save
+        from fastdeploy.models.weights import open_checkpoint
         from fastdeploy.text.gguf_vocabulary import vocabulary_metadata
 
         self.engine.check_open()
@@ -194,15 +198,16 @@ class LLM:
             raise ValueError(
                 "save_quantised: each rank has a part of the model alone; load it with one rank to save it"
             )
+        checkpoint = open_checkpoint(self._source) if isinstance(self._source, Path) else self._source
         vocabulary = None
-        if self._checkpoint.metadata is None:
-            vocabulary = vocabulary_metadata(self.tokenizer, self._checkpoint.path, self._checkpoint.config.vocab_size)
+        if checkpoint.metadata is None:
+            vocabulary = vocabulary_metadata(self.tokenizer, checkpoint.path, checkpoint.config.vocab_size)
             if vocabulary is None:
                 logger.warning(
                     "%s: GGUF has no form for its tokenizer; give tokenizer= to load %s", self.config.model, target
                 )
         runner = cast("Runner", self.engine.runner)  # which an open engine has
-        save(target, runner.model, self._checkpoint, vocabulary)
+        save(target, runner.model, checkpoint, vocabulary)
 
     def close(self) -> None:
         """Free the memory of the model and the KV cache. Calls under way and later ones raise RuntimeError."""
