@@ -29,16 +29,14 @@ import fastdeploy
 from bench.markdown import conditions, publish, table
 from fastdeploy.config import DTYPES
 from fastdeploy.device import open_device
-from fastdeploy.kernels.attention import AttentionBatch, split_keys
-from fastdeploy.kernels.launch import cdiv, view
+from fastdeploy.kernels.launch import view
 from fastdeploy.models import load_model
-from fastdeploy.models.calibration import calibration_sequences
-from fastdeploy.models.decoder import StepInputs
+from fastdeploy.models.calibration import BLOCK_SIZE, calibration_sequences, one_sequence
 from fastdeploy.models.storage import StoredTensor
 from fastdeploy.models.weights import Checkpoint, open_checkpoint
 from fastdeploy.text.tokenizer import Tokenizer, load_tokenizer
 
-LENGTH, BLOCK_SIZE = 512, 64
+LENGTH = 512
 TEXTS = {
     "prose": Path(__file__).parent / "texts" / "prose.txt",
     "code": Path(fastdeploy.__file__).parent / "engine" / "scheduler.py",
@@ -135,19 +133,8 @@ class Reader:
 
     def log_probabilities(self, ids: np.ndarray) -> np.ndarray:
         """[T, vocabulary] float32, after every token of the sequence."""
-        count = len(ids)
-        positions = np.arange(count, dtype=np.int32)
-        attention = AttentionBatch(
-            num_decodes=0,
-            num_seqs=1,
-            max_query_len=count,
-            num_splits=cdiv(count, split_keys()),
-            cu_seqlens=view(np.array([0, count], np.int32)),
-            context_lens=view(np.array([count], np.int32)),
-            block_tables=view(np.arange(LENGTH // BLOCK_SIZE, dtype=np.int32)[None]),
-        )
-        step = StepInputs(view(ids), view(positions), view(positions.astype(np.int64)), attention, count)
-        logits = np.empty((count, self.model.config.vocab_size), np.float32)
+        step = one_sequence(self.model.device, ids)
+        logits = np.empty((len(ids), self.model.config.vocab_size), np.float32)
         self.model.attend(step, self.cache, self.memory)
         self.model.project(view(logits), None, self.memory)
         logits -= logits.max(axis=1, keepdims=True)

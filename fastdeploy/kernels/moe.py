@@ -55,8 +55,15 @@ PADDING = 32  # an expert's weights begin on a row that is a multiple of it: a f
 CHUNK = 256  # pairs that the sort looks at together
 
 
+class OfExperts:
+    """What holds of the weights of all experts."""
+
+    wide_inputs = False  # activations that are quantised take 8 bits
+    ordered = False  # they need not be brought into an order
+
+
 @dataclass(frozen=True)
-class ExpertWeights:
+class ExpertWeights(OfExperts):
     """The weights [out_features, in_features] of `count` experts, one below the other, each padded to full panels."""
 
     packed: LinearWeight | QuantisedWeight
@@ -80,19 +87,9 @@ class ExpertWeights:
         """Whether activations may be integers, of 8 bits."""
         return self.packed.takes_integers
 
-    @property
-    def wide_inputs(self) -> bool:
-        """Whether activations that are quantised take 16 bits."""
-        return False
-
-    @property
-    def ordered(self) -> bool:
-        """Whether activations have to be brought into an order."""
-        return False
-
 
 @dataclass(frozen=True)
-class FusedExperts:
+class FusedExperts(OfExperts):
     """Weights that read the same input, side by side, where no single format holds them all: see `FusedWeight`."""
 
     parts: tuple[ExpertWeights, ...]
@@ -101,16 +98,6 @@ class FusedExperts:
     def takes_integers(self) -> bool:
         """Whether activations may be integers, of 8 bits: floats serve every part."""
         return all(part.takes_integers for part in self.parts)
-
-    @property
-    def wide_inputs(self) -> bool:
-        """Whether activations that are quantised take 16 bits."""
-        return False
-
-    @property
-    def ordered(self) -> bool:
-        """Whether activations have to be brought into an order."""
-        return False
 
 
 Experts: TypeAlias = ExpertWeights | FusedExperts  # what grouped linear layers take

@@ -39,6 +39,7 @@ from fastdeploy.models.storage import RawTensor
 from fastdeploy.models.weights import Checkpoint
 
 if TYPE_CHECKING:
+    from fastdeploy.device import Device
     from fastdeploy.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("fastdeploy")
@@ -152,7 +153,7 @@ class _Pass:
         start = 0
         for length in self._lengths:
             memory = replace(self._memory.rows(length), residual=self._residual.rows(length, start))
-            step = _one_sequence(self._model, length)
+            step = one_sequence(self._model.device, np.arange(length, dtype=np.int32))  # a layer doesn't look at ids
             self._model.watch_layer(layer, step, self._cache, memory, inputs.add)
             inputs.add_intermediate(layer, memory)
             start += length
@@ -169,9 +170,10 @@ def _in_floats(model: Decoder) -> Decoder:
     return twin
 
 
-def _one_sequence(model: Decoder, length: int) -> StepInputs:
-    """A step that is one prompt; a layer doesn't look at its ids."""
-    on_device = lambda array: view(model.device.from_numpy(array))  # noqa: E731
+def one_sequence(device: Device, ids: np.ndarray) -> StepInputs:
+    """A step that is one prompt of these ids, [T] int32, in the cache's first blocks, of BLOCK_SIZE tokens."""
+    on_device = lambda array: view(device.from_numpy(array))  # noqa: E731
+    length = len(ids)
     positions = np.arange(length, dtype=np.int32)
     attention = AttentionBatch(
         num_decodes=0,
@@ -180,10 +182,9 @@ def _one_sequence(model: Decoder, length: int) -> StepInputs:
         num_splits=cdiv(length, split_keys()),
         cu_seqlens=on_device(np.array([0, length], np.int32)),
         context_lens=on_device(np.array([length], np.int32)),
-        block_tables=on_device(np.arange(LENGTH // BLOCK_SIZE, dtype=np.int32)[None]),
+        block_tables=on_device(np.arange(cdiv(length, BLOCK_SIZE), dtype=np.int32)[None]),
     )
-    places = on_device(positions)
-    return StepInputs(places, places, on_device(positions.astype(np.int64)), attention, length)
+    return StepInputs(on_device(ids), on_device(positions), on_device(positions.astype(np.int64)), attention, length)
 
 
 @dataclass
