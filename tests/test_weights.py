@@ -436,6 +436,17 @@ def test_gguf_tensor_type_that_cannot_be_read_is_refused(tmp_path):
         open_checkpoint(write_gguf(tmp_path / "m.gguf", weights))
 
 
+def test_a_gguf_vector_that_is_quantised_is_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("blk.0.attn_norm.weight", np.zeros(68, np.uint8), raw_dtype=Quantization.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=r"input_layernorm.weight' has shape \[64\]; a Q8_0 tensor has to be a matrix"):
+        GGUFFile(tmp_path / "m.gguf")
+
+
 # --- safetensors --------------------------------------------------------------------------------------------------
 
 
@@ -696,6 +707,15 @@ def test_reading_keeps_one_slice_of_the_file_in_memory(tmp_path):
         peak = max(peak, resident_file_bytes() - before)
     assert total == rows * columns
     assert peak < 16 << 20
+
+
+def test_pages_that_the_system_maps_around_a_slice_are_let_go_too(tmp_path):
+    rows, columns = 16384, 1024  # 64 MiB
+    checkpoint = open_checkpoint(write_directory(tmp_path, {"w": np.ones((rows, columns), np.float32)}))
+    before = resident_file_bytes()
+    for start in range(0, rows, 32):
+        checkpoint.read_rows("w", start, start + 1).array.sum()
+    assert resident_file_bytes() - before < 4 << 20
 
 
 # --- SmolLM2 ------------------------------------------------------------------------------------------------------

@@ -387,7 +387,9 @@ class _Header:
             known = ", ".join(known.name for known in GGMLQuantizationType)
             raise self.error(f"tensor {name!r} has unknown type {type_id}; known are {known}") from None
         block_size, block_bytes = GGML_QUANT_SIZES[ggml_type]
-        if 0 in shape or shape[-1] % block_size or (block_size > 1 and len(shape) == 1):
+        if block_size > 1 and len(shape) == 1:
+            raise self.error(f"tensor {name!r} has shape {list(shape)}; a {ggml_type.name} tensor has to be a matrix")
+        if 0 in shape or shape[-1] % block_size:
             raise self.error(
                 f"tensor {name!r} has shape {list(shape)}; a {ggml_type.name} tensor needs rows that are a multiple of"
                 f" its block of {block_size} values, and no size may be 0"
