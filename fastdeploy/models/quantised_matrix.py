@@ -135,8 +135,8 @@ class Matrix:
         if damaged or not codes.finite():
             part, what = (".weight", "weights") if damaged else (self.scale_part, "scales")
             raise ValueError(
-                f"{self.parts.named(part)} has {what} that are NaN, infinite or too large, for rows {start} to {stop}; the file is"
-                " corrupt or was badly converted, download or convert it again"
+                f"{self.parts.named(part)} has {what} that are NaN, infinite or too large, for rows {start} to {stop};"
+                " the file is corrupt or was badly converted, download or convert it again"
             )
         return codes
 
