@@ -436,14 +436,25 @@ def test_gguf_tensor_type_that_cannot_be_read_is_refused(tmp_path):
         open_checkpoint(write_gguf(tmp_path / "m.gguf", weights))
 
 
-def test_a_gguf_vector_that_is_quantised_is_refused(tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    writer.add_tensor("blk.0.attn_norm.weight", np.zeros(68, np.uint8), raw_dtype=Quantization.Q8_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(ValueError, match=r"input_layernorm.weight' has shape \[64\]; a Q8_0 tensor has to be a matrix"):
+@pytest.mark.parametrize(
+    ("shape", "type_id", "message"),
+    [
+        ((64,), 8, r"has shape \[64\]; a Q8_0 tensor has to be a matrix"),
+        ((4, 48), 8, r"has shape \[4, 48\]; a Q8_0 tensor needs rows that are a multiple of its block of 32"),
+        ((4, 128), 12, r"has shape \[4, 128\]; a Q4_K tensor needs rows that are a multiple of its block of 256"),
+        ((4, 256), 15, "is stored as Q8_K, which gguf can't dequantise"),
+        ((4, 256), 99, "has unknown type 99; F32, F16, Q4_0,.* MXFP4.* can be read"),
+        ((0, 256), 12, ".*no size may be 0"),
+    ],
+)
+def test_gguf_types_that_do_not_fit_their_tensors_are_refused(shape, type_id, message, tmp_path):
+    sizes = b"".join(size.to_bytes(8, "little") for size in reversed(shape))
+    name = b"blk.0.attn_q.weight"
+    header = b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q", len(name)) + name
+    header += struct.pack("<I", len(shape)) + sizes + struct.pack("<IQ", type_id, 0)
+    (tmp_path / "m.gguf").write_bytes(header.ljust(1 << 16, b"\0"))
+    expected = f"{tmp_path}/m.gguf: tensor '.*q_proj.weight' {message}.*; download the model again or get it in another"
+    with pytest.raises(ValueError, match=expected):
         GGUFFile(tmp_path / "m.gguf")
 
 
