@@ -18,6 +18,7 @@ from tests.models.test_sharding import divided_logits
 from tests.models.tiny import GROUPED, random_tensors
 from tests.references.families import CASES as FAMILIES
 from tests.references.families import tensors
+from tests.test_weights import resident_file_bytes
 
 CONFIG = replace(
     GROUPED, hidden_size=128, intermediate_size=256, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=32
@@ -162,6 +163,18 @@ def test_experts_in_orders_of_their_own_are_floats_and_one_warning_a_matrix_says
     assert len(warnings) == 3 * config["num_hidden_layers"]
     first = "model.layers.0.mlp.experts.0.gate_proj.weight (and 5 others): has its weights in an order"
     assert warnings[0].startswith(first)
+
+
+def test_reading_keeps_one_slice_of_the_integers_in_memory(tmp_path):
+    said, _ = CASES["fp8, blocks"]
+    rows, columns, scales = 8192, 4096, np.ones((64, 32), np.float32)  # 32 MiB
+    weight = {"x.weight": ("F8_E4M3", np.full((rows, columns), 56, np.uint8)), "x.weight_scale_inv": ("F32", scales)}
+    save(tmp_path / "model.safetensors", weight)
+    (tmp_path / "config.json").write_text(json.dumps({**config_json(CONFIG), "quantization_config": said}))
+    checkpoint, before = open_checkpoint(tmp_path), resident_file_bytes()
+    for start in range(0, rows, 256):
+        assert (checkpoint.read_codes("x.weight", start, start + 256).blocks == 56).all()
+    assert resident_file_bytes() - before < 4 << 20
 
 
 def test_modules_that_are_not_quantised_stay_floats(tmp_path):
