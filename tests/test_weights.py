@@ -436,6 +436,28 @@ def test_gguf_tensor_type_that_cannot_be_read_is_refused(tmp_path):
         open_checkpoint(write_gguf(tmp_path / "m.gguf", weights))
 
 
+@pytest.mark.parametrize(
+    ("shape", "type_id", "message"),
+    [
+        ((64,), 8, r"has shape \[64\]; a Q8_0 tensor has to be a matrix"),
+        ((4, 48), 8, r"has shape \[4, 48\]; a Q8_0 tensor needs rows that are a multiple of its block of 32"),
+        ((4, 128), 12, r"has shape \[4, 128\]; a Q4_K tensor needs rows that are a multiple of its block of 256"),
+        ((4, 256), 15, "is stored as Q8_K, which gguf can't dequantise"),
+        ((4, 256), 99, "has unknown type 99; F32, F16, Q4_0,.* MXFP4.* can be read"),
+        ((0, 256), 12, ".*no size may be 0"),
+    ],
+)
+def test_gguf_types_that_do_not_fit_their_tensors_are_refused(shape, type_id, message, tmp_path):
+    sizes = b"".join(size.to_bytes(8, "little") for size in reversed(shape))
+    name = b"blk.0.attn_q.weight"
+    header = b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q", len(name)) + name
+    header += struct.pack("<I", len(shape)) + sizes + struct.pack("<IQ", type_id, 0)
+    (tmp_path / "m.gguf").write_bytes(header.ljust(1 << 16, b"\0"))
+    expected = f"{tmp_path}/m.gguf: tensor '.*q_proj.weight' {message}.*; download the model again or get it in another"
+    with pytest.raises(ValueError, match=expected):
+        GGUFFile(tmp_path / "m.gguf")
+
+
 # --- safetensors --------------------------------------------------------------------------------------------------
 
 
@@ -696,6 +718,15 @@ def test_reading_keeps_one_slice_of_the_file_in_memory(tmp_path):
         peak = max(peak, resident_file_bytes() - before)
     assert total == rows * columns
     assert peak < 16 << 20
+
+
+def test_pages_that_the_system_maps_around_a_slice_are_let_go_too(tmp_path):
+    rows, columns = 16384, 1024  # 64 MiB
+    checkpoint = open_checkpoint(write_directory(tmp_path, {"w": np.ones((rows, columns), np.float32)}))
+    before = resident_file_bytes()
+    for start in range(0, rows, 32):
+        checkpoint.read_rows("w", start, start + 1).array.sum()
+    assert resident_file_bytes() - before < 4 << 20
 
 
 # --- SmolLM2 ------------------------------------------------------------------------------------------------------

@@ -77,7 +77,8 @@ class Codes(NamedTuple):
     factors: Any = None
 
     def finite(self) -> bool:
-        """Whether all scales and minimums are finite numbers."""
+        """Whether all scales and minimums are numbers that make weights finite: integers and floats of 8 bits, zeros
+        taken off, are less than 2^9, and so the others have to be less than 2^118."""
         return all(values is None or _finite(values) for values in (self.scales, self.minimums))
 
     def cut(self, columns: range, span: int, narrower: int) -> Codes:
@@ -99,7 +100,9 @@ class Codes(NamedTuple):
 
 def _finite(values: np.ndarray) -> bool:
     if values.dtype == np.uint16:  # the bits of bfloat16
-        return bool(((values & 0x7F80) != 0x7F80).all())
+        return bool(((values & 0x7FFF) < (118 + 127) << 7).all())
+    if values.dtype == np.float32:
+        return bool((np.abs(values) < 2.0**118).all())  # not so for NaN
     return bool(np.isfinite(values).all())
 
 

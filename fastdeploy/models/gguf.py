@@ -62,6 +62,7 @@ HEADER_BYTES = 64 << 20  # that are read of a file; 262,144 tokens and their mer
 NAME_LENGTH = 512  # llama.cpp's names of tensors end at 64
 TENSORS = 1 << 20  # of a model, those of each expert counted
 OTHER_SPLIT = "the parts beside each other are of different splits, download them again"
+OTHER_TYPE = "download the model again or get it in another quantisation"
 EXPERTS = "mlp.experts."  # in the names of tensors that hold a matrix for every expert, [experts, out, in]
 
 
@@ -400,14 +401,19 @@ class _Header:
         try:
             ggml_type = GGMLQuantizationType(type_id)
         except ValueError:
-            known = ", ".join(known.name for known in GGMLQuantizationType)
-            raise self.error(f"tensor {name!r} has unknown type {type_id}; known are {known}") from None
+            known = ", ".join(known.name for known in GGMLQuantizationType if _readable(known))
+            what = f"has unknown type {type_id}; {known} can be read"
+            raise self.error(f"tensor {name!r} {what}; {OTHER_TYPE}, or update the gguf package") from None
         block_size, block_bytes = GGML_QUANT_SIZES[ggml_type]
-        if 0 in shape or shape[-1] % block_size or (block_size > 1 and len(shape) == 1):
-            raise self.error(
-                f"tensor {name!r} has shape {list(shape)}; a {ggml_type.name} tensor needs rows that are a multiple of"
-                f" its block of {block_size} values, and no size may be 0"
+        if block_size > 1 and len(shape) == 1:
+            what = f"has shape {list(shape)}; a {ggml_type.name} tensor has to be a matrix"
+        elif 0 in shape or shape[-1] % block_size:
+            what = (
+                f"has shape {list(shape)}; a {ggml_type.name} tensor needs rows that are a multiple of its block of"
+                f" {block_size} values, and no size may be 0"
             )
-        if not _readable(ggml_type):
-            raise self.error(f"tensor {name!r} is stored as {ggml_type.name}, which gguf can't dequantise")
-        return GGUFTensor(self.file, shape, ggml_type, offset, math.prod(shape) // block_size * block_bytes)
+        elif not _readable(ggml_type):
+            what = f"is stored as {ggml_type.name}, which gguf can't dequantise"
+        else:
+            return GGUFTensor(self.file, shape, ggml_type, offset, math.prod(shape) // block_size * block_bytes)
+        raise self.error(f"tensor {name!r} {what}; {OTHER_TYPE}")

@@ -100,7 +100,7 @@ class WeightLoader:
         matrices = [name for name in checkpoint.names() if len(checkpoint.shape(name)) == 2]
         self._tables: dict[tuple[int, ...], TensorView] = {}  # of values, on the device
         # What each weight becomes; None for floats
-        self._formats = {name: self._format(name, ordered=True) for name in matrices}
+        self._formats = {name: self._format(name) for name in matrices}
         self._refuse_above(sum(map(self._nbytes, checkpoint.names())))  # before any is read or allocated
 
     def vector(self, names: Sequence[str], sizes: Sequence[int], rows: Sequence[range] | None = None) -> TensorView:
@@ -145,7 +145,9 @@ class WeightLoader:
             biases = self.vector([f"{module}.bias" for module in modules], out_features, taken)
         whole = len(columns) == in_features
         for name in names:
-            format = self._format(name, ordered=whole and name not in TABLES)
+            format = self._format(name)
+            if not whole or name in TABLES:
+                format = self._without_order(format, [name])
             self._formats[name] = self._narrowed(format, name, columns)
         parts: list[LinearWeight | QuantisedWeight] = []
         start = 0
@@ -231,8 +233,12 @@ class WeightLoader:
     def _kind(self, name: str) -> tuple[Format | None, bytes]:
         """What the weights that one launch computes have in common: the format, and the order if there is one."""
         format = self._formats[name]
-        encoded = None if format is None else self._checkpoint.encoded(name)
-        return format, b"" if encoded is None or encoded.order is None else encoded.order.tobytes()
+        return format, b"" if format is None else self._order(name)
+
+    def _order(self, name: str) -> bytes:
+        """The order in which a file has the columns of a weight; empty if it is their own."""
+        encoded = self._checkpoint.encoded(name)
+        return b"" if encoded is None or encoded.order is None else encoded.order.tobytes()
 
     def _order_on_device(self, order: bytes) -> TensorView:
         self.ordered = True
@@ -240,8 +246,8 @@ class WeightLoader:
             self._orders[order] = view(self.device.from_numpy(np.frombuffer(order, np.int32).copy()))
         return self._orders[order]
 
-    def _format(self, name: str, ordered: bool = False) -> Format | None:
-        """What a weight becomes; None for floats. ordered: it may have an order of its own."""
+    def _format(self, name: str) -> Format | None:
+        """What a weight becomes; None for floats."""
         if name not in self._checkpoint or self._checkpoint.shape(name)[-1] % GROUP:
             return None  # `load` reports what is missing
         if self._checkpoint.storage(name) in DTYPE_BYTES:
@@ -252,10 +258,18 @@ class WeightLoader:
         if not self.mode.keeps_quantised:
             return None
         encoded = self._checkpoint.encoded(name)
-        if encoded is not None and encoded.order is not None and not ordered:
-            logger.warning("%s: has its weights in an order of its own, so it is kept in floats", name)
-            return None
         return FORMATS["Q8_0"] if encoded is None else encoded.format
+
+    def _without_order(self, format: Format | None, names: Sequence[str]) -> Format | None:
+        """The same of weights that can't have an order of their own: floats where files have one."""
+        if format is None:
+            return None
+        found = [name for name in names if name in self._checkpoint and self._order(name)]
+        if not found or self._kept(found[0], format) is None:
+            return format
+        others = f" (and {len(found) - 1} others)" if len(found) > 1 else ""
+        logger.warning("%s%s: has its weights in an order of its own, so it is kept in floats", found[0], others)
+        return None
 
     def _narrowed(self, format: Format | None, name: str, columns: range) -> Format | None:
         """The same for these columns of the weight alone."""
@@ -277,7 +291,7 @@ class WeightLoader:
             had = ", ".join(sorted(format.name if format else "floats" for format in formats))
             became = found.name if found else "floats"
             logger.info("%s and the other experts' come as %s; all become %s", names[0], had, became)
-        found = self._narrowed(found, names[0], columns)
+        found = self._narrowed(self._without_order(found, names), names[0], columns)
         self._formats |= dict.fromkeys(names, found)
         return found
 

@@ -3,7 +3,7 @@
     W[n, k] = scale[n, g] * (integer[n, k] - zero[n, g])       g = k // width, or where act order says so, g_idx[k]
 
     gptq                qweight [K b/32, N] int32, b bits a weight along k, the lowest first; scales [G, N];
-                        qzeros [G, N b/32] int32, along n, one less than the zero (but in "gptq_v2"); g_idx [K] int32
+                        qzeros [G, N b/32] int32, along n, the zero - 1 modulo 2^b (but in "gptq_v2"); g_idx [K] int32
     awq                 qweight [K, N/8] int32, 4 bits along n, eight features in the order 0 2 4 6 1 3 5 7;
                         scales [G, N]; qzeros [G, N/8], packed alike
     compressed-tensors  weight_packed [N, K b/32] int32, b bits along k, 2^(b-1) added; weight_scale [N, G];
@@ -64,8 +64,12 @@ def _regular(in_features: int, width: int) -> np.ndarray:
 
 
 def _shifted(zeros: np.ndarray, bits: int, added: int = 0) -> np.ndarray:
-    """Zeros of unsigned integers for the integers that kernels have: those of 8 bits have 128 less."""
-    return zeros.astype(np.int16) + np.int16(added - 128) if bits == 8 else zeros + np.uint8(added)
+    """Zeros of unsigned integers for the integers that kernels have: those of 8 bits have 128 less.
+
+    added: modulo 2^bits, as AutoGPTQ has it: one less than a zero of 0 is the largest integer.
+    """
+    zeros = zeros + np.uint8(added) & np.uint8((1 << bits) - 1)
+    return zeros.astype(np.int16) - np.int16(128) if bits == 8 else zeros
 
 
 def _of_integers(bits: int, scale: str, zeros: bool) -> Format:

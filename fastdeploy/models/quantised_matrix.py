@@ -130,13 +130,15 @@ class Matrix:
     def _checked(self, start: int, stop: int) -> Codes:
         """The rows as the file has them. Every row that is read comes by here."""
         zeros = None if self.zeros is None else self.zeros(start, stop)
-        codes = Codes(self.blocks(start, stop), self.scales(start, stop), zeros)
+        scales = np.array(self.scales(start, stop))
+        # Last, and all else copied: a file keeps what was asked for last in memory, and pages that are read again later
+        codes = Codes(self.blocks(start, stop), scales, zeros)
         damaged = self.format.floating and bool(((codes.blocks & 127) == 127).any())
         if damaged or not codes.finite():
             part, what = (".weight", "weights") if damaged else (self.scale_part, "scales")
             raise ValueError(
-                f"{self.parts.named(part)} has {what} that are NaN or infinite, for rows {start} to {stop}; the file is"
-                " corrupt or was badly converted, download or convert it again"
+                f"{self.parts.named(part)} has {what} that are NaN, infinite or too large, for rows {start} to {stop};"
+                " the file is corrupt or was badly converted, download or convert it again"
             )
         return codes
 

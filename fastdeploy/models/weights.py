@@ -127,8 +127,8 @@ class Checkpoint:
 
     def _not_finite(self, name: str, start: int, stop: int) -> ValueError:
         return ValueError(
-            f"{self.path}: tensor {name!r} ({self.storage(name)}) has scales that are NaN or infinite in its rows"
-            f" {start} to {stop}; the file is corrupt or was badly converted, download or convert it again"
+            f"{self.path}: tensor {name!r} ({self.storage(name)}) has scales that are NaN, infinite or too large in its"
+            f" rows {start} to {stop}; the file is corrupt or was badly converted, download or convert it again"
         )
 
     def unread(self) -> list[str]:

@@ -87,7 +87,7 @@ def gptq(
         count = -(-width // own)
         integers = generator.integers(0, 1 << bits, size=(rows, width))
         scales = floats(generator, (rows, count), scale)
-        zeros = generator.integers(2 - version, 1 << bits, size=(rows, count)) + (version == 1)
+        zeros = generator.integers(0, 1 << bits, size=(rows, count))
         if symmetric:
             zeros[:] = 1 << (bits - 1)
         groups = np.arange(width) // own
@@ -95,7 +95,7 @@ def gptq(
             groups = np.random.default_rng(width).permutation(groups)  # the same for all that reads the same
         tensors: Tensors = {
             "qweight": ("I32", words_along_first(integers.T, bits)),
-            "qzeros": ("I32", words_along_last((zeros - (version == 1)).T, bits)),
+            "qzeros": ("I32", words_along_last((zeros - (version == 1)).T % (1 << bits), bits)),
             "scales": (scale, scales.T),
             "g_idx": ("I32", groups),
         }

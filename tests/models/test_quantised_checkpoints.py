@@ -16,6 +16,9 @@ from tests.models.test_decoder import Steps
 from tests.models.test_paddle import config_json
 from tests.models.test_sharding import divided_logits
 from tests.models.tiny import GROUPED, random_tensors
+from tests.references.families import CASES as FAMILIES
+from tests.references.families import tensors
+from tests.test_weights import resident_file_bytes
 
 CONFIG = replace(
     GROUPED, hidden_size=128, intermediate_size=256, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=32
@@ -142,6 +145,36 @@ def test_ranks_have_the_values_of_one(case, tmp_path, caplog):
     for found in divided_logits(open_checkpoint(tmp_path), 2, IDS, "exact"):
         assert distance(found, expected) < 3e-5
     assert ("o_proj.weight: has its weights in an order" in caplog.text) == ("order" in case)
+
+
+def test_experts_in_orders_of_their_own_are_floats_and_one_warning_a_matrix_says_so(tmp_path, caplog):
+    config = FAMILIES["qwen3 moe"] | {"hidden_size": 128, "head_dim": 32, "moe_intermediate_size": 64}
+    generator, entries = np.random.default_rng(7), {}
+    for name, array in tensors(config).items():
+        if ".experts." not in name:
+            entries[name] = ("F32", array)
+            continue
+        parts, _ = gptq(act_order=True)(generator, *array.shape)
+        entries |= {f"{name.removesuffix('.weight')}.{end}": tensor for end, tensor in parts.items()}
+    save(tmp_path / "model.safetensors", entries)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": GPTQ, "dtype": "float32"}))
+    np.testing.assert_array_equal(logits(tmp_path, "exact"), logits(tmp_path, None))
+    warnings = [record.getMessage() for record in caplog.records if "order" in record.getMessage()]
+    assert len(warnings) == 3 * config["num_hidden_layers"]
+    first = "model.layers.0.mlp.experts.0.gate_proj.weight (and 5 others): has its weights in an order"
+    assert warnings[0].startswith(first)
+
+
+def test_reading_keeps_one_slice_of_the_integers_in_memory(tmp_path):
+    said, _ = CASES["fp8, blocks"]
+    rows, columns, scales = 8192, 4096, np.ones((64, 32), np.float32)  # 32 MiB
+    weight = {"x.weight": ("F8_E4M3", np.full((rows, columns), 56, np.uint8)), "x.weight_scale_inv": ("F32", scales)}
+    save(tmp_path / "model.safetensors", weight)
+    (tmp_path / "config.json").write_text(json.dumps({**config_json(CONFIG), "quantization_config": said}))
+    checkpoint, before = open_checkpoint(tmp_path), resident_file_bytes()
+    for start in range(0, rows, 256):
+        assert (checkpoint.read_codes("x.weight", start, start + 256).blocks == 56).all()
+    assert resident_file_bytes() - before < 4 << 20
 
 
 def test_modules_that_are_not_quantised_stay_floats(tmp_path):
@@ -401,6 +434,9 @@ def test_tensors_that_contradict_the_configuration_are_refused(name, tmp_path):
         ("fp8, blocks", put("weight", at(5000, 0x7F)), "q_proj.weight' has weights"),
         ("fp8, blocks", put("weight", at(5000, 0xFF)), "q_proj.weight' has weights"),
         ("packed MXFP4", put("weight_scale", at(9, 255)), "q_proj.weight_scale' has scales"),
+        ("packed MXFP4", put("weight_scale", at(9, 253)), "q_proj.weight_scale' has scales"),  # 6 * 2^126
+        ("fp8, blocks", put("weight_scale_inv", at(0, 3e38)), "q_proj.weight_scale_inv' has scales"),
+        ("fp8, blocks, bfloat16", put("weight_scale_inv", at(0, -1e37)), "q_proj.weight_scale_inv' has scales"),
     ],
 )
 def test_numbers_that_are_none_are_refused_while_loading(quantization, case, change, message, tmp_path):
