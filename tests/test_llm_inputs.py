@@ -3,6 +3,7 @@
 import logging
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -94,7 +95,7 @@ class AnsweringRunner:
 def make_llm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LLM]:
     def load(config: fastdeploy.llm.EngineConfig) -> fastdeploy.llm.Loaded:
         model_config = SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
-        checkpoint = SimpleNamespace(config=model_config, generation_config={})
+        checkpoint = SimpleNamespace(config=model_config, generation_config={}, path=Path("pocket"))
         runner = AnsweringRunner(config.resolved(model_limit=1000))
         return fastdeploy.llm.Loaded(checkpoint, ByteTokenizer(), runner, leader=None)
 

@@ -129,6 +129,7 @@ def test_replays_and_launches_from_several_threads_do_not_mix():
             plan.replay()
             affine_kernel[(16,)](x, 1, 5, 16)
 
+    affine_kernel[(16,)](Tensor(np.zeros(256, np.int64)), 1, 5, 16)  # Python 3.11's ast.parse may fail in two threads
     threads = [threading.Thread(target=work, args=pair) for pair in zip(tensors, plans)]
     for thread in threads:
         thread.start()
