@@ -32,6 +32,7 @@ from fastdeploy.device import open_device
 from fastdeploy.kernels.launch import view
 from fastdeploy.models import load_model
 from fastdeploy.models.calibration import BLOCK_SIZE, calibration_sequences, one_sequence
+from fastdeploy.models.saving import rounded_to_bfloat16
 from fastdeploy.models.storage import StoredTensor
 from fastdeploy.models.weights import Checkpoint, open_checkpoint
 from fastdeploy.text.tokenizer import Tokenizer, load_tokenizer
@@ -110,8 +111,7 @@ def permuted(checkpoint: Checkpoint) -> Checkpoint:
 
 def as_bfloat16(array: np.ndarray) -> StoredTensor:
     """float32 values, rounded to nearest even."""
-    bits = array.astype(np.float32).view(np.uint32)
-    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    rounded = rounded_to_bfloat16(array.astype(np.float32))
     return StoredTensor(rounded.shape, "bfloat16", "bfloat16", rounded.nbytes, lambda start, stop: rounded[start:stop])
 
 

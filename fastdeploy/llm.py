@@ -147,9 +147,8 @@ class LLM:
         self.config = config
         self.tokenizer = tokenizer
         # For saving. A file's is opened again: kept, it would hold pages of the file and, of a mixture, 18,000 tensors.
-        self._source: Checkpoint | Path = loaded.checkpoint
-        if config.load_format != "dummy":
-            self._source = loaded.checkpoint.path.absolute()  # the program may go to another folder
+        checkpoint = loaded.checkpoint
+        self._source = checkpoint if config.load_format == "dummy" else checkpoint.path.absolute()
         forkable = loaded.leader is None and runner.device.name == "cpu"
         self.engine = Engine(scheduler, runner, runner.overlaps, forkable)
         self._leader = loaded.leader

@@ -37,7 +37,7 @@ from fastdeploy.config import DTYPES
 from fastdeploy.fields import Fields
 from fastdeploy.kernels.formats import FORMATS, GROUP, Format
 from fastdeploy.kernels.launch import cdiv
-from fastdeploy.kernels.packing import BYTES, PAIRS, Bits, Layout
+from fastdeploy.kernels.packing import BYTES, NIBBLES, PAIRS, Bits, Layout
 from fastdeploy.models.formats import power_of_two
 from fastdeploy.models.quantisation import Quantisation
 from fastdeploy.models.quantised_matrix import DISAGREES, Matrix, Parts, Rows, unpacked_words
@@ -45,7 +45,6 @@ from fastdeploy.models.storage import StoredTensor
 
 logger = logging.getLogger("fastdeploy")
 
-NIBBLES = Layout(1, 1, Bits(0, 1, 1, 4))  # an integer of up to 4 bits in each byte
 LAYOUTS = {2: Layout(4, 1, Bits(0, 1, 4, 2)), 3: NIBBLES, 4: PAIRS, 8: replace(BYTES, flipped=True)}
 AWQ_PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # of eight features in a word
 EXPONENTS = "float8_e8m0fnu"
