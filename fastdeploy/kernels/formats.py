@@ -326,6 +326,12 @@ def table_of(format: Format) -> np.ndarray | None:
     return np.array(format.table, np.int8) if format.table else None
 
 
+def e4m3_values() -> np.ndarray:
+    """What the codes of float8 (e4m3) stand for, [256] float32; NaN, which no weight is, as 480."""
+    codes = np.arange(256, dtype=np.uint16)  # in the place of a float16, whose exponents are less by 8
+    return ((codes & 127) << 7 | (codes & 128) << 8).view(np.float16).astype(np.float32) * 256
+
+
 # References
 
 
@@ -376,7 +382,8 @@ def dequantise_reference(
     elif factors is not None:
         halves *= np.repeat(factors[:, :, 0].astype(np.float64), 2, axis=1)
         zeros *= np.repeat(factors[:, :, -1].astype(np.float64), 2, axis=1)
-    values = np.array(format.table, np.float64)[integers] if format.table else integers.astype(np.float64)
+    table = e4m3_values() if format.floating else np.array(format.table)
+    values = (table[integers] if len(table) else integers).astype(np.float64)
     if minimums is None:
         values -= format.offset
     spread = lambda of_halves: np.repeat(of_halves, GROUP // 2, axis=1)  # noqa: E731

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdeploy.kernels.formats import GROUP, Format
+from fastdeploy.kernels.formats import GROUP, Format, e4m3_values
 from fastdeploy.kernels.packing import Bits, Codes, Layout
 from fastdeploy.models.storage import Encoded, StoredTensor
 
@@ -190,9 +190,8 @@ def _split(rows: np.ndarray, bits: int) -> np.ndarray:
 def _meanings(format: Format, layout: Layout) -> np.ndarray:
     """What the bytes of `_unpacked` stand for, as float32, before scale and zero."""
     codes = np.arange(1 << layout.low.width, dtype=np.uint8)
-    if format.floating:  # e4m3 in the place of a float16, whose exponents are less by 8
-        halves = (codes & 127).astype(np.uint16) << 7 | (codes & 128).astype(np.uint16) << 8
-        return halves.view(np.float16).astype(np.float32) * 256
+    if format.floating:
+        return e4m3_values()
     if format.table:
         return np.array(format.table, np.float32)
     if format.bits == 8:

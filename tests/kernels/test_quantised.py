@@ -312,6 +312,20 @@ def test_a_gated_row_has_the_same_bits_in_every_batch(normal, packed, blank, sto
             np.testing.assert_array_equal(array, whole[name][rows])
 
 
+def test_fp8_weights_are_the_floats_that_their_codes_stand_for(rng):
+    format, rows, width = FORMATS["FP8"], 37, 256
+    codes = rng.integers(0, 255, (rows, width), dtype=np.uint8) & 0xFE  # without NaN
+    scales = rng.uniform(0.5, 1.5, (rows, 2)).astype(np.float32)
+    weight = weight_of(format, unfilled(format, rows, width), rows, width)
+    pack_codes(weight, Codes(codes, scales), BYTES)
+    out = np.empty((width, rows), np.float32)
+    linear(out, np.eye(width, dtype=np.float32), weight)
+    sign, exponent, mantissa = np.where(codes > 127, -1.0, 1.0), codes >> 3 & 15, (codes & 7) / 8
+    power = np.where(exponent > 0, 2.0 ** (exponent.astype(int) - 7) * (1 + mantissa), 2.0**-6 * mantissa)
+    np.testing.assert_allclose(out.T, sign * power * np.repeat(scales, 128, axis=1), rtol=2e-7)
+    np.testing.assert_allclose(out.T, dequantise_reference(format, codes, scales), rtol=2e-7)
+
+
 def test_no_rows_is_nothing_to_do(packed, blank):
     weight = packed("Q4_1", 48, 64).weight
     linear(blank((0, 48)).view, blank((0, 64)).view, weight)
