@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 from fastdeploy.device import CACHE_LINE, Field, open_device
+from fastdeploy.device.cpu import HugePages
 from fastdeploy.device.host import (
     _shared_mappings,
     available_memory,
+    has_huge_pages,
     progress_bar,
     release_free_memory,
     release_library_pages,
@@ -44,6 +46,34 @@ def test_empty_memory_begins_on_a_cache_line_and_has_the_dtype(device, dtype):
     for shape in ((1,), (3, 5), (7, 33, 32)):
         tensor = view(device.empty(shape, dtype))
         assert tensor.shape == shape and tensor.dtype == dtype and tensor.data_ptr() % CACHE_LINE == 0
+
+
+def test_memory_for_weights_comes_in_pieces_of_huge_pages_resident_only_where_written(device):
+    pages, page = HugePages(), HugePages.PAGE
+    pieces = [
+        pages.piece(shape, dtype) for shape, dtype in [((3, 5), "float32"), ((7 << 20,), "uint8"), ((9,), "int8")]
+    ]
+    large = pages.piece((HugePages.AREA + 1,), "uint8")  # more than an area has
+    spans = sorted((piece.pointer, piece.pointer + piece.nbytes) for piece in [*pieces, large])
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    assert all(start % CACHE_LINE == 0 for start, _ in spans) and pieces[0].pointer % page == 0
+    assert [piece.shape for piece in pieces] == [(3, 5), (7 << 20,), (9,)] and pieces[0].dtype == "float32"
+    values = np.arange(7 << 20, dtype=np.int64).astype(np.uint8)
+    device.write(pieces[1], values)
+    assert (device.to_numpy(pieces[1]) == values).all()
+    assert 7 << 10 <= resident_kb(pieces[0].pointer) <= 8 << 10  # the written part, to the end of its last page
+    assert resident_kb(pieces[0].pointer, "AnonHugePages") == (8 << 10 if has_huge_pages() else 0)
+    assert resident_kb(large.pointer) == 0
+
+
+@pytest.mark.parametrize(
+    "setting", ["always [madvise] never", "[always] madvise never", "always madvise [never]", None]
+)
+def test_a_device_says_whether_the_system_has_huge_pages(tmp_path, setting):
+    file = tmp_path / "enabled"
+    if setting:
+        file.write_text(setting)
+    assert has_huge_pages(file) == (setting is not None and "[never]" not in setting)
 
 
 def test_a_numpy_array_is_taken_without_a_copy(device):
@@ -161,10 +191,10 @@ def test_a_group_over_its_limit_leaves_nothing(tmp_path):
     assert available_memory(write_tree(tmp_path, files)) == 0
 
 
-def resident_kb(address: int) -> int:
+def resident_kb(address: int, what: str = "Rss") -> int:
     """Kilobytes of the mapping at `address` that are in this process's resident memory."""
     text = Path("/proc/self/smaps").read_text()
-    return int(re.search(rf"^{address:x}-(?:.*\n)+?Rss: +(\d+) kB", text, re.MULTILINE)[1])
+    return int(re.search(rf"^{address:x}-(?:.*\n)+?{what}: +(\d+) kB", text, re.MULTILINE)[1])
 
 
 @pytest.mark.parametrize("writable", [False, True])

@@ -79,6 +79,10 @@ class Device(ABC):
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         """A tensor with unspecified contents; `dtype` as Paddle names it ("float32", "bfloat16", "int32", ...)."""
 
+    def empty_weights(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """The same for what lives as long as the model and is read in order, which a device may have a place for."""
+        return self.empty(shape, dtype)
+
     @abstractmethod
     def from_numpy(self, array: np.ndarray) -> Any:
         """The array as a tensor on this device, without a copy where the device is the host.

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastdeploy import triton_cpu
-from fastdeploy.device import GIB, Device, Field, Plan, Staging, device_fields, field_offsets, host_fields
-from fastdeploy.device.host import available_memory, release_pages_after
+from fastdeploy.device import (
+    CACHE_LINE,
+    GIB,
+    Device,
+    Field,
+    Plan,
+    Staging,
+    device_fields,
+    field_offsets,
+    host_fields,
+)
+from fastdeploy.device.host import ask_for_huge_pages, available_memory, has_huge_pages, release_pages_after
 from fastdeploy.device.paddle_core import HostTensor
-from fastdeploy.kernels.launch import TensorView, view
+from fastdeploy.kernels.launch import ITEM_SIZES, TensorView, cdiv, view
 from fastdeploy.triton_cpu import runtime
 from fastdeploy.triton_cpu.compiler import CPUBackend
 
@@ -37,6 +48,39 @@ class SharedStaging(Staging):
         return lambda: values
 
 
+class HugePages:
+    """Memory that is given out piece by piece, in pages of 2 MiB where the system has them.
+
+    A core keeps the places of a few thousand pages. Weights in pages of 4 KiB are more, and looking a page up takes as
+    long as reading a part of it. (A decode of Qwen3-0.6B's shapes, Q4_0, batch 1: 94 tok/s in small pages, 101.)
+
+    Pieces follow each other in areas of AREA bytes, each on its own cache line; one that is larger has an area for
+    itself. What was not written yet is not resident, but for the rest of a page.
+    """
+
+    PAGE, AREA = 2 << 20, 64 << 20
+
+    def __init__(self) -> None:
+        self._area: TensorView | None = None
+        self._used = 0  # bytes of the area
+
+    def piece(self, shape: tuple[int, ...], dtype: str) -> TensorView:
+        """Memory for a tensor. Contents unspecified."""
+        size = prod(shape) * ITEM_SIZES[dtype]
+        if self._area is None or self._used + size > self._area.shape[0]:
+            self._area, self._used = self._new_area(max(size, self.AREA)), 0
+        area, start = self._area, self._used
+        self._used += cdiv(size, CACHE_LINE) * CACHE_LINE
+        return TensorView(area.pointer + start, dtype, (prod(shape),), (1,), area).reshape(*shape)
+
+    def _new_area(self, size: int) -> TensorView:
+        whole = view(HostTensor((cdiv(size, self.PAGE) * self.PAGE + self.PAGE,), "uint8"))
+        start = -whole.pointer % self.PAGE
+        area = TensorView(whole.pointer + start, "uint8", (whole.shape[0] - self.PAGE,), (1,), whole)
+        ask_for_huge_pages(area.pointer, area.nbytes)
+        return area
+
+
 class CPUDevice(Device):
     """The host's processors, Triton kernels run by `fastdeploy.triton_cpu`.
 
@@ -50,10 +94,14 @@ class CPUDevice(Device):
         triton_cpu.activate()
         runtime.share_cores(ranks)
         self._ranks = ranks
+        self._weights = HugePages()
         release_pages_after("importing Paddle")
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> HostTensor:
         return HostTensor(shape, dtype)
+
+    def empty_weights(self, shape: tuple[int, ...], dtype: str) -> TensorView:
+        return self._weights.piece(shape, dtype)
 
     def from_numpy(self, array: np.ndarray) -> TensorView:
         return view(array)
@@ -103,7 +151,9 @@ class CPUDevice(Device):
         release_pages_after("loading")
 
     def describe(self) -> str:
-        return f"CPU ({_processor_name()}), {self.num_threads()} threads, {self.free_memory() / GIB:.1f} GiB free"
+        pages = "huge pages" if has_huge_pages() else "no huge pages"
+        free = f"{self.free_memory() / GIB:.1f} GiB free"
+        return f"CPU ({_processor_name()}), {self.num_threads()} threads, {free}, {pages}"
 
 
 def _in_place(tensor: Any) -> np.ndarray:

@@ -64,6 +64,20 @@ def release_pages_after(stage: str) -> None:
     release_library_pages()
 
 
+def ask_for_huge_pages(start: int, size: int) -> None:
+    """Have memory that wasn't touched yet come in huge pages, where the system has them for whoever asks."""
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+
+
+def has_huge_pages(setting: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled")) -> bool:
+    """Whether the system gives them: it says "always [madvise] never", the choice in brackets."""
+    try:
+        return "[never]" not in setting.read_text()
+    except OSError:
+        return False
+
+
 def open_standard_streams() -> None:
     """Give a process whose standard streams are closed (`2>&-`) some that lead nowhere.
 

@@ -343,7 +343,7 @@ class WeightLoader:
         this rank takes of each is only known now."""
         self._allocated += prod(shape) * DTYPE_BYTES.get(dtype, 1)
         self._refuse_above(self._allocated)
-        return self.device.empty(shape, dtype)
+        return self.device.empty_weights(shape, dtype)
 
     def _ask(self, name: str, shape: tuple[int, ...], share: float) -> None:
         if name in self._shapes:

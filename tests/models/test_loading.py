@@ -129,8 +129,8 @@ def test_a_model_may_take_more_than_half_of_the_free_memory(monkeypatch):
         allocated.append(math.prod(shape) * DTYPE_BYTES.get(dtype, 1))
         return make_empty(shape, dtype)
 
-    make_empty = device.empty
-    monkeypatch.setattr(device, "empty", empty)
+    make_empty = device.empty_weights
+    monkeypatch.setattr(device, "empty_weights", empty)
     load_model(checkpoint(TIED, random_tensors(TIED)), device, "float32", 64, progress=False)
     room = int(1.5 * sum(allocated))
     allocated.clear()
