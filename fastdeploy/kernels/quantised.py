@@ -6,8 +6,9 @@ Then all products are of integers, which sum up exactly, and the scales are appl
 
     y[t, n] = sum_g  x_scale[t, g] scale[n, g] (xq[t] . q[n])_g  +  x_sum[t, g] minimum[n, g],  x_sum = x_scale sum_g xq
 
-Where int8 is too coarse, xq is an integer of 16 bits in two int8, 256 high + low. Both meet the same weights, which are
-read once: as fast as int8 where memory is the bound, 1.6 times its time where arithmetic is.
+Where int8 is too coarse, xq takes 16 bits: it is 128 high + low, two int8, with |high| <= 127 and -64 <= low < 64. Both
+meet the same weights, which are read once: as fast as int8 where memory is the bound, 1.6 times its time where
+arithmetic is. (Neither is ever -128: AVX2 moves the signs of weights to them.)
 
 Activations that stay floats meet the weights as the floats that these formulas give: what a float32 `LinearWeight` of
 the same numbers computes, bit by bit on a CPU, from a sixth or a quarter of the bytes.
@@ -59,7 +60,7 @@ from fastdeploy.kernels.launch import (
 
 @dataclass(frozen=True)
 class QuantisedRows:
-    """Activations in 8 or 16 bits: the integers are `values`, or 256 values + low.
+    """Activations in 8 or 16 bits: the integers are `values`, or 128 values + low.
 
     values, low: [T, K] int8.  scales: [T, K/32] float32.  sums: [T, K/32] float32, of a group's integers, times its
     scale.  low: None for 8 bits.
@@ -136,12 +137,13 @@ def store_quantised(values, scales, sums, low, x, row, start, K: tl.constexpr, B
 @triton.jit
 def store_groups(values, scales, sums, low, x, group, inside):
     """Quantise float32 x [G, 32] and store it as the groups `group` [G], counted row after row, if `inside` [G]."""
-    MOST: tl.constexpr = 127.0 if low is None else 127.0 * 256.0
+    MOST: tl.constexpr = 127.0 if low is None else 127.0 * 128.0
     integers, scale, total = quantised(x, MOST)
     offsets = group[:, None] * 32 + tl.arange(0, 32)[None, :]
     if low is not None:
-        tl.store(low + offsets, integers.to(tl.int8), mask=inside[:, None])  # the low byte, as a signed number
-        integers = (integers + 128) >> 8
+        high = (integers + 64) >> 7
+        tl.store(low + offsets, (integers - (high << 7)).to(tl.int8), mask=inside[:, None])
+        integers = high
     tl.store(values + offsets, integers.to(tl.int8), mask=inside[:, None])
     tl.store(scales + group, scale, mask=inside)
     tl.store(sums + group, total, mask=inside)
@@ -210,7 +212,7 @@ def integer_sums(x, x_scales, x_sums, x_low, row, weight, place, lane, K, FORMAT
                 dots = tl.dot(tl.load(x_tile), first, out_dtype=tl.int32)
                 dots = tl.dot(tl.load(x_tile + 16), second, dots, out_dtype=tl.int32)
                 if x_low is not None:
-                    dots = tl.dot(tl.load(low_tile), first, dots << 8, out_dtype=tl.int32)
+                    dots = tl.dot(tl.load(low_tile), first, dots << 7, out_dtype=tl.int32)
                     dots = tl.dot(tl.load(low_tile + 16), second, dots, out_dtype=tl.int32)
         sums += dots.to(tl.float32) * (row_scale * scale[None, :])
         if FORMAT[6]:
@@ -230,7 +232,7 @@ def _product(x_tile, x_low, low_tile, values):
     """x W.T in int32, x having 8 bits, or 16 in two bytes."""
     dots = tl.dot(tl.load(x_tile), values, out_dtype=tl.int32)
     if x_low is not None:
-        dots = tl.dot(tl.load(low_tile), values, dots << 8, out_dtype=tl.int32)
+        dots = tl.dot(tl.load(low_tile), values, dots << 7, out_dtype=tl.int32)
     return dots
 
 
@@ -410,7 +412,7 @@ def _expect_integers(weight: QuantisedWeight) -> None:
 
 
 def quantise_reference(x: np.ndarray, most: int = 127) -> tuple[np.ndarray, np.ndarray]:
-    """The specification of `quantise`: integers up to `most`, 127 * 256 for 16 bits, and float64 scales."""
+    """The specification of `quantise`: integers up to `most`, 127 * 128 for 16 bits, and float64 scales."""
     grouped = x.astype(np.float64).reshape(len(x), -1, GROUP)
     largest = np.abs(grouped).max(axis=2)
     factors = np.divide(most, largest, out=np.zeros_like(largest), where=largest > 1e-30)
