@@ -76,7 +76,7 @@ class Peaks:
     def arithmetic(self) -> float:
         """Floating-point operations per second."""
         programs, rounds = 8 * self.threads, 200_000
-        return programs * rounds * 16 * self.lanes * 2 / self._run("multiply_add", programs, 0, rounds)
+        return programs * rounds * 12 * self.lanes * 2 / self._run("multiply_add", programs, 0, rounds)
 
 
 def weight(k: int, n: int) -> LinearWeight:

@@ -146,8 +146,11 @@ def _block_size(context: Context, m: int, n: int, dots: list[Op], tiles: list[_S
     """(rows, vectors) of a block, for 32 AVX-512 registers or 16 of its elders.
 
     16 sums hide an FMA's latency (4 cycles, one or two per cycle) and leave room for operands. Floats are multiplied in
-    8 x 2 blocks, in which a broadcast serves two FMAs (M = 512, K = 1536: 110 GFLOP/s of 117, with 16 x 1 blocks 105);
-    where the right operand is converted on its way, in 16 x 1 blocks, which do that least often (bf16: 107 and 99).
+    8 x 2 blocks, in which a broadcast serves two FMAs; many rows on 16 registers in 6 x 2 ones (AVX2, M = 512, of 133
+    GFLOP/s: 117, in 4 x 2 blocks 108). Rows a multiple of 4 KB apart share one set of the first cache: the 16 of a
+    16 x 1 block drive each other out (bf16, M = 512, K = 2048: 136 GFLOP/s of 265, in 8 x 2 blocks 250; K = 576: 208,
+    250). Few rows that convert their weights do that least often in 16 x 1 blocks, and so does a right operand that is
+    computed (4 bits).
 
     Packed bytes are read in tiles of one vector, because that is their order in memory: with two (M = 1, 4 bits) a
     program jumps between two tiles and takes 42 us instead of 24. With a float sum beside each integer sum there is
@@ -164,17 +167,23 @@ def _block_size(context: Context, m: int, n: int, dots: list[Op], tiles: list[_S
             return most * 3 // 8, 2
         blocks = -(-m // (most * 11 // 16 if floats else most))
         return -(-m // blocks), 1
-    vectors = 2 if n > lane_count and not any(_converts(context, dot) for dot in dots) else 1
+    converts = any(_converts(context, dot, may_widen=m > most) for dot in dots)
+    vectors = 1 if converts or n == lane_count else 2
     rows = min(m, most // max(len(tiles) - 1, vectors))
+    if most == 8 and m > 32 and (len(tiles), vectors) == (1, 2):
+        return 6, 2
     if not rows:
         raise NotATile(f"{len(tiles)} tiles of sums")
     return rows, min(n // lane_count, MOST_VECTORS, max(1, most // (rows * len(tiles))))
 
 
-def _converts(context: Context, dot: Op) -> bool:
-    """Are the right operand's elements converted on their way from memory?"""
+def _converts(context: Context, dot: Op, may_widen: bool) -> bool:
+    """Are the right operand's elements converted on their way from memory? may_widen: by more than a widening."""
     load = dot.operands[1].op
     as_they_lie = "f32" if products(context, dot).terms == 1 else "bf16"
+    if may_widen and load is not None and load.name == "arith.extf":
+        load = load.operands[0].op
+        return load is None or load.name != "tt.load"
     return load is None or load.name != "tt.load" or load.result.type.element != as_they_lie
 
 
