@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-INSTRUCTION_SETS = {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16"}
+INSTRUCTION_SETS = {"avx2", "avx_vnni", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16"}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -177,7 +177,8 @@ def make_c(module: Any, metadata: dict[str, Any], options: CPUOptions) -> str:
     metadata["shared"] = 1  # bytes of shared memory: none, but more than 0 is what tools for GPUs expect
     metadata["argument_format"] = argument_format(functions[0])
     bounds = Bounds(functions) if options.check else None
-    target = Target(functions[0].name, toolchain().lanes, options.enable_fp_fusion, options, bounds)
+    tools = toolchain()
+    target = Target(functions[0].name, tools.lanes, tools.vnni, options.enable_fp_fusion, options, bounds)
     generated = generate_c(functions, _prelude(), target)
     metadata["can_fail"] = "#define USES_FAILURES" in generated.text
     metadata["apart"] = generated.apart

@@ -69,14 +69,15 @@ class Optimisations:
 
 
 class Target(NamedTuple):
-    """What code is written for: the kernel's name, floats in a vector, whether products contract with additions, and
-    what is wanted.
+    """What code is written for: the kernel's name, floats in a vector, whether an instruction adds four products of
+    bytes, whether products contract with additions, and what is wanted.
 
     bounds: what accesses are checked against; None: they are not. The optimisations know of no checks.
     """
 
     kernel: str
     lanes: int
+    vnni: bool
     contract: bool
     wanted: Optimisations
     bounds: Bounds | None = None
@@ -116,6 +117,11 @@ class Context:
     def lanes(self) -> int:
         """Floats in a vector register."""
         return self.unit.target.lanes
+
+    @property
+    def dots_in_two_steps(self) -> bool:
+        """Are four products of bytes added by two instructions? (Vectors of four lanes may have none of them.)"""
+        return self.lanes > 4 and not self.unit.target.vnni
 
     @property
     def wanted(self) -> Optimisations:

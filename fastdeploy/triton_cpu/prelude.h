@@ -255,6 +255,8 @@ INLINE ivec ivec_splat(int32_t x) { return x - (ivec){0}; }
 #define IN_MEMORY(array) __asm__ volatile("" : "+m"(array)) /* what follows reads it from there */
 INLINE int32_t four_bytes(const void *p) { int32_t word; memcpy(&word, p, 4); return word; }
 typedef int32_t four_words __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int16_t eight_halves __attribute__((vector_size(16), aligned(1), may_alias));
+typedef int16_t sixteen_halves __attribute__((vector_size(32), aligned(1), may_alias));
 typedef int32_t eight_words __attribute__((vector_size(32), aligned(4), may_alias));
 INLINE void flip_bytes(int32_t *to, const void *from, int words) { /* gcc would do it bit by bit */
   for (; words >= 8; words -= 8, to += 8, from = (const char *)from + 32)
@@ -320,19 +322,25 @@ INLINE void vec_store_some(float *p, ivec mask, vec x) { for (int i = 0; i < LAN
 #endif
 #if LANES == 16 && defined(__AVX512DQ__)
 INLINE int ivec_any(ivec mask) { return _mm512_movepi32_mask((__m512i)mask) != 0; }
+#elif LANES == 8 && defined(__AVX2__)
+INLINE int ivec_any(ivec mask) { return _mm256_movemask_ps((__m256)mask) != 0; }
 #else
+INLINE int ivec_any(ivec mask) { int any = 0; for (int i = 0; i < LANES; i++) any |= mask[i]; return any; }
+#endif
+INLINE int ivec_all(ivec mask) { return !ivec_any(~mask); }
+#if !(LANES == 16 && defined(__AVX512DQ__))
 #define FROM_SOME(name, type)                                     \
   INLINE vec vec_from_some_##name(const type *p, ivec mask) {     \
     type kept[LANES];                                             \
+    if (ivec_all(mask)) return vec_from_##name(p);                \
+    if (!ivec_any(mask)) return vec_splat(0);                     \
     for (int i = 0; i < LANES; i++) kept[i] = mask[i] ? p[i] : 0; \
     return vec_from_##name(kept);                                 \
   }
 FROM_SOME(bf16, uint16_t)
 FROM_SOME(f16, uint16_t)
 FROM_SOME(int8_t, int8_t)
-INLINE int ivec_any(ivec mask) { int any = 0; for (int i = 0; i < LANES; i++) any |= mask[i]; return any; }
 #endif
-INLINE int ivec_all(ivec mask) { return !ivec_any(~mask); }
 INLINE vec vec_from_some_float(const float *p, ivec mask) { return vec_from_some(p, mask, vec_splat(0)); }
 INLINE ivec ivec_exchanged(ivec x, int bit) { /* lane i of the result is lane i ^ bit */
 #ifdef __clang__
@@ -403,9 +411,11 @@ INLINE ivec ivec_from_vec(vec x) { return __builtin_convertvector(x, ivec); } /*
 #if LANES == 16 && defined(__AVX512F__)
 INLINE ivec ivec_from_int8_t(const int8_t *p) { return (ivec)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)); }
 #define MULTIPLY_ADD_PAIRS(a, b) (ivec)_mm512_madd_epi16((__m512i)(a), (__m512i)(b))
+#define MULTIPLY_ADD_BYTES(u, s) (halves)_mm512_maddubs_epi16((__m512i)(u), (__m512i)(s))
 #elif LANES == 8 && defined(__AVX2__)
 INLINE ivec ivec_from_int8_t(const int8_t *p) { return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
 #define MULTIPLY_ADD_PAIRS(a, b) (ivec)_mm256_madd_epi16((__m256i)(a), (__m256i)(b))
+#define MULTIPLY_ADD_BYTES(u, s) (halves)_mm256_maddubs_epi16((__m256i)(u), (__m256i)(s))
 #else
 INLINE ivec ivec_from_int8_t(const int8_t *p) { ivec v; for (int i = 0; i < LANES; i++) v[i] = p[i]; return v; }
 #if LANES == 4 && defined(__SSE2__)
@@ -444,6 +454,29 @@ INLINE vec vec_of_e4m3(ivec codes) {
 #else
 INLINE vec vec_of_e4m3(ivec codes) { vec v; for (int i = 0; i < LANES; i++) v[i] = e4m3_to_float((uint8_t)codes[i]); return v; }
 INLINE vec vec_from_e4m3(const uint8_t *p) { vec v; for (int i = 0; i < LANES; i++) v[i] = e4m3_to_float(p[i]); return v; }
+#endif
+/* The four products in two steps where no instruction adds them at once: two of them go into each half of a word, as a
+ * sum that the caller knows to fit, then the halves into the word. Or bytes become halves before, the even ones and the
+ * odd ones of words; of those any products fit. */
+#ifdef MULTIPLY_ADD_BYTES
+/* gcc would put off all additions till the last, and keep every product until then. */
+#define AT_ONCE(sum) __asm__("" : "+v"(sum))
+INLINE halves dot2_of_bytes(bytes u, bytes s) { return MULTIPLY_ADD_BYTES(u, s); }
+INLINE halves add_dot2_of_bytes(halves sum, bytes u, bytes s) { sum += MULTIPLY_ADD_BYTES(u, s); AT_ONCE(sum); return sum; }
+INLINE ivec add_dot2_of_halves(ivec sum, halves a, halves b) { sum += MULTIPLY_ADD_PAIRS(a, b); AT_ONCE(sum); return sum; }
+INLINE ivec add_halves(ivec sum, halves x) { return sum + MULTIPLY_ADD_PAIRS(x, (halves){0} + 1); }
+INLINE halves even_bytes(bytes x) { return (halves)x << 8 >> 8; }
+INLINE halves odd_bytes(bytes x) { return (halves)x >> 8; }
+INLINE void widen_bytes(int32_t *even, int32_t *odd, const void *from, int words) { /* a multiple of four words */
+  for (; words >= 8; words -= 8, even += 8, odd += 8, from = (const char *)from + 32) {
+    *(sixteen_halves *)even = *(const sixteen_halves *)from << 8 >> 8;
+    *(sixteen_halves *)odd = *(const sixteen_halves *)from >> 8;
+  }
+  for (; words > 0; words -= 4, even += 4, odd += 4, from = (const char *)from + 16) {
+    *(eight_halves *)even = *(const eight_halves *)from << 8 >> 8;
+    *(eight_halves *)odd = *(const eight_halves *)from >> 8;
+  }
+}
 #endif
 /* sum[i] + the four products of word i's unsigned bytes in u with its signed ones in s. Exact: nothing saturates. */
 INLINE ivec add_dot4(ivec sum, bytes u, bytes s) {

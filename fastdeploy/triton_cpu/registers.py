@@ -21,6 +21,12 @@ finds it out). One side must be unsigned, as nibbles are on the right. Else the 
 Then 128 times the sum of the right one's column is subtracted, which costs as much as one more row. Where the kernel
 stores x ^ 128 and undoes it after the load, the two cancel; else the block's rows are flipped into an array first.
 
+Without VNNI it takes two instructions, with 16 bits in between (8 products of 4 bits and 8 fit, of 5 bits 4, ...):
+
+    word of bytes    | u0 s0 | u1 s1 | u2 s2 | u3 s3 |      vpmaddubsw, and additions of as many products as are known
+    its halves       | u0 s0 + u1 s1 | u2 s2 + u3 s3 |      to fit, by the range of the right operand
+    sum              |        u0 s0 + ... + u3 s3    |      vpmaddwd by ones
+
 The arithmetic is that of the general path (control_flow.py, dot.py), bit by bit: a sum takes its terms in ascending k,
 one FMA each, and the same additions are contracted. Loops that do not fit are left to that path.
 """
@@ -46,6 +52,7 @@ from .ttir import Op, Value
 from .vectors import VECTOR_TYPES, Place, Vectors, plus, table_of
 
 MOST_VECTORS = 8  # of a row in a block
+LARGEST_HALF = 2**15 - 1  # a sum of products in 16 bits
 LONGEST_RUN = 64  # bytes of k, or packed rows, that are multiplied without a C loop around them
 
 
@@ -156,12 +163,18 @@ def _block_size(context: Context, m: int, n: int, dots: list[Op], tiles: list[_S
     program jumps between two tiles and takes 42 us instead of 24. With a float sum beside each integer sum there is
     room for 11 rows. Many rows are taken in 6 x 2 blocks, which broadcast a word for two products (M = 512, K = 576,
     N = 3072, on a core: 296 GOP/s, with 11 x 1 blocks 230; 32 rows: 268, because 36 are computed, and 300).
+
+    Of 8 lanes a packed tile's line is two vectors: 4 x 2 blocks (AVX2, M = 64, K = 1024, 4 bits: 300 GOP/s; 3 rows 284,
+    6 rows 280. With VNNI 371, 332 and 370).
     """
     lane_count = context.lanes
     if n < lane_count:
         raise NotATile("narrower than a vector")
     most = 16 if lane_count == 16 else 8
     if any(dot.result.type.element == "i32" for dot in dots):
+        if lane_count == 8:
+            blocks = -(-m // 4)
+            return -(-m // blocks), min(2, n // lane_count)
         floats = any(tile.argument.type.element == "f32" for tile in tiles)
         if floats and m > 2 * most and n > lane_count:
             return most * 3 // 8, 2
@@ -230,7 +243,15 @@ class _Block(Vectors):
 
     def __init__(self, context: Context, rows: list[Term], columns: list[Term], read_once: bool):
         super().__init__(context, rows, columns, read_once)
+        self.halves: dict[Value, tuple[list[list[str]], int]] = {}  # of products that others go on with
         self.column_sums: dict[Value, list[str]] = {}  # of right operands, as far as products have needed them
+
+    def _undefined(self, hint: str) -> list[list[str]]:
+        """Variables for sums of halves, which the first product defines."""
+        name = self.context.name(hint)
+        names = [[f"{name}_{r}x{v}" for v in range(len(self.columns))] for r in range(len(self.rows))]
+        self.context.line(*(f"halves {', '.join(of_row)};" for of_row in names))
+        return names
 
     def variables(self, initial: Value, hint: str) -> list[list[str]]:
         """A tile in variables that may change, with their first values."""
@@ -251,7 +272,7 @@ class _Block(Vectors):
         if types <= {"f32", "bf16", "f16"} and op.result.type.element == "f32":
             self._dot_of_floats(a, b, sums, products(self.context, op))
         elif types == {"i8"} and op.result.type.element == "i32" and a.type.shape[1] % 4 == 0:
-            self._dot_of_bytes(a, b, sums)
+            self._dot_of_bytes(op, sums)
         else:
             raise NotATile(f"products of {' and '.join(types)}")
         self.registers[op.result] = sums
@@ -321,14 +342,20 @@ class _Block(Vectors):
         with self.scope(f"for (int {name} = 0; {name} < {extent}; {name} += {run})"):
             yield [plus(name, number) for number in range(0, run, 4)]
 
-    def _dot_of_bytes(self, a: Value, b: Value, sums: list[list[str]]) -> None:
-        unsigned = range_of(b)[0] >= 0
+    def _dot_of_bytes(self, op: Op, sums: list[list[str]]) -> None:
+        """By add_dot4, or in the two steps of the drawing or, where not even two products fit, of halves."""
+        a, b = op.operands[:2]
+        least, greatest = range_of(b)
+        unsigned = least >= 0
+        if self.context.dots_in_two_steps and not unsigned and 2 * 255 * max(-least, greatest) > LARGEST_HALF:
+            self._dot_of_halves(op, sums)
+            return
         columns = [] if unsigned else self._column_sums(b)
+        if self.context.dots_in_two_steps:
+            self._dot_in_halves(op, sums, columns)
+            return
         with self._words_of(a.type.shape[1]) as steps:
-            words = None if unsigned else self._flipped(a, steps)
-            if words is None:
-                flip = "" if unsigned else " ^ 0x80808080"
-                words = [[f"{self._four(a, row, k)}{flip}" for k in steps] for row in self.rows]
+            words = self._left_words(a, steps, flipped=not unsigned)
             for number, k in enumerate(steps):
                 right = [self._quads(b, k, column) for column in self.columns]
                 for of_row, total_of_row in zip(words, sums):
@@ -336,36 +363,106 @@ class _Block(Vectors):
                     for total, factor in zip(total_of_row, right):
                         pair = f"{factor}, {left}" if unsigned else f"{left}, {factor}"
                         self.context.line(f"{total} = add_dot4({total}, {pair});")
+        self._subtract(columns, sums)
+
+    def _subtract(self, columns: list[str], sums: list[list[str]]) -> None:
         for of_row in sums:
             for total, column in zip(of_row, columns):
                 self.context.line(f"{total} -= {column};")
 
-    def _flipped(self, a: Value, steps: list[Term]) -> list[list[str]] | None:
-        """The words of all rows with each byte's sign bit flipped, in an array, if they lie in memory in order.
+    def _left_words(self, a: Value, steps: list[Term], flipped: bool) -> list[list[str]]:
+        """C for the words of the block's rows, with each byte's sign bit flipped or not."""
+        if flipped and (in_memory := self._rewritten(a, steps, "flip_bytes", "flipped")):
+            return in_memory[0]
+        flip = " ^ 0x80808080" if flipped else ""
+        return [[f"{self._four(a, row, k)}{flip}" for k in steps] for row in self.rows]
+
+    def _dot_in_halves(self, op: Op, sums: list[list[str]], columns: list[str]) -> None:
+        """By bytes of a small range. Halves of words add up products as long as they can hold any sum of them."""
+        a, b, initial = op.operands[:3]
+        least, greatest = range_of(b)
+        unsigned = least >= 0
+        in_a_loop = a.type.shape[1] > LONGEST_RUN
+        names, most = self.halves.pop(initial) if initial in self.halves else (self._undefined("halves"), 0)
+        if in_a_loop and most:
+            most = self._add_halves(names, sums)
+        largest = 2 * 128 * greatest if unsigned else 2 * 255 * max(-least, greatest)  # what two products may come to
+        with self._words_of(a.type.shape[1]) as steps:
+            words = self._left_words(a, steps, flipped=not unsigned)
+            for number, k in enumerate(steps):
+                if most + largest > LARGEST_HALF:
+                    most = self._add_halves(names, sums)
+                right = [self._quads(b, k, column) for column in self.columns]
+                form = "{0} = add_dot2_of_bytes({0}, {1}, {2});" if most else "{0} = dot2_of_bytes({1}, {2});"
+                for of_row, names_of_row in zip(words, names):
+                    left = self.constant("bytes", f"(bytes)ivec_splat({of_row[number]})", "left")
+                    for name, factor in zip(names_of_row, right):
+                        self.context.line(form.format(name, *((factor, left) if unsigned else (left, factor))))
+                most += largest
+            if in_a_loop:
+                most = self._add_halves(names, sums)
+        following = [user for user in op.result.uses if user.name == "tt.dot" and user.operands[2] is op.result]
+        if not in_a_loop and len(op.result.uses) == len(following) == 1:
+            self.halves[op.result] = names, most  # goes on from here
+        elif not in_a_loop:
+            self._add_halves(names, sums)
+        self._subtract(columns, sums)
+
+    def _add_halves(self, names: list[list[str]], sums: list[list[str]]) -> int:
+        """Halves into the sums; returns what they come to from now on."""
+        for of_row, totals in zip(names, sums):
+            for name, total in zip(of_row, totals):
+                self.context.line(f"{total} = add_halves({total}, {name});")
+        return 0
+
+    def _dot_of_halves(self, op: Op, sums: list[list[str]]) -> None:
+        """By signed bytes, which become halves, as those of the left operand do."""
+        a, b = op.operands[:2]
+        with self._words_of(a.type.shape[1]) as steps:
+            in_memory = self._rewritten(a, steps, "widen_bytes", "even", "odd") if len(steps) % 4 == 0 else None
+            for number, k in enumerate(steps):
+                quads = [self._quads(b, k, column) for column in self.columns]
+                for part, parity in enumerate(("even", "odd")):
+                    right = [self.constant("halves", f"{parity}_bytes({quad})", parity) for quad in quads]
+                    for r, (row, of_row) in enumerate(zip(self.rows, sums)):
+                        if in_memory:
+                            text = f"(halves)ivec_splat({in_memory[part][r][number]})"
+                        else:
+                            text = f"{parity}_bytes((bytes)ivec_splat({self._four(a, row, k)}))"
+                        left = self.constant("halves", text, "left")
+                        for total, factor in zip(of_row, right):
+                            self.context.line(f"{total} = add_dot2_of_halves({total}, {factor}, {left});")
+
+    def _rewritten(self, a: Value, steps: list[Term], function: str, *arrays: str) -> list[list[list[str]]] | None:
+        """What a function of prelude.h makes of the words of all rows, in arrays, if they lie in memory in order.
 
         From there a load broadcasts one, for nothing; from a register it takes an instruction, of those that multiply.
         """
-        count, name = 4 * len(steps), self.context.name("flipped")
+        count, size = len(steps), len(self.rows) * len(steps)
         if a.op is None or a in self.context.storage or a.op.name != "tt.load":
             return None
-        self._expect_plain(a.op, row_of_lanes(count))
-        self.context.line(f"int32_t {name}[{len(self.rows) * len(steps)}] __attribute__((aligned(64)));")
+        self._expect_plain(a.op, row_of_lanes(4 * count))
+        names = [self.context.name(array) for array in arrays]
+        self.context.line(*(f"int32_t {name}[{size}] __attribute__((aligned(64)));" for name in names))
         for r, row in enumerate(self.rows):
             address = self.address(a.op.operands[0], (row, steps[0]))
-            self.context.line(f"flip_bytes({name} + {r * len(steps)}, {address}, {len(steps)});")
-        self.context.line(f"IN_MEMORY({name});")
-        return [[f"{name}[{r * len(steps) + n}]" for n in range(len(steps))] for r in range(len(self.rows))]
+            places = [f"{name} + {r * count}" for name in names]
+            self.context.line(f"{function}({', '.join(places)}, {address}, {count});")
+        self.context.line(*(f"IN_MEMORY({name});" for name in names))
+        return [[[f"{name}[{r * count + n}]" for n in range(count)] for r in range(len(self.rows))] for name in names]
 
     def _column_sums(self, b: Value) -> list[str]:
         """128 times the sum of each column of bytes."""
         if b not in self.column_sums:
             names = self.column_sums[b] = [self.context.name("column") for _ in self.columns]
             self.context.line(f"ivec {' = {0}, '.join(names)} = {{0}};")
+            form = "add_dot4({0}, (bytes)ivec_splat(0x80808080), {1})"
+            if self.context.dots_in_two_steps:  # 128 times two bytes fit
+                form = "add_halves({0}, dot2_of_bytes((bytes)ivec_splat(0x80808080), {1}))"
             with self._words_of(b.type.shape[0]) as steps:
                 for k in steps:
                     for total, column in zip(names, self.columns):
-                        factor = self._quads(b, k, column)
-                        self.context.line(f"{total} = add_dot4({total}, (bytes)ivec_splat(0x80808080), {factor});")
+                        self.context.line(f"{total} = {form.format(total, self._quads(b, k, column))};")
         return self.column_sums[b]
 
     def _expect_plain(self, load: Op, index: tuple[Lanes, ...]) -> None:
@@ -413,18 +510,43 @@ class _Block(Vectors):
         lane = np.arange(4 * count)
         self._expect_plain(op, (Lanes(4, lane % 4), Lanes(count, lane // 4)))
         address = self.address(op.operands[0], (k, column))
-        self.prefetch(address)  # for every block of rows: it costs little, and 32 rows of 4 bits take 13 % less time
+        if self.columns.index(column) * 4 * count % 64 == 0:
+            self.prefetch(address)  # for every block of rows: it costs little: 32 rows of 4 bits take 13 % less time
         return f"*(const bytes *)({address})"
 
     def _shifted_quads(self, op: Op, k: Term, column: Term) -> str:
         """Shifts by the same number for all bytes of a vector. To the right, none comes from above."""
         source, by = op.operands
-        if not fits(range_of(by), (0, 7)):
-            raise NotATile(f"{op.text}: not known to shift by less than a byte")
         is_byte = op.name == "arith.shrui" and source.type.element == "i8"
         if op.name != "arith.shli" and not is_byte and not fits(range_of(source), (0, 255)):
             raise NotATile(f"{op.text}: not known to be in a byte")
+        number = self._shift_number(op, k)
+        if op.name == "arith.shli" and number.known and (moved := self._moved_bits(source, number, k, column)):
+            return moved
         shifted = self._quads(source, k, column)
+        if number.known and op.name != "arith.shli":  # to the left gcc would double them, one time for each bit
+            return f"{shifted} {_SHIFTS[op.name]} {number.pattern[0]}"
+        name = "bytes_shifted_left" if op.name == "arith.shli" else "bytes_shifted_right"
+        return f"{name}({shifted}, {number.pattern[0] if number.known else self.scalar(by, (k, column))})"
+
+    def _moved_bits(self, value: Value, left: Lanes, k: Term, column: Term) -> str | None:
+        """(x >> right & mask) << left as one shift of x and one mask, where `value` is what it shifts to the left."""
+        masked = value.op
+        shift = masked.operands[0].op if masked is not None and masked.name == "arith.andi" else None
+        if masked is None or shift is None or shift.name != "arith.shrui" or value.type.element != "i8":
+            return None
+        mask, right = splat_constant(masked.operands[1]), self._shift_number(shift, k)
+        if mask is None or not right.known:
+            return None
+        down, up = int(right.pattern[0]), int(left.pattern[0])
+        moved = f"(halves){self._quads(shift.operands[0], k, column)} {'<<' if up > down else '>>'} {abs(up - down)}"
+        return f"(bytes)({moved}) & {(mask & 255 >> down) << up & 255}"
+
+    def _shift_number(self, op: Op, k: Term) -> Lanes:
+        """By what number all bytes of a vector are shifted."""
+        by = op.operands[1]
+        if not fits(range_of(by), (0, 7)):
+            raise NotATile(f"{op.text}: not known to shift by less than a byte")
         lane = np.arange(4 * self.context.lanes)
         row = exactly(int(k.text) + lane % 4) if k.text.isdigit() else Lanes(4, lane % 4)
         try:
@@ -433,10 +555,7 @@ class _Block(Vectors):
             raise NotATile(f"{op.text}: {unknown}") from None
         if not number.uniform:
             raise NotATile(f"{op.text}: shifts differ")
-        if number.known:
-            return f"{shifted} {_SHIFTS[op.name]} {number.pattern[0]}"
-        name = "bytes_shifted_left" if op.name == "arith.shli" else "bytes_shifted_right"
-        return f"{name}({shifted}, {self.scalar(by, (k, column))})"
+        return number
 
     def _quads_of_table(self, pointers: Value, indices: Value, k: Term, column: Term) -> str:
         """Bytes of a table, which is kept in a register."""

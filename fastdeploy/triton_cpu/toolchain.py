@@ -30,6 +30,7 @@ _CLANG_FLAGS = ("-femulated-tls",)
 # Vector instruction sets by name: (lanes of a float vector, flags, features that /proc/cpuinfo must list)
 _INSTRUCTION_SETS = {
     "avx512": (16, ("-march=native", "-mprefer-vector-width=512"), {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+    "avxvnni": (8, ("-march=x86-64-v3", "-mavxvnni"), {"avx2", "fma", "f16c", "avx_vnni"}),
     "avx2": (8, ("-march=x86-64-v3",), {"avx2", "fma", "f16c"}),
     "baseline": (4, (), set()),
 }
@@ -53,6 +54,12 @@ class Toolchain:
     def multiplies_bf16(self) -> bool:
         """Has the CPU AVX512-BF16, and does the compiler know it, under these flags?"""
         return self.lanes == 16 and "__AVX512BF16__" in _macros((*self.compiler, *self.flags))
+
+    @property
+    def vnni(self) -> bool:
+        """Do these flags give vectors the instruction that adds four products of bytes at once (vpdpbusd)?"""
+        macro = "__AVX512VNNI__" if self.lanes == 16 else "__AVXVNNI__"
+        return self.lanes >= 8 and macro in _macros((*self.compiler, *self.flags))
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -101,7 +108,7 @@ def _workspace() -> Iterator[str]:
 def toolchain() -> Toolchain:
     """The compiler named by $CC, or the first of gcc, clang and cc; the widest vectors that this CPU has.
 
-    $FASTDEPLOY_INSTRUCTION_SET (avx512, avx2, baseline) narrows the vectors, for tests and comparisons.
+    $FASTDEPLOY_INSTRUCTION_SET (avx512, avxvnni, avx2, baseline) narrows the vectors, for tests and comparisons.
     """
     wanted = os.environ.get("CC", "").strip()
     for command in [wanted] if wanted else ["gcc", "clang", "cc"]:

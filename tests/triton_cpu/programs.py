@@ -74,6 +74,9 @@ def table() -> dict[str, Program]:
     indexed = (empty((5, 4, 16)), empty((3, 4, 16), "int32"))
     ordered = (empty((2, 16)), empty((2, 4)), empty((2, 16)))
     q4, q8 = (test_registers.Quantised.random(rng, 9, 32, 96, *limits) for limits in ((0, 16), (-128, 128)))
+    a, b = test_registers.bytes_of_all_sizes(rng, 8, 32, 192)
+    multiplied = {form: (Tensor(a), Tensor(test_registers.quads(b)), empty((8, 32), "int32"), 192, 8, 32, 64, form)
+                  for form in ("few bits", "signed")}  # fmt: skip
     gathered = (normal(8, 32), indices(8, 8, 32), indices(32, 8, 32))
     return {
         "softmax": Program(softmax_kernel, (5,), (normal(5, 77), empty((5, 77)), 77, 128)),
@@ -84,6 +87,8 @@ def table() -> dict[str, Program]:
         "4 bits": Program(test_registers.linear_q4_kernel, *test_registers.q4_arguments(q4, 8, 16)),
         "8 bits": Program(test_registers.linear_q8_kernel, *test_registers.q8_arguments(q8, 4, 32)),
         "offset": Program(test_registers.linear_q8_kernel, *test_registers.q8_arguments(q8, 16, 16, True)),
+        "bytes": Program(test_registers.bytes_kernel, (1,), multiplied["signed"]),
+        "few bits": Program(test_registers.bytes_kernel, (1,), multiplied["few bits"]),
         "attention": Program(test_dot.attention_kernel, (1,), (*attended, empty((8, 16)), 50, 8, 16, 32)),
         "accumulators": Program(test_dot.accumulator_kernel, (1,), (*squares, empty((4, 16, 16)), 2, 16)),
         "reductions": Program(reduced.float_kernel, (1,), (normal(4, 8, 16), *indexed, (4, 8, 16), 1, 64)),

@@ -9,7 +9,7 @@ from .arrays import run_module
 from .programs import run_all
 
 
-@pytest.mark.parametrize("name", ["avx2", "baseline"])
+@pytest.mark.parametrize("name", ["avxvnni", "avx2", "baseline"])
 def test_programs_under_another_instruction_set(name, tmp_path):
     if not _INSTRUCTION_SETS[name][2] <= _cpu_features():
         pytest.skip(f"this CPU has no {name}")

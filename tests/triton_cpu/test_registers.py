@@ -253,17 +253,29 @@ def bytes_kernel(a_ptr, b_ptr, out_ptr, K, M: tl.constexpr, N: tl.constexpr, BLO
             right = right & 127
         elif FORM == "masked":
             left, right = left & 0x3C, (right | 64) ^ 3
+        elif FORM == "few bits":
+            sums = tl.dot(left, right & 15, sums, out_dtype=tl.int32)
+            sums = tl.dot(left, (right & 63) - 32, sums, out_dtype=tl.int32)
+            right = right & 31
         sums = tl.dot(left, right, sums, out_dtype=tl.int32)
         a += BLOCK_K
         b += BLOCK_K * 16
     tl.store(out_ptr + m[:, None] * N + n[None, :], sums)
 
 
-@pytest.mark.parametrize("form", ["signed", "positive", "masked"])
+def bytes_of_all_sizes(rng, m, n, k):
+    """(a [m, k], b [k, n]) int8, with the sums that are farthest from 0 however few of b's bits are taken."""
+    a, b = rng.integers(-128, 128, (m, k), np.int8), rng.integers(-128, 128, (k, n), np.int8)
+    a[-1], b[:, :3] = 127, (127, 64, -128)
+    a[0] = -128
+    return a, b
+
+
+@pytest.mark.parametrize("form", ["signed", "positive", "masked", "few bits"])
 @pytest.mark.parametrize("m, n, block_k", [(1, 16, 4), (2, 64, 128), (8, 32, 64), (32, 16, 256)])
 def test_sums_of_products_of_bytes_are_exact(m, n, block_k, form, rng):
     k = 3 * block_k
-    a, b = rng.integers(-128, 128, (m, k), np.int8), rng.integers(-128, 128, (k, n), np.int8)
+    a, b = bytes_of_all_sizes(rng, m, n, k)
     out = empty((m, n), "int32")
     compiled = bytes_kernel[(1,)](Tensor(a), Tensor(quads(b)), out, k, m, n, block_k, form)
     assert in_registers(compiled)
@@ -271,6 +283,8 @@ def test_sums_of_products_of_bytes_are_exact(m, n, block_k, form, rng):
         b = b & 127
     elif form == "masked":
         a, b = a & 0x3C, (b | 64) ^ 3
+    elif form == "few bits":
+        b = (b & 15) + ((b & 63) - 32) + (b & 31)
     np.testing.assert_array_equal(out.stored, a.astype(int) @ b.astype(int))
 
 
