@@ -53,6 +53,7 @@ from .vectors import VECTOR_TYPES, Place, Vectors, plus, table_of
 
 MOST_VECTORS = 8  # of a row in a block
 LARGEST_HALF = 2**15 - 1  # a sum of products in 16 bits
+RUN = 16  # turns of a loop whose left operands are rewritten at once
 LONGEST_RUN = 64  # bytes of k, or packed rows, that are multiplied without a C loop around them
 
 
@@ -208,6 +209,7 @@ def _emit_block(block: _Block, loop: Op, tiles: list[_Sums]) -> None:
     everything = zip(body.arguments[1:], loop.operands[3:], body.terminator.operands)  # type: ignore[union-attr]
     others = [(argument, first, new) for argument, first, new in everything if argument not in block.registers]
     carried = [carry(context, argument, first, new) for argument, first, new in others]
+    block.start = len(context.lines)
     with block.scope(for_header(context, loop)):
         for op in body.ops[:-1]:
             if op.name == "tt.dot":
@@ -243,6 +245,7 @@ class _Block(Vectors):
 
     def __init__(self, context: Context, rows: list[Term], columns: list[Term], read_once: bool):
         super().__init__(context, rows, columns, read_once)
+        self.start = 0  # where the loop begins, among the context's lines
         self.halves: dict[Value, tuple[list[list[str]], int]] = {}  # of products that others go on with
         self.column_sums: dict[Value, list[str]] = {}  # of right operands, as far as products have needed them
 
@@ -252,6 +255,10 @@ class _Block(Vectors):
         names = [[f"{name}_{r}x{v}" for v in range(len(self.columns))] for r in range(len(self.rows))]
         self.context.line(*(f"halves {', '.join(of_row)};" for of_row in names))
         return names
+
+    def outside(self, declaration: str) -> None:
+        """A line before the loop."""
+        self.context.lines.insert(self.start, declaration)
 
     def variables(self, initial: Value, hint: str) -> list[list[str]]:
         """A tile in variables that may change, with their first values."""
@@ -437,19 +444,47 @@ class _Block(Vectors):
         """What a function of prelude.h makes of the words of all rows, in arrays, if they lie in memory in order.
 
         From there a load broadcasts one, for nothing; from a register it takes an instruction, of those that multiply.
+        A load has to wait for words that were written just before. So where it is known where the next turns of the
+        loop will read, those of RUN turns are rewritten at once. (8 rows, Q8_0: 417 GOP/s on a core, then 505.)
         """
-        count, size = len(steps), len(self.rows) * len(steps)
+        count, names = len(steps), [self.context.name(array) for array in arrays]
         if a.op is None or a in self.context.storage or a.op.name != "tt.load":
             return None
         self._expect_plain(a.op, row_of_lanes(4 * count))
-        names = [self.context.name(array) for array in arrays]
-        self.context.line(*(f"int32_t {name}[{size}] __attribute__((aligned(64)));" for name in names))
-        for r, row in enumerate(self.rows):
-            address = self.address(a.op.operands[0], (row, steps[0]))
-            places = [f"{name} + {r * count}" for name in names]
-            self.context.line(f"{function}({', '.join(places)}, {address}, {count});")
-        self.context.line(*(f"IN_MEMORY({name});" for name in names))
-        return [[[f"{name}[{r * count + n}]" for n in range(count)] for r in range(len(self.rows))] for name in names]
+        run = self._turns_ahead(a.op.operands[0]) if steps[0].text == "0" else None
+        turn, turns, stride = run or ("0", "1", 0)
+        of_row = count * (RUN if run else 1)
+        for name in names:
+            self.outside(f"int32_t {name}[{len(self.rows) * of_row}] __attribute__((aligned(64)));")
+        with self.scope(f"if ({turn} == 0)"):
+            addresses = [self.address(a.op.operands[0], (row, steps[0])) for row in self.rows]
+            with self.context.braces(f"for (long t = 0; t < {turns}; t++)"):
+                for r, address in enumerate(addresses):
+                    places = ", ".join(f"{name} + {r * of_row} + {count} * t" for name in names)
+                    self.context.line(f"{function}({places}, (const char *)({address}) + {stride} * t, {count});")
+        if run is None:
+            self.context.line(*(f"IN_MEMORY({name});" for name in names))
+        here = [self.constant("int32_t *const", f"{name} + {count} * {turn}", "words") for name in names]
+        rows = range(len(self.rows))
+        return [[[f"{name}[{r * of_row + n}]" for n in range(count)] for r in rows] for name in here]
+
+    def _turns_ahead(self, pointers: Value) -> tuple[str, str, int] | None:
+        """C for the number of the loop's turn in a run of RUN, and for how many the run has from there on; by how many
+        bytes the pointers move in a turn. None unless they do nothing else in the loop."""
+        loop = pointers.block.parent
+        if loop is None or loop.name != "scf.for" or loop.text.startswith("scf.for unsigned"):
+            return None
+        body = loop.regions[0]
+        moving = [part for part in self.parts(pointers) if part in body.arguments]
+        new = dict(zip(body.arguments[1:], body.terminator.operands))  # type: ignore[union-attr]
+        step = uniform_step(moving[0], new.get(moving[0])) if len(moving) == 1 else None
+        distance = None if step is None else splat_constant(step)
+        if distance is None:
+            return None
+        here, first, last, by = (self.context.scalar(v) for v in (body.arguments[0], *loop.operands[:3]))
+        turn = self.constant("long", f"((long){here} - {first}) / {by} % {RUN}", "turn")
+        left = f"((long){last} - {here} + {by} - 1) / {by}"
+        return turn, f"({left} < {RUN} ? {left} : {RUN})", distance
 
     def _column_sums(self, b: Value) -> list[str]:
         """128 times the sum of each column of bytes."""
