@@ -148,12 +148,13 @@ class Context:
         return f"{stem}_{self.names[stem]}"
 
     def array(self, type_: Type, hint: str = "tile") -> str:
-        name = self.name(hint)
-        large = type_.size * bytes_in_array(type_.element) >= LARGEST_STACK_ARRAY
-        self.line(
-            f"{'static _Thread_local ' if large else ''}{array_type(type_.element)} {name}[{type_.size}] "
-            "__attribute__((aligned(64)));"
-        )
+        return self.local_array(array_type(type_.element), type_.size, bytes_in_array(type_.element), hint)
+
+    def local_array(self, kind: str, count: int, size: int, hint: str) -> str:
+        """An array of `count` elements of the C type `kind`, which have `size` bytes. Returns its name."""
+        name, large = self.name(hint), count * size >= LARGEST_STACK_ARRAY
+        storage = "static _Thread_local " if large else ""
+        self.line(f"{storage}{kind} {name}[{count}] __attribute__((aligned(64)));")
         return name
 
     def declare(self, value: Value) -> str:

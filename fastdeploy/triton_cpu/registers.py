@@ -19,7 +19,9 @@ Bytes are multiplied four at a time: add_dot4 of prelude.h adds four products to
 has the bytes (k..k+3, n..n+15) in the order of 16 columns of 4, which is how packed weights lie in memory (lanes.py
 finds it out). One side must be unsigned, as nibbles are on the right. Else the left one is taken as x + 128 = x ^ 128.
 Then 128 times the sum of the right one's column is subtracted, which costs as much as one more row. Where the kernel
-stores x ^ 128 and undoes it after the load, the two cancel; else the block's rows are flipped into an array first.
+stores x ^ 128 and undoes it after the load, the two cancel.
+
+Where a tile has several blocks of rows, what its columns need is computed once for all of them: panels.py.
 
 Without VNNI it takes two instructions, with 16 bits in between (8 products of 4 bits and 8 fit, of 5 bits 4, ...):
 
@@ -34,7 +36,8 @@ one FMA each, and the same additions are contracted. Loops that do not fit are l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -45,8 +48,9 @@ from .context import Array, Context, NotATile
 from .endings import Ending, ending_of
 from .lanes import Lanes, Unknown, exactly, lanes, row_of_lanes
 from .live_rows import number_of_live_rows
-from .loops import Term, linear
+from .loops import ZERO, Term, linear
 from .pairs import Products, copy_of, products
+from .panels import Panel, Slot, panel_pays, rows_of_columns
 from .ranges import fits, range_of
 from .ttir import Op, Value
 from .vectors import VECTOR_TYPES, Place, Vectors, plus, table_of
@@ -92,31 +96,34 @@ def _emit(context: Context, loop: Op, ending: Ending | None = None) -> None:
             context.op(op)
         context.written |= {*ending.before, *ending.after}
     (m, n), dots = tiles[0].argument.type.shape, [op for op in loop.regions[0].ops if op.name == "tt.dot"]
-    rows, vectors = _block_size(context, m, n, dots, tiles)
+    pays = panel_pays(context, loop)
+    rows, vectors = _block_size(context, m, n, dots, tiles, pays)
     arrays = [] if ending else [context.declare(tile.result) for tile in tiles]
     row, column = context.name("m"), context.name("n")
     width = vectors * context.lanes
     counts = {number_of_live_rows(context, tile.result) for tile in tiles}
     live = counts.pop() if len(counts) == 1 else None
-    with (
-        context.braces(f"for (int {column} = 0; {column} < {n}; {column} += {width})"),
-        context.braces(f"for (int {row} = 0; {row} < {live or m}; {row} += {rows})"),
-    ):
-        if m % rows:  # the last block begins earlier and computes some rows again
-            context.line(f"{row} = {row} < {m - rows} ? {row} : {m - rows};")
-        block = _Block(
-            context,
-            [plus(row if m > rows else "0", r) for r in range(rows)],
-            [plus(column if n > width else "0", v * context.lanes) for v in range(vectors)],
-            read_once=m == rows,
-        )
-        _emit_block(block, loop, tiles)
-        if ending is None:
-            _to_arrays(block, tiles, arrays)
-        else:
-            block.registers |= {tile.result: block.registers[tile.argument] for tile in tiles}
-            for place in block.places:
-                block.store(ending.store, place)
+    with context.braces(f"for (int {column} = 0; {column} < {n}; {column} += {width})"):
+        columns = [plus(column if n > width else "0", v * context.lanes) for v in range(vectors)]
+        panel = _panel(context, loop, tiles, columns, m, rows) if pays and m > 3 * rows else None
+        with (
+            panel.runs() if panel else nullcontext(),
+            context.braces(f"for (int {row} = 0; {row} < {live or m}; {row} += {rows})"),
+        ):
+            if panel:
+                panel.find_kept(f"{row} / {rows}", rows * vectors * len(tiles))
+            if m % rows:  # the last block begins earlier and computes some rows again
+                context.line(f"{row} = {row} < {m - rows} ? {row} : {m - rows};")
+            here = [plus(row if m > rows else "0", r) for r in range(rows)]
+            block = _Block(context, here, columns, read_once=m == rows)
+            _emit_block(block, loop, tiles, panel)
+            with panel.in_last_run(block.sums(tiles)) if panel else nullcontext():
+                if ending is None:
+                    _to_arrays(block, tiles, arrays)
+                else:
+                    block.registers |= {tile.result: block.registers[tile.argument] for tile in tiles}
+                    for place in block.places:
+                        block.store(ending.store, place)
 
 
 def _carried_tiles(loop: Op) -> list[_Sums]:
@@ -150,7 +157,7 @@ def _only_computes(op: Op) -> bool:
     return is_lazy(op) and (op.result.type.is_tensor or not any(operand.type.is_tensor for operand in op.operands))
 
 
-def _block_size(context: Context, m: int, n: int, dots: list[Op], tiles: list[_Sums]) -> tuple[int, int]:
+def _block_size(context: Context, m: int, n: int, dots: list[Op], tiles: list[_Sums], panel: bool) -> tuple[int, int]:
     """(rows, vectors) of a block, for 32 AVX-512 registers or 16 of its elders.
 
     16 sums hide an FMA's latency (4 cycles, one or two per cycle) and leave room for operands. Floats are multiplied in
@@ -163,7 +170,8 @@ def _block_size(context: Context, m: int, n: int, dots: list[Op], tiles: list[_S
     Packed bytes are read in tiles of one vector, because that is their order in memory: with two (M = 1, 4 bits) a
     program jumps between two tiles and takes 42 us instead of 24. With a float sum beside each integer sum there is
     room for 11 rows. Many rows are taken in 6 x 2 blocks, which broadcast a word for two products (M = 512, K = 576,
-    N = 3072, on a core: 296 GOP/s, with 11 x 1 blocks 230; 32 rows: 268, because 36 are computed, and 300).
+    N = 3072, on a core: 296 GOP/s, with 11 x 1 blocks 230; 32 rows: 268, because 36 are computed, and 300). With a
+    panel (panels.py) gcc spills some of 6 x 2 sums, so there are 5 x 2 (64 rows, K = 1024: 65 % of the peak, 62).
 
     Of 8 lanes a packed tile's line is two vectors: 4 x 2 blocks (AVX2, M = 64, K = 1024, 4 bits: 300 GOP/s; 3 rows 284,
     6 rows 280. With VNNI 371, 332 and 370).
@@ -177,8 +185,8 @@ def _block_size(context: Context, m: int, n: int, dots: list[Op], tiles: list[_S
             blocks = -(-m // 4)
             return -(-m // blocks), min(2, n // lane_count)
         floats = any(tile.argument.type.element == "f32" for tile in tiles)
-        if floats and m > 2 * most and n > lane_count:
-            return most * 3 // 8, 2
+        if floats and n > lane_count and m > (most if panel else 2 * most):
+            return most // 3 if panel else most * 3 // 8, 2
         blocks = -(-m // (most * 11 // 16 if floats else most))
         return -(-m // blocks), 1
     converts = any(_converts(context, dot, may_widen=m > most) for dot in dots)
@@ -201,16 +209,37 @@ def _converts(context: Context, dot: Op, may_widen: bool) -> bool:
     return load is None or load.name != "tt.load" or load.result.type.element != as_they_lie
 
 
-def _emit_block(block: _Block, loop: Op, tiles: list[_Sums]) -> None:
-    """The kernel's whole loop for one block of registers."""
-    context, body = block.context, loop.regions[0]
+def _others(loop: Op, tiles: list[_Sums]) -> list[tuple[Value, Value, Value]]:
+    """What else the loop carries: (argument, first value, new value)."""
+    body, sums = loop.regions[0], [tile.argument for tile in tiles]
+    everything = zip(body.arguments[1:], loop.operands[3:], body.terminator.operands)  # type: ignore[union-attr]
+    return [other for other in everything if other[0] not in sums]
+
+
+def _panel(context: Context, loop: Op, tiles: list[_Sums], columns: list[Term], m: int, rows: int) -> Panel | None:
+    """A filled panel for the loop, if that pays and can be."""
+    dots, others = [op for op in loop.regions[0].ops if op.name == "tt.dot"], _others(loop, tiles)
+    if any(dot.result.type.element != "i32" or dot.operands[1].type.shape[0] > LONGEST_RUN for dot in dots):
+        return None
+    if loop.text.startswith("scf.for unsigned") or any(context.holds_addresses(first) for _, first, _ in others):
+        return None
+    block = _Block(context, [ZERO], columns, read_once=True)
+    kept = -(-m // rows) * rows * len(columns) * len(tiles)
+    return Panel(context, loop, others, block.slots(loop), kept)
+
+
+def _emit_block(block: _Block, loop: Op, tiles: list[_Sums], panel: Panel | None) -> None:
+    """The kernel's whole loop for one block of registers, or a run of its turns."""
+    context, body, others = block.context, loop.regions[0], _others(loop, tiles)
     for tile in tiles:
         block.registers[tile.argument] = block.variables(tile.initial, tile.argument.name)
-    everything = zip(body.arguments[1:], loop.operands[3:], body.terminator.operands)  # type: ignore[union-attr]
-    others = [(argument, first, new) for argument, first, new in everything if argument not in block.registers]
-    carried = [carry(context, argument, first, new) for argument, first, new in others]
-    block.start = len(context.lines)
-    with block.scope(for_header(context, loop)):
+    if panel:
+        panel.resume(block.sums(tiles))
+    carried = panel.again() if panel else [carry(context, *other) for other in others]
+    block.start, block.has_panel = len(context.lines), panel is not None
+    with block.scope(panel.header() if panel else for_header(context, loop)):
+        if panel:
+            block.memo |= panel.vectors()
         for op in body.ops[:-1]:
             if op.name == "tt.dot":
                 block.dot(op)
@@ -245,9 +274,8 @@ class _Block(Vectors):
 
     def __init__(self, context: Context, rows: list[Term], columns: list[Term], read_once: bool):
         super().__init__(context, rows, columns, read_once)
-        self.start = 0  # where the loop begins, among the context's lines
+        self.start, self.has_panel = 0, False  # where the loop begins, among the context's lines
         self.halves: dict[Value, tuple[list[list[str]], int]] = {}  # of products that others go on with
-        self.column_sums: dict[Value, list[str]] = {}  # of right operands, as far as products have needed them
 
     def _undefined(self, hint: str) -> list[list[str]]:
         """Variables for sums of halves, which the first product defines."""
@@ -269,6 +297,26 @@ class _Block(Vectors):
             r, v = place.register  # type: ignore[misc]
             self.context.line(f"{kind} {names[r][v]} = {self.vector(initial, place)};")
         return names
+
+    def sums(self, tiles: list[_Sums]) -> list[tuple[str, str]]:
+        """The variables of the tiles, with their types."""
+        kinds = {tile.argument: VECTOR_TYPES[tile.argument.type.element] for tile in tiles}
+        return [(name, kinds[tile]) for tile in kinds for of_row in self.registers[tile] for name in of_row]
+
+    def slots(self, loop: Op) -> list[Slot]:
+        """What a turn of the loop computes for columns alone."""
+        found = []
+        for b in [op.operands[1] for op in loop.regions[0].ops if op.name == "tt.dot"]:
+            for column in self.columns:
+                for k in [plus("0", number) for number in range(0, b.type.shape[0], 4)]:
+                    found.append(Slot((b, k, column), "bytes", partial(self._quads, b, k, column)))
+                if range_of(b)[0] < 0:
+                    found.append(Slot((b, None, column), "ivec", partial(self._column_sum, b, column)))
+        for row in rows_of_columns(self.context, loop):
+            for column in self.columns:
+                kind, place = VECTOR_TYPES[row.type.element], Place(ZERO, column)
+                found.append(Slot((row, None, column), kind, partial(self.vector, row, place)))
+        return found
 
     # ---- products -----------------------------------------------------------------------------------------------
     def dot(self, op: Op) -> None:
@@ -357,10 +405,20 @@ class _Block(Vectors):
         if self.context.dots_in_two_steps and not unsigned and 2 * 255 * max(-least, greatest) > LARGEST_HALF:
             self._dot_of_halves(op, sums)
             return
-        columns = [] if unsigned else self._column_sums(b)
+        at_hand = (b, None, self.columns[0]) in self.memo  # else they come last: nothing waits for them
+        columns = [] if unsigned else [self._column_sum(b, column) for column in self.columns]
+        if at_hand:
+            self._add_to_rows(sums, columns)
         if self.context.dots_in_two_steps:
-            self._dot_in_halves(op, sums, columns)
-            return
+            self._dot_in_halves(op, sums)
+        else:
+            self._dot_in_words(a, b, sums)
+        if not at_hand:
+            self._add_to_rows(sums, columns)
+
+    def _dot_in_words(self, a: Value, b: Value, sums: list[list[str]]) -> None:
+        """By the instruction that adds four products to a word."""
+        unsigned = range_of(b)[0] >= 0
         with self._words_of(a.type.shape[1]) as steps:
             words = self._left_words(a, steps, flipped=not unsigned)
             for number, k in enumerate(steps):
@@ -370,21 +428,24 @@ class _Block(Vectors):
                     for total, factor in zip(total_of_row, right):
                         pair = f"{factor}, {left}" if unsigned else f"{left}, {factor}"
                         self.context.line(f"{total} = add_dot4({total}, {pair});")
-        self._subtract(columns, sums)
 
-    def _subtract(self, columns: list[str], sums: list[list[str]]) -> None:
+    def _add_to_rows(self, sums: list[list[str]], columns: list[str]) -> None:
         for of_row in sums:
             for total, column in zip(of_row, columns):
-                self.context.line(f"{total} -= {column};")
+                self.context.line(f"{total} += {column};")
 
     def _left_words(self, a: Value, steps: list[Term], flipped: bool) -> list[list[str]]:
         """C for the words of the block's rows, with each byte's sign bit flipped or not."""
-        if flipped and (in_memory := self._rewritten(a, steps, "flip_bytes", "flipped")):
+        if (
+            flipped
+            and not (self.has_panel and self.context.lanes == 16)
+            and (in_memory := self._rewritten(a, steps, "flip_bytes", "flipped"))
+        ):
             return in_memory[0]
         flip = " ^ 0x80808080" if flipped else ""
         return [[f"{self._four(a, row, k)}{flip}" for k in steps] for row in self.rows]
 
-    def _dot_in_halves(self, op: Op, sums: list[list[str]], columns: list[str]) -> None:
+    def _dot_in_halves(self, op: Op, sums: list[list[str]]) -> None:
         """By bytes of a small range. Halves of words add up products as long as they can hold any sum of them."""
         a, b, initial = op.operands[:3]
         least, greatest = range_of(b)
@@ -413,7 +474,6 @@ class _Block(Vectors):
             self.halves[op.result] = names, most  # goes on from here
         elif not in_a_loop:
             self._add_halves(names, sums)
-        self._subtract(columns, sums)
 
     def _add_halves(self, names: list[list[str]], sums: list[list[str]]) -> int:
         """Halves into the sums; returns what they come to from now on."""
@@ -451,7 +511,7 @@ class _Block(Vectors):
         if a.op is None or a in self.context.storage or a.op.name != "tt.load":
             return None
         self._expect_plain(a.op, row_of_lanes(4 * count))
-        run = self._turns_ahead(a.op.operands[0]) if steps[0].text == "0" else None
+        run = self._turns_ahead(a.op.operands[0]) if steps[0].text == "0" and not self.has_panel else None
         turn, turns, stride = run or ("0", "1", 0)
         of_row = count * (RUN if run else 1)
         for name in names:
@@ -486,19 +546,21 @@ class _Block(Vectors):
         left = f"((long){last} - {here} + {by} - 1) / {by}"
         return turn, f"({left} < {RUN} ? {left} : {RUN})", distance
 
-    def _column_sums(self, b: Value) -> list[str]:
-        """128 times the sum of each column of bytes."""
-        if b not in self.column_sums:
-            names = self.column_sums[b] = [self.context.name("column") for _ in self.columns]
-            self.context.line(f"ivec {' = {0}, '.join(names)} = {{0}};")
+    def _column_sum(self, b: Value, column: Term) -> str:
+        """-128 times the sums of a vector of columns of bytes."""
+        key = (b, None, column)
+        if key not in self.memo:
+            name = self.context.name("column")
+            self.context.line(f"ivec {name} = {{0}};")
             form = "add_dot4({0}, (bytes)ivec_splat(0x80808080), {1})"
             if self.context.dots_in_two_steps:  # 128 times two bytes fit
                 form = "add_halves({0}, dot2_of_bytes((bytes)ivec_splat(0x80808080), {1}))"
             with self._words_of(b.type.shape[0]) as steps:
                 for k in steps:
-                    for total, column in zip(names, self.columns):
-                        self.context.line(f"{total} = {form.format(total, self._quads(b, k, column))};")
-        return self.column_sums[b]
+                    factor = self._quads(b, k, column)
+                    self.context.line(f"{name} = {form.format(name, factor)};")
+            self.memo[key] = f"(-{name})"
+        return self.memo[key]
 
     def _expect_plain(self, load: Op, index: tuple[Lanes, ...]) -> None:
         if len(load.operands) > 1:

@@ -154,7 +154,7 @@ def in_registers(compiled):
     return "_0x0 = " in compiled.asm["c"]
 
 
-SHAPES = [(1, 32, 32), (3, 64, 96), (8, 16, 160), (17, 128, 64), (64, 64, 576)]  # (M, N, K)
+SHAPES = [(1, 32, 32), (3, 64, 96), (8, 16, 160), (17, 128, 64), (64, 64, 608)]  # (M, N, K)
 
 
 @pytest.mark.parametrize("rows, n, k", SHAPES)
@@ -178,7 +178,7 @@ def test_q8_against_numpy(rows, n, k, offset_binary, rng):
 
 def test_a_row_has_the_same_bits_for_every_number_of_rows(rng):
     for layer, low, high in ((linear_q4, 0, 16), (linear_q8, -128, 128)):
-        data = Quantised.random(rng, 64, 64, 576, low, high)
+        data = Quantised.random(rng, 64, 64, 608, low, high)
         expected = layer(data, 64, 16)
         for rows in (1, 3, 8, 17, 64):
             for block_m, block_n in ((1, 16), (8, 16), (16, 64), (32, 32), (64, 32)):
