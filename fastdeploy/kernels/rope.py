@@ -96,7 +96,12 @@ class KVBlocks:
     @property
     def block_size(self) -> int:
         """Tokens in a block."""
-        return self.v_cache.shape[-2]
+        return 4 * self.v_cache.shape[-3] if self.in_quads else self.v_cache.shape[-2]
+
+    @property
+    def in_quads(self) -> bool:
+        """Whether bytes lie in fours, as CPUs multiply them."""
+        return self.k_cache.dtype == "int8" and not self.keys_by_token
 
     def tensors(self) -> tuple[TensorView | None, ...]:
         """In the order in which kernels take them."""
@@ -124,8 +129,13 @@ def cache_fields(
     heads: HeadLayout, blocks: int, block_size: int, dtype: str, keys_by_token: bool | None = None
 ) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of the tensors of `KVBlocks`, by name; `keys_by_token` as there."""
-    values = (blocks, heads.num_kv_heads, block_size, heads.head_dim)
-    keys = values if (by_token(target()) if keys_by_token is None else keys_by_token) else (*values[:2], *values[:1:-1])
+    keys_by_token = by_token(target()) if keys_by_token is None else keys_by_token
+    values: tuple[int, ...] = (blocks, heads.num_kv_heads, block_size, heads.head_dim)
+    keys = values if keys_by_token else (*values[:2], *values[:1:-1])
+    if dtype == "int8" and not keys_by_token:
+        if heads.head_dim % 16:
+            raise ValueError(f"an int8 cache takes heads of a multiple of 16 elements, not of {heads.head_dim}")
+        keys, values = ((*shape[:2], shape[2] // 4, shape[3], 4) for shape in (keys, values))
     fields: dict[str, tuple[tuple[int, ...], str]] = {"k_cache": (keys, dtype), "v_cache": (values, dtype)}
     if dtype == "int8":
         per_token = ((blocks, heads.num_kv_heads, block_size), "float32")
@@ -206,9 +216,14 @@ def _rope_and_cache_kernel(
     key = qkv + (start + (HEADS + kv_head) * D)[:, None]
     a, b = _load_pairs(key, first, second, inside, k_norm, eps, D, WHOLE)
     a, b = a * cosines - b * sines, b * cosines + a * sines
+    IN_QUADS: tl.constexpr = k_scales is not None and not BY_TOKEN
     if k_scales is not None:
         a, b = _to_int8(k_scales + place, a, b, kept)
-    if BY_TOKEN:
+    if IN_QUADS:
+        column = k_cache + (block * D + offset * 4)[:, None]
+        quads = first // 4 * (4 * BLOCK_SIZE) + first % 4, second // 4 * (4 * BLOCK_SIZE) + second % 4
+        _store_pairs(column, a, b, quads[0], quads[1], inside, D, False)
+    elif BY_TOKEN:
         _store_pairs(k_cache + (place * D)[:, None], a, b, first, second, inside, D, WHOLE)
     else:
         column = k_cache + (block * D + offset)[:, None]
@@ -217,7 +232,11 @@ def _rope_and_cache_kernel(
     a, b = _load_pairs(value, first, second, inside, None, eps, D, WHOLE)
     if v_scales is not None:
         a, b = _to_int8(v_scales + place, a, b, kept)
-    _store_pairs(v_cache + (place * D)[:, None], a, b, first, second, inside, D, WHOLE)
+    if IN_QUADS:
+        row = v_cache + (block * D + offset // 4 * (4 * D) + offset % 4)[:, None]
+        _store_pairs(row, a, b, first * 4, second * 4, inside, D, False)
+    else:
+        _store_pairs(v_cache + (place * D)[:, None], a, b, first, second, inside, D, WHOLE)
 
 
 @triton.jit

@@ -402,12 +402,19 @@ INLINE vec vec_from_ivec(ivec x) { return __builtin_convertvector(x, vec); }
 INLINE ivec ivec_from_vec(vec x) { return __builtin_convertvector(x, ivec); } /* towards 0 */
 #if LANES == 16 && defined(__AVX512F__)
 INLINE ivec ivec_from_int8_t(const int8_t *p) { return (ivec)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+INLINE void ivec_to_int8_t(int8_t *p, ivec x) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)x)); } /* low bytes */
 #define MULTIPLY_ADD_PAIRS(a, b) (ivec)_mm512_madd_epi16((__m512i)(a), (__m512i)(b))
 #elif LANES == 8 && defined(__AVX2__)
 INLINE ivec ivec_from_int8_t(const int8_t *p) { return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
+INLINE void ivec_to_int8_t(int8_t *p, ivec x) { /* low bytes: of each half's words the first four */
+  __m256i low = _mm256_shuffle_epi8((__m256i)x, _mm256_set1_epi32(0x0c080400));
+  __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+  _mm_storel_epi64((__m128i *)p, both);
+}
 #define MULTIPLY_ADD_PAIRS(a, b) (ivec)_mm256_madd_epi16((__m256i)(a), (__m256i)(b))
 #else
 INLINE ivec ivec_from_int8_t(const int8_t *p) { ivec v; for (int i = 0; i < LANES; i++) v[i] = p[i]; return v; }
+INLINE void ivec_to_int8_t(int8_t *p, ivec x) { for (int i = 0; i < LANES; i++) p[i] = (int8_t)x[i]; }
 #if LANES == 4 && defined(__SSE2__)
 #define MULTIPLY_ADD_PAIRS(a, b) (ivec)_mm_madd_epi16((__m128i)(a), (__m128i)(b))
 #endif

@@ -83,10 +83,11 @@ def random_part(rng, shape, dtype):
 
 
 def floats(parts):
-    """What keys and values a cache holds, as float64."""
+    """What keys and values a cache holds, as float64: keys [blocks, KVH, D, block_size], values the other way round."""
     keys, values = parts["k_cache"].values, parts["v_cache"].values
     if "k_scales" not in parts:
         return keys, values
+    keys, values = (x.swapaxes(3, 4).reshape(*x.shape[:2], -1, x.shape[3]) for x in (keys, values))
     return keys * parts["k_scales"].values[:, :, None, :], values * parts["v_scales"].values[..., None]
 
 
