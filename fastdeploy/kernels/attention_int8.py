@@ -40,9 +40,10 @@ def add_int8_keys(
     weights = tl.exp2(tl.fma(scores, tl.broadcast_to(q_scales[:, None], scores.shape), shift))
     kept = tl.exp2(peak - finite(new_peak))
     v_scale = tl.load(v_scales + first + t, mask=number < end, other=0.0)
-    total = tl.fma(total, kept, tl.sum(weights, axis=1)) + tl.sum(v_scale * 0.0, axis=0)
+    total = tl.fma(total, kept, tl.sum(weights, axis=1))
     weights *= v_scale[None, :]
-    largest = tl.max(weights, axis=1)
+    bits = weights.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # ordered as the weights are, from 0 on; NaN is the largest
+    largest = tl.max(bits, axis=1).to(tl.float32, bitcast=True)
     inverse = tl.where(largest > 1e-30, 127.0 / largest, 0.0)
     half = tl.full(weights.shape, 0.5, tl.float32)
     p = tl.fma(weights, tl.broadcast_to(inverse[:, None], weights.shape), half).to(tl.int32) & 127

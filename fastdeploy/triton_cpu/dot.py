@@ -84,7 +84,8 @@ def quads(context: Context, op: Op) -> None:
     rows = min(m, (16 if context.lanes == 16 else 8) // vectors)
     left, target = _bytes_of(context, a, flips(a, b)), context.declare(op.result)
     row, column = context.name("m"), context.name("n")
-    _prefetch_next_turn(context, b)
+    if m <= rows:  # of few, memory is what takes the time
+        _prefetch_next_turn(context, b)
     with context.braces(f"for (int {column} = 0; {column} < {n}; {column} += {vectors * context.lanes})"):
         places = [plus(row if m > rows else "0", r) for r in range(rows)]
         columns = [plus(column if n > vectors * context.lanes else "0", v * context.lanes) for v in range(vectors)]

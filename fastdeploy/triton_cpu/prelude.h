@@ -373,15 +373,24 @@ INLINE vec vec_min_nan(vec a, vec b) { return vec_select((ivec)(a < b) | (ivec)(
 INLINE vec vec_clamp_num(vec x, vec low, vec high) { return vec_min_num(vec_max_num(x, low), high); }
 INLINE vec vec_clamp_nan(vec x, vec low, vec high) { return vec_select((ivec)(x != x), x, vec_clamp_num(x, low, high)); }
 INLINE vec vec_exp2(vec x) {
+#if LANES == 16 && defined(__AVX512DQ__) /* these instructions know infinities and what rounds to 0 */
+  vec r = (vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), n = x - r;
+#else
   vec y = vec_where_above(x, -150.f, x);
   y = vec_select((ivec)(y > 129.f), vec_splat(129.f), y);
-  vec n = vec_rounded(y), r = y - n, p = vec_splat(1.535336188319500e-4f);
-  p = vec_fused(p, r, vec_splat(1.339887440266574e-3f));
+  vec n = vec_rounded(y), r = y - n;
+#endif
+  vec p = vec_fused(vec_splat(1.535336188319500e-4f), r, vec_splat(1.339887440266574e-3f));
   p = vec_fused(p, r, vec_splat(9.618437357674640e-3f));
   p = vec_fused(p, r, vec_splat(5.550332471162809e-2f));
   p = vec_fused(p, r, vec_splat(2.402264791363012e-1f));
   p = vec_fused(p, r, vec_splat(6.931472028550421e-1f));
-  return vec_where_above(x, -150.f, vec_scaled(vec_fused(p, r, vec_splat(1.f)), n));
+  p = vec_scaled(vec_fused(p, r, vec_splat(1.f)), n);
+#if LANES == 16 && defined(__AVX512DQ__)
+  return p;
+#else
+  return vec_where_above(x, -150.f, p);
+#endif
 }
 INLINE vec vec_exp(vec x) {
   vec y = vec_where_above(x, -104.f, x);
