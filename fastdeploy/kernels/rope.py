@@ -13,6 +13,11 @@ Some families (Qwen3) first divide every head of q and k by its root mean square
     k_cache [blocks, KVH, D, block_size]    transposed for CPUs: q.k reads along the tokens of a block
             [blocks, KVH, block_size, D]    by token for GPUs: written 16 bytes at a time; tensor cores read either
     v_cache [blocks, KVH, block_size, D]                p.v reads along a token's vector
+
+    int8 for CPUs, which multiply four bytes at a time: fours of what is summed over lie next to each other
+    k_cache [blocks, KVH, D / 4, block_size, 4]         elements 4 i to 4 i + 3 of a key
+    v_cache [blocks, KVH, block_size / 4, D, 4]         tokens 4 i to 4 i + 3 of an element (heads of a multiple of 16)
+
     slots [T]: block * block_size + offset, or -1 for a token that is not kept
 
 One program takes ROWS pairs of token and KV head, with the H / KVH query heads that share it: one on a CPU, on a GPU as
@@ -82,7 +87,8 @@ class HeadLayout:
 class KVBlocks:
     """The KV cache of one layer, in blocks of `block_size` tokens; the module's docstring says what lies where.
 
-    k_cache [blocks, KVH, D, block_size], v_cache [blocks, KVH, block_size, D], of one of `CACHE_DTYPES`.
+    k_cache [blocks, KVH, D, block_size], v_cache [blocks, KVH, block_size, D], of one of `CACHE_DTYPES`; or
+        [blocks, KVH, D / 4, block_size, 4] and [blocks, KVH, block_size / 4, D, 4] int8, if `in_quads`.
     k_scales, v_scales [blocks, KVH, block_size] float32: the scale of a token's elements in int8; None in floats.
     keys_by_token: k_cache is laid out as v_cache is; as `by_token` says for the active target, if not given.
     """
@@ -101,7 +107,7 @@ class KVBlocks:
     @property
     def in_quads(self) -> bool:
         """Whether bytes lie in fours, as CPUs multiply them."""
-        return self.k_cache.dtype == "int8" and not self.keys_by_token
+        return len(self.v_cache.shape) == 5
 
     def tensors(self) -> tuple[TensorView | None, ...]:
         """In the order in which kernels take them."""
@@ -132,9 +138,7 @@ def cache_fields(
     keys_by_token = by_token(target()) if keys_by_token is None else keys_by_token
     values: tuple[int, ...] = (blocks, heads.num_kv_heads, block_size, heads.head_dim)
     keys = values if keys_by_token else (*values[:2], *values[:1:-1])
-    if dtype == "int8" and not keys_by_token:
-        if heads.head_dim % 16:
-            raise ValueError(f"an int8 cache takes heads of a multiple of 16 elements, not of {heads.head_dim}")
+    if dtype == "int8" and not keys_by_token and heads.head_dim % 16 == 0:
         keys, values = ((*shape[:2], shape[2] // 4, shape[3], 4) for shape in (keys, values))
     fields: dict[str, tuple[tuple[int, ...], str]] = {"k_cache": (keys, dtype), "v_cache": (values, dtype)}
     if dtype == "int8":
@@ -176,7 +180,7 @@ class HeadNorms:
 def _rope_and_cache_kernel(
     qkv, positions, slots, cos, sin, q_norm, k_norm, eps, k_cache, v_cache, k_scales, v_scales, count,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BY_TOKEN: tl.constexpr,
-    INTERLEAVED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    IN_QUADS: tl.constexpr, INTERLEAVED: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """WHOLE: heads are loaded and stored in one piece and cut into pairs in registers, as interleaved ones on a GPU,
@@ -216,13 +220,13 @@ def _rope_and_cache_kernel(
     key = qkv + (start + (HEADS + kv_head) * D)[:, None]
     a, b = _load_pairs(key, first, second, inside, k_norm, eps, D, WHOLE)
     a, b = a * cosines - b * sines, b * cosines + a * sines
-    IN_QUADS: tl.constexpr = k_scales is not None and not BY_TOKEN
     if k_scales is not None:
         a, b = _to_int8(k_scales + place, a, b, kept)
     if IN_QUADS:
         column = k_cache + (block * D + offset * 4)[:, None]
-        quads = first // 4 * (4 * BLOCK_SIZE) + first % 4, second // 4 * (4 * BLOCK_SIZE) + second % 4
-        _store_pairs(column, a, b, quads[0], quads[1], inside, D, False)
+        a_row = first // 4 * (4 * BLOCK_SIZE) + first % 4
+        b_row = second // 4 * (4 * BLOCK_SIZE) + second % 4
+        _store_pairs(column, a, b, a_row, b_row, inside, D, False)
     elif BY_TOKEN:
         _store_pairs(k_cache + (place * D)[:, None], a, b, first, second, inside, D, WHOLE)
     else:
@@ -312,8 +316,8 @@ def rope_and_cache(
     launch(
         _rope_and_cache_kernel, grid, *inputs, *cache.tensors(), count,
         HEADS=heads.num_heads, KV_HEADS=heads.num_kv_heads, D=heads.head_dim,
-        BLOCK_SIZE=cache.block_size, BY_TOKEN=cache.keys_by_token, INTERLEAVED=heads.interleaved,
-        WHOLE=heads.interleaved and not target().is_cpu, **early(target()), **rule,
+        BLOCK_SIZE=cache.block_size, BY_TOKEN=cache.keys_by_token, IN_QUADS=cache.in_quads,
+        INTERLEAVED=heads.interleaved, WHOLE=heads.interleaved and not target().is_cpu, **early(target()), **rule,
     )  # fmt: skip
 
 

@@ -84,6 +84,7 @@ def quads(context: Context, op: Op) -> None:
     rows = min(m, (16 if context.lanes == 16 else 8) // vectors)
     left, target = _bytes_of(context, a, flips(a, b)), context.declare(op.result)
     row, column = context.name("m"), context.name("n")
+    live = number_of_live_rows(context, op.result) or m
     if m <= rows:  # of few, memory is what takes the time
         _prefetch_next_turn(context, b)
     with context.braces(f"for (int {column} = 0; {column} < {n}; {column} += {vectors * context.lanes})"):
@@ -92,7 +93,6 @@ def quads(context: Context, op: Op) -> None:
         block = _QuadsOfTile(context, places, columns, read_once=False)
         if flips(a, b):
             block.sums_of_columns(b)
-        live = number_of_live_rows(context, op.result) or m
         with block.scope(f"for (int {row} = 0; {row} < {live}; {row} += {rows})"):
             sums = block.variables(initial, op.result.name)
             block.dot_of_bytes(a, b, sums, lambda r, k: f"four_bytes({left} + {linear(a.type.shape, (r, k)).text})")
