@@ -25,22 +25,15 @@ few decodes of a small batch, every split is a program of its own (`_split_kerne
 of a CPU (9 query heads of 64, 3 KV heads), without merges 22; of 4096 keys 178, without 169. On GPUs it is every 1024
 keys: a prompt's query tile has no registers left for a second state, and parks it in memory during a split.
 
-GPUs add a row's weights up by the tensor cores, in which a sum's order is the same for tiles of 16 rows (decodes) and
-of 64 (prompts): the total is the product with a column of ones. Prompts on Hopper have a kernel of their own,
-`_prefill_kernel`: keys and values come by the tensor memory accelerator, and the scores of the next tile are under way
-on the tensor cores while this tile's go through the softmax (as in FlashAttention-3; Shah et al., 2024).
+Prompts on Hopper have a kernel of their own, attention_hopper.py. An int8 cache's scales belong to keys, so they are
+factors of the scores and of the weights, one for each key of a tile. GPUs turn the integers into floats before they
+multiply; CPUs multiply them as they are, attention_int8.py, from a cache that lies as rope.py says.
 
-The state of a softmax over some keys, in the manner of FlashAttention-2 (Dao, 2023), in base 2:
-    peak = max of scores,   total = sum of 2^(score - peak),   sums = sum of 2^(score - peak) v
-Of no keys it is peak -inf, total 0, sums 0; every formula below keeps that free of NaN.
+    q . k[j] = k_scales[j] (q . kq[j]),        sum_j w[j] v[j] = sum_j (w[j] v_scales[j]) vq[j]
 
 Cost: a decode reads its context once, 2 * context * KVH * D elements, bound by memory; prefill is 4 * D FLOPs per
 (query head, key) pair, bound by arithmetic. Grouping, splits and the search for a program's sequence follow vLLM's
 unified Triton attention; the fixed split size follows Thinking Machines' work on batch invariance.
-
-An int8 cache's scales belong to keys, so they are factors of the scores and of the weights, one for each key of a tile:
-
-    q . k[j] = k_scales[j] (q . kq[j]),        sum_j w[j] v[j] = sum_j (w[j] v_scales[j]) vq[j]
 """
 
 from dataclasses import dataclass
@@ -104,7 +97,7 @@ class AttentionBatch:
     block_tables: TensorView
 
 
-# The softmax state
+# Keys in floats
 
 
 @triton.jit
@@ -162,12 +155,13 @@ def _add_keys(
 @triton.jit
 def _attend(
     q, q_scales, k_cache, v_cache, k_scales, v_scales, block_table, kv_head, position, first, seen_by_all, end,
-    log2_scale, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BY_TOKEN: tl.constexpr, TILE: tl.constexpr,
-    SPLIT: tl.constexpr, FLAT: tl.constexpr,
+    log2_scale, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BY_TOKEN: tl.constexpr,
+    TILE: tl.constexpr, SPLIT: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """The state of the keys from `first`, where a split begins, to `end`: its splits' states, merged.
 
-    q: [rows, DIM], and q_scales: [rows], if keys are multiplied in integers; position: [rows], a row sees keys up to it; seen_by_all: the number of keys that every row sees.
+    q: [rows, DIM]; q_scales: [rows], or None where floats are multiplied; position: [rows], a row sees keys up to it;
+    seen_by_all: the number of keys that every row sees.
     FLAT: for GPUs, one loop over all tiles, because loads are pipelined within a loop, and a second for those that need
         a mask. On a CPU a loop for each split and a mask for each tile are no slower, and half the code to compile.
     """
@@ -222,7 +216,7 @@ def _attention_kernel(
     num_decodes, num_seqs, max_blocks, log2_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BY_TOKEN: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, FLAT: tl.constexpr,
-    INTEGERS: tl.constexpr,
+    IN_INTEGERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     DECODE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -251,7 +245,7 @@ def _attention_kernel(
         real = row < count * GROUP
         row = tl.minimum(row, count * GROUP - 1)  # surplus rows repeat the last one
         q = load_queries(qkv, first_token * GROUP + row, kv_head, HEADS, KV_HEADS, D, DIM, OPERAND)
-        q, q_scales = quantise_queries(q, log2_scale, INTEGERS)
+        q, q_scales = quantise_queries(q, log2_scale, IN_INTEGERS)
         position = past + row // GROUP
         seen_by_all = past + first_row // GROUP + 1
         end = past + tl.minimum((first_row + BLOCK_M - 1) // GROUP + 1, count)
@@ -269,7 +263,7 @@ def _split_kernel(
     partials, qkv, k_cache, v_cache, k_scales, v_scales, context_lens, block_tables, num_splits, max_blocks, log2_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BY_TOKEN: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, FLAT: tl.constexpr,
-    INTEGERS: tl.constexpr,
+    IN_INTEGERS: tl.constexpr,
     BLOCK_M: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One split of one decode and KV head: its state to partials [decodes, H, num_splits, D + 2]."""
@@ -284,7 +278,7 @@ def _split_kernel(
         real = row < GROUP
         row = tl.minimum(row, GROUP - 1)
         q = load_queries(qkv, sequence * GROUP + row, kv_head, HEADS, KV_HEADS, D, DIM, OPERAND)
-        q, q_scales = quantise_queries(q, log2_scale, INTEGERS)
+        q, q_scales = quantise_queries(q, log2_scale, IN_INTEGERS)
         position = tl.full([BLOCK_M], 0, tl.int32) + (end - 1)
         sums, peak, total = _attend(
             q, q_scales, k_cache, v_cache, k_scales, v_scales, block_tables + sequence.to(tl.int64) * max_blocks,
@@ -403,7 +397,7 @@ def paged_attention(
     common = {
         "HEADS": heads.num_heads, "KV_HEADS": heads.num_kv_heads, "D": heads.head_dim, "BLOCK_SIZE": cache.block_size,
         "BY_TOKEN": cache.keys_by_token, "SPLIT": split_keys(), "OPERAND": operand_dtype(here, qkv),
-        "FLAT": not here.is_cpu, "INTEGERS": cache.in_quads, **early(here),
+        "FLAT": not here.is_cpu, "IN_INTEGERS": cache.in_quads, **early(here),
     }  # fmt: skip
     log2_scale = scale * 1.4426950408889634  # exp(x) = 2^(x log2(e))
     max_blocks = batch.block_tables.shape[1]
@@ -449,7 +443,7 @@ def _launch_prompts(
     if quick is None:
         _launch_tiles(count, walked, DECODE=False, **constexprs, **rule)
     else:
-        known = {name: value for name, value in constexprs.items() if name not in ("BY_TOKEN", "FLAT", "INTEGERS")}
+        known = {name: value for name, value in constexprs.items() if name not in ("BY_TOKEN", "FLAT", "IN_INTEGERS")}
         inputs = (out, None, None, qkv, cache.k_cache, cache.v_cache, *walked[8:])
         grid = (count, heads.num_kv_heads)
         launch(prefill_kernel, grid, *inputs, prod(cache.v_cache.shape[:3]), **known, **rule)
@@ -473,7 +467,7 @@ def _launch_splits(
         raise ValueError(f"the workspace has {prod(workspace.shape)} elements; {splits} splits need {needed}")
     inputs = (*read, batch.context_lens, batch.block_tables, splits, batch.block_tables.shape[1])
     launch(_split_kernel, (splits, kv_heads, batch.num_decodes), workspace, *inputs, log2_scale, **constexprs)
-    walking = ("BLOCK_SIZE", "BY_TOKEN", "TILE", "OPERAND", "FLAT", "INTEGERS")
+    walking = ("BLOCK_SIZE", "BY_TOKEN", "TILE", "OPERAND", "FLAT", "IN_INTEGERS")
     merging = {name: value for name, value in constexprs.items() if name not in walking}
     if constexprs["FLAT"]:  # 16 loads under way hide their latency; surplus rows would be loads, too
         merging |= {"AT_ONCE": 16, "BLOCK_M": next_power_of_2(constexprs["HEADS"] // kv_heads), "num_warps": 2}

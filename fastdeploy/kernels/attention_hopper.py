@@ -1,4 +1,13 @@
-"""DOC"""
+"""Attention of prompts on Hopper.
+
+Keys and values come by the tensor memory accelerator, and the scores of the next tile are under way on the tensor cores
+while this tile's go through the softmax (as in FlashAttention-3; Shah et al., 2024):
+
+    tensor cores    q . k of tile 0 | q . k of tile 1 | p . v of tile 0 | q . k of tile 2 | p . v of tile 1 | ...
+    the others                      | softmax of tile 0 ...             | softmax of tile 1 ...             | ...
+
+What is computed is what `attention.py` says.
+"""
 
 from typing import Any
 
@@ -46,7 +55,7 @@ def _attend_split(
     q, k_tiles, v_tiles, block_table, kv_head, position, first, seen_by_all, end, log2_scale,
     KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """What `_attend` computes, of one split; keys and values by tensor descriptors."""
+    """The state of the keys of one split, as `_attend` of attention.py; keys and values by tensor descriptors."""
     sums, peak, total = empty_part(q.shape[0], q.shape[1])
     place = (tl.load(block_table + first // BLOCK_SIZE) * KV_HEADS + kv_head) * BLOCK_SIZE + first % BLOCK_SIZE
     scores = tl.dot(q, k_tiles.load([place, 0]).T)
@@ -78,8 +87,8 @@ def prefill_kernel(
     TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, BLOCK_M: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """What `_attention_kernel` does for prompts, on Hopper; of the cache's rows, one per token and KV head, there are
-    `cache_rows`."""
+    """What `_attention_kernel` of attention.py does, for prompts; of the cache's rows, one per token and KV head, there
+    are `cache_rows`."""
     wait_for_inputs(EARLY)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     kv_head = tl.program_id(1)

@@ -1,4 +1,12 @@
-"""DOC"""
+"""What attention's kernels share: the rows of a query tile, and the softmax's state of each row.
+
+The state of a softmax over some keys, in the manner of FlashAttention-2 (Dao, 2023), in base 2:
+    peak = max of scores,   total = sum of 2^(score - peak),   sums = sum of 2^(score - peak) v
+Of no keys it is peak -inf, total 0, sums 0; every formula here keeps that free of NaN.
+
+GPUs add a row's weights up by the tensor cores, in which a sum's order is the same for tiles of 16 rows (decodes) and
+of 64 (prompts): the total is the product with a column of ones.
+"""
 
 import triton
 import triton.language as tl
