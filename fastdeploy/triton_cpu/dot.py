@@ -85,14 +85,15 @@ def quads(context: Context, op: Op) -> None:
     left, target = _bytes_of(context, a, flips(a, b)), context.declare(op.result)
     row, column = context.name("m"), context.name("n")
     live = number_of_live_rows(context, op.result) or m
-    if m <= rows:  # of few, memory is what takes the time
-        _prefetch_next_turn(context, b)
+    moved = _moved_in_next_turn(context, b) if m <= rows else None  # many rows wait for arithmetic
     with context.braces(f"for (int {column} = 0; {column} < {n}; {column} += {vectors * context.lanes})"):
         places = [plus(row if m > rows else "0", r) for r in range(rows)]
         columns = [plus(column if n > vectors * context.lanes else "0", v * context.lanes) for v in range(vectors)]
         block = _QuadsOfTile(context, places, columns, read_once=False)
+        block.moved = moved
         if flips(a, b):
             block.sums_of_columns(b)
+            block.moved = None
         with block.scope(f"for (int {row} = 0; {row} < {live}; {row} += {rows})"):
             sums = block.variables(initial, op.result.name)
             block.dot_of_bytes(a, b, sums, lambda r, k: f"four_bytes({left} + {linear(a.type.shape, (r, k)).text})")
@@ -103,27 +104,23 @@ def quads(context: Context, op: Op) -> None:
 
 class _QuadsOfTile(Quads):
     longest_run = 16  # a longer one is the same for all blocks of rows, and gcc would keep it instead of the sums
+    moved: str | None = None  # C for how far the right operand of the loop's next turn lies from this one's
 
     def prefetch(self, address: str) -> None:
-        """What follows in memory is not what is read next; `_prefetch_next_turn` knows."""
+        if self.moved:
+            self.context.line(f"__builtin_prefetch({address} + {self.moved}, 0, 2);")
 
 
-def _prefetch_next_turn(context: Context, b: Value) -> None:
-    """Asks for the right operand's bytes of the next turn of the loop around, which may lie elsewhere."""
+def _moved_in_next_turn(context: Context, b: Value) -> str | None:
+    """How far the right operand's bytes will have moved in the next turn of the loop around, if that is known."""
     if b.op is None or b.op.name != "tt.load" or not context.wanted.prefetch:
-        return
-    pointers, (k, n) = b.op.operands[0], (context.name("k"), context.name("n"))
-
-    def write() -> str:
-        with (
-            context.braces(f"for (int {k} = 0; {k} < {b.type.shape[0]}; {k} += 4)"),
-            context.braces(f"for (int {n} = 0; {n} < {b.type.shape[1]}; {n} += 16)"),
-        ):
-            place = evaluated(context, lambda nest: nest.address(pointers, (Term(k, 0), Term(n, 0))))
-            context.line(f"__builtin_prefetch({place}, 0, 2);")
-        return ""
-
-    in_next_turn(context, pointers, write)
+        return None
+    pointers = b.op.operands[0]
+    here, there = (
+        _address(context, pointers, "0"),
+        in_next_turn(context, pointers, lambda: _address(context, pointers, "0")),
+    )
+    return there and f"({there} - {here})"
 
 
 def _bytes_of(context: Context, value: Value, flipped: bool) -> str:
