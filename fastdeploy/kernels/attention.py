@@ -25,22 +25,15 @@ few decodes of a small batch, every split is a program of its own (`_split_kerne
 of a CPU (9 query heads of 64, 3 KV heads), without merges 22; of 4096 keys 178, without 169. On GPUs it is every 1024
 keys: a prompt's query tile has no registers left for a second state, and parks it in memory during a split.
 
-GPUs add a row's weights up by the tensor cores, in which a sum's order is the same for tiles of 16 rows (decodes) and
-of 64 (prompts): the total is the product with a column of ones. Prompts on Hopper have a kernel of their own,
-`_prefill_kernel`: keys and values come by the tensor memory accelerator, and the scores of the next tile are under way
-on the tensor cores while this tile's go through the softmax (as in FlashAttention-3; Shah et al., 2024).
+Prompts on Hopper have a kernel of their own, attention_hopper.py. An int8 cache's scales belong to keys, so they are
+factors of the scores and of the weights, one for each key of a tile. GPUs turn the integers into floats before they
+multiply; CPUs multiply them as they are, attention_int8.py, from a cache that lies as rope.py says.
 
-The state of a softmax over some keys, in the manner of FlashAttention-2 (Dao, 2023), in base 2:
-    peak = max of scores,   total = sum of 2^(score - peak),   sums = sum of 2^(score - peak) v
-Of no keys it is peak -inf, total 0, sums 0; every formula below keeps that free of NaN.
+    q . k[j] = k_scales[j] (q . kq[j]),        sum_j w[j] v[j] = sum_j (w[j] v_scales[j]) vq[j]
 
 Cost: a decode reads its context once, 2 * context * KVH * D elements, bound by memory; prefill is 4 * D FLOPs per
 (query head, key) pair, bound by arithmetic. Grouping, splits and the search for a program's sequence follow vLLM's
 unified Triton attention; the fixed split size follows Thinking Machines' work on batch invariance.
-
-An int8 cache's scales belong to keys, so they are factors of the scores and of the weights, one for each key of a tile:
-
-    q . k[j] = k_scales[j] (q . kq[j]),        sum_j w[j] v[j] = sum_j (w[j] v_scales[j]) vq[j]
 """
 
 from dataclasses import dataclass
@@ -51,6 +44,19 @@ import numpy as np
 import triton
 import triton.language as tl
 
+from fastdeploy.kernels.attention_hopper import prefill_kernel, prefill_tiles
+from fastdeploy.kernels.attention_int8 import add_int8_keys, quantise_queries
+from fastdeploy.kernels.attention_rows import (
+    add_columns,
+    empty_part,
+    empty_state,
+    find_sequence,
+    finite,
+    head_mask,
+    load_queries,
+    merge,
+    store_attended,
+)
 from fastdeploy.kernels.launch import (
     FLOATS,
     Target,
@@ -65,7 +71,7 @@ from fastdeploy.kernels.launch import (
     view,
     wait_for_inputs,
 )
-from fastdeploy.kernels.quantised import GROUP, QuantisedRows, store_groups
+from fastdeploy.kernels.quantised import GROUP, QuantisedRows
 from fastdeploy.kernels.rope import HeadLayout, KVBlocks
 
 SPLIT, GPU_SPLIT = 256, 1024  # keys; a multiple of every block size. Part of the arithmetic: it decides on last bits.
@@ -91,43 +97,13 @@ class AttentionBatch:
     block_tables: TensorView
 
 
-# The softmax state
-
-
-@triton.jit
-def _empty_state(ROWS: tl.constexpr, DIM: tl.constexpr):
-    sums = tl.zeros([ROWS, DIM], tl.float32)
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
-    return sums, peak, tl.zeros([ROWS], tl.float32)
-
-
-@triton.jit
-def _empty_part(ROWS: tl.constexpr, DIM: tl.constexpr):
-    """The state of a split under way on a GPU: its total comes in equal columns, the fewest that a product has."""
-    sums, peak, _ = _empty_state(ROWS, DIM)
-    return sums, peak, tl.zeros([ROWS, 16], tl.float32)
+# Keys in floats
 
 
 @triton.jit
 def _add_part(sums, peak, total, part_sums, part_peak, part_total):
     """The state with that of a split that is done."""
-    return _merge(sums, peak, total, part_sums, part_peak, tl.max(part_total, axis=1))
-
-
-@triton.jit
-def _finite(peak):
-    """`peak` as something to subtract: -inf - -inf would be NaN, while 2^(-inf - 0) is the 0 we want."""
-    return tl.where(peak == float("-inf"), 0.0, peak)
-
-
-@triton.jit
-def _merge(sums, peak, total, more_sums, more_peak, more_total):
-    """The state of two sets of keys. Written with fma, so that no compiler decides where to round."""
-    new_peak = tl.maximum(peak, more_peak)
-    kept = tl.exp2(peak - _finite(new_peak))  # [rows]
-    added = tl.exp2(more_peak - _finite(new_peak))
-    sums = tl.fma(sums, tl.broadcast_to(kept[:, None], sums.shape), more_sums * added[:, None])
-    return sums, new_peak, tl.fma(total, kept, more_total * added)
+    return merge(sums, peak, total, part_sums, part_peak, tl.max(part_total, axis=1))
 
 
 @triton.jit
@@ -148,20 +124,20 @@ def _add_keys(
         k_cache + block * D + (t[None, :] * D + d[:, None] if BY_TOKEN else d[:, None] * BLOCK_SIZE + t[None, :])
     )  # [DIM, TILE]
     if MASKED and not BY_TOKEN:  # a CPU multiplies with the keys that exist only
-        k = tl.load(k_tile, mask=_head_mask(d, D, DIM)[:, None] & (number < end)[None, :], other=0.0)
+        k = tl.load(k_tile, mask=head_mask(d, D, DIM)[:, None] & (number < end)[None, :], other=0.0)
     else:
-        k = tl.load(k_tile, mask=_head_mask(d, D, DIM)[:, None], other=0.0)
+        k = tl.load(k_tile, mask=head_mask(d, D, DIM)[:, None], other=0.0)
     scores = tl.dot(q, k.to(q.dtype), input_precision="ieee")  # [rows, TILE]
     if k_scales is not None:
         scores *= tl.load(k_scales + block + t)[None, :]
     if MASKED:
         scores = tl.where(number[None, :] <= position[:, None], scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, axis=1) * log2_scale)
-    shift = tl.broadcast_to(-_finite(new_peak)[:, None], scores.shape)
+    shift = tl.broadcast_to(-finite(new_peak)[:, None], scores.shape)
     weights = tl.exp2(tl.fma(scores, tl.full(scores.shape, log2_scale, tl.float32), shift))
-    kept = tl.exp2(peak - _finite(new_peak))
+    kept = tl.exp2(peak - finite(new_peak))
     if len(total.shape) == 2:
-        total = _add_columns(total, kept, weights.to(q.dtype))
+        total = add_columns(total, kept, weights.to(q.dtype))
     else:
         total = tl.fma(total, kept, tl.sum(weights, axis=1))
     if v_scales is not None:
@@ -169,49 +145,34 @@ def _add_keys(
         weights *= tl.load(v_scales + block + t, mask=exists, other=0.0)[None, :]
     v_tile = v_cache + block * D + t[:, None] * D + d[None, :]
     if MASKED and v_scales is None:  # int8 is never NaN
-        v = tl.load(v_tile, mask=(number < end)[:, None] & _head_mask(d, D, DIM)[None, :], other=0.0)
+        v = tl.load(v_tile, mask=(number < end)[:, None] & head_mask(d, D, DIM)[None, :], other=0.0)
     else:
-        v = tl.load(v_tile, mask=_head_mask(d, D, DIM)[None, :], other=0.0)
+        v = tl.load(v_tile, mask=head_mask(d, D, DIM)[None, :], other=0.0)
     sums = tl.dot(weights.to(q.dtype), v.to(q.dtype), sums * kept[:, None], input_precision="ieee")
     return sums, new_peak, total
 
 
 @triton.jit
-def _add_columns(total, kept, weights):
-    """total [rows, 16] with the sum of each row of weights added to all of its columns."""
-    ones = tl.full([weights.shape[1], total.shape[1]], 1.0, weights.dtype)
-    return tl.dot(weights, ones, total * kept[:, None], input_precision="ieee")
-
-
-@triton.jit
-def _head_mask(d, D: tl.constexpr, DIM: tl.constexpr):
-    """Which of DIM lanes are elements of a head; folded away where the head's width is a power of two."""
-    if DIM == D:
-        return tl.full([DIM], True, tl.int1)
-    else:
-        return d < D
-
-
-@triton.jit
 def _attend(
-    q, k_cache, v_cache, k_scales, v_scales, block_table, kv_head, position, first, seen_by_all, end, log2_scale,
-    KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BY_TOKEN: tl.constexpr, TILE: tl.constexpr,
-    SPLIT: tl.constexpr, FLAT: tl.constexpr,
+    q, q_scales, k_cache, v_cache, k_scales, v_scales, block_table, kv_head, position, first, seen_by_all, end,
+    log2_scale, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BY_TOKEN: tl.constexpr,
+    TILE: tl.constexpr, SPLIT: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """The state of the keys from `first`, where a split begins, to `end`: its splits' states, merged.
 
-    q: [rows, DIM]; position: [rows], a row sees keys up to it; seen_by_all: the number of keys that every row sees.
+    q: [rows, DIM]; q_scales: [rows], or None where floats are multiplied; position: [rows], a row sees keys up to it;
+    seen_by_all: the number of keys that every row sees.
     FLAT: for GPUs, one loop over all tiles, because loads are pipelined within a loop, and a second for those that need
         a mask. On a CPU a loop for each split and a mask for each tile are no slower, and half the code to compile.
     """
-    sums, peak, total = _empty_state(q.shape[0], q.shape[1])
+    sums, peak, total = empty_state(q.shape[0], q.shape[1])
     if FLAT:
-        part_sums, part_peak, part_total = _empty_part(q.shape[0], q.shape[1])  # the split under way
+        part_sums, part_peak, part_total = empty_part(q.shape[0], q.shape[1])  # the split under way
         unmasked = tl.minimum(tl.maximum(seen_by_all // TILE * TILE, first), end)
         for key in range(first, unmasked, TILE):
             if key % SPLIT == 0:
                 sums, peak, total = _add_part(sums, peak, total, part_sums, part_peak, part_total)
-                part_sums, part_peak, part_total = _empty_part(q.shape[0], q.shape[1])
+                part_sums, part_peak, part_total = empty_part(q.shape[0], q.shape[1])
             block = (tl.load(block_table + key // BLOCK_SIZE).to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE
             part_sums, part_peak, part_total = _add_keys(
                 part_sums, part_peak, part_total, q, k_cache, v_cache, k_scales, v_scales, block, key, position, end,
@@ -220,7 +181,7 @@ def _attend(
         for key in range(unmasked, end, TILE):
             if key % SPLIT == 0:
                 sums, peak, total = _add_part(sums, peak, total, part_sums, part_peak, part_total)
-                part_sums, part_peak, part_total = _empty_part(q.shape[0], q.shape[1])
+                part_sums, part_peak, part_total = empty_part(q.shape[0], q.shape[1])
             block = (tl.load(block_table + key // BLOCK_SIZE).to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE
             part_sums, part_peak, part_total = _add_keys(
                 part_sums, part_peak, part_total, q, k_cache, v_cache, k_scales, v_scales, block, key, position, end,
@@ -229,68 +190,24 @@ def _attend(
         sums, peak, total = _add_part(sums, peak, total, part_sums, part_peak, part_total)
     else:
         for start in range(first, end, SPLIT):
-            more_sums, more_peak, more_total = _empty_state(q.shape[0], q.shape[1])
+            more_sums, more_peak, more_total = empty_state(q.shape[0], q.shape[1])
             for key in range(start, tl.minimum(start + SPLIT, end), TILE):
                 block = (tl.load(block_table + key // BLOCK_SIZE).to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE
-                more_sums, more_peak, more_total = _add_keys(
-                    more_sums, more_peak, more_total, q, k_cache, v_cache, k_scales, v_scales, block, key, position,
-                    end, log2_scale, D, BLOCK_SIZE, BY_TOKEN, TILE, True,
-                )  # fmt: skip
-            sums, peak, total = _merge(sums, peak, total, more_sums, more_peak, more_total)
+                if q_scales is not None:
+                    more_sums, more_peak, more_total = add_int8_keys(
+                        more_sums, more_peak, more_total, q, q_scales, k_cache, v_cache, k_scales, v_scales, block, key,
+                        position, end, D, BLOCK_SIZE, TILE,
+                    )  # fmt: skip
+                else:
+                    more_sums, more_peak, more_total = _add_keys(
+                        more_sums, more_peak, more_total, q, k_cache, v_cache, k_scales, v_scales, block, key, position,
+                        end, log2_scale, D, BLOCK_SIZE, BY_TOKEN, TILE, True,
+                    )  # fmt: skip
+            sums, peak, total = merge(sums, peak, total, more_sums, more_peak, more_total)
     return sums, peak, total
 
 
 # The kernels
-
-
-@triton.jit
-def _load_queries(
-    qkv, row, kv_head,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, OPERAND: tl.constexpr,
-):  # fmt: skip
-    """q of the rows (token * group + head of the group) of one KV head: [rows, DIM]."""
-    GROUP: tl.constexpr = HEADS // KV_HEADS
-    d = tl.arange(0, DIM)
-    start = (row // GROUP).to(tl.int64) * (HEADS + 2 * KV_HEADS) * D + (kv_head * GROUP + row % GROUP) * D
-    return tl.load(qkv + start[:, None] + d[None, :], mask=_head_mask(d, D, DIM)[None, :], other=0.0).to(OPERAND)
-
-
-@triton.jit
-def _store_attended(
-    out, out_scales, out_sums, sums, total, row, mask, kv_head,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
-):  # fmt: skip
-    """sums / total to the rows of `out`, as floats or as int8 in groups of 32; zeros for a row that saw no key."""
-    GROUP: tl.constexpr = HEADS // KV_HEADS
-    attended = sums / tl.where(total == 0.0, 1.0, total)[:, None]
-    start = (row // GROUP).to(tl.int64) * HEADS * D + (kv_head * GROUP + row % GROUP) * D
-    if out_scales is None:
-        d = tl.arange(0, DIM)
-        mask = mask[:, None] & _head_mask(d, D, DIM)[None, :]
-        tl.store(out + start[:, None] + d[None, :], attended.to(out.dtype.element_ty), mask=mask)
-    else:
-        COUNT: tl.constexpr = sums.shape[0] * DIM // 32
-        g = tl.arange(0, DIM // 32)
-        group = tl.reshape(start[:, None] // 32 + g[None, :], [COUNT])
-        inside = tl.reshape(mask[:, None] & _head_mask(g, D // 32, DIM // 32)[None, :], [COUNT])
-        store_groups(out, out_scales, out_sums, None, tl.reshape(attended, [COUNT, 32]), group, inside)
-
-
-@triton.jit
-def _find_sequence(tile, cu_seqlens, num_decodes, num_seqs, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The prompt chunk that a query tile belongs to and the chunk's first tile.
-
-    Chunk i begins with tile cu_seqlens[i] * group // BLOCK_M + i (counted from the first chunk): that leaves room for
-    all chunks before it without a sum over them, at the price of a few tiles that find no rows. Bisection.
-    """
-    low = num_decodes
-    high = num_seqs
-    while high - low > 1:
-        middle = (low + high) // 2
-        begins = (tl.load(cu_seqlens + middle) - num_decodes) * GROUP // BLOCK_M + middle - num_decodes
-        low = tl.where(begins <= tile, middle, low)
-        high = tl.where(begins <= tile, high, middle)
-    return low, (tl.load(cu_seqlens + low) - num_decodes) * GROUP // BLOCK_M + low - num_decodes
 
 
 @triton.jit(do_not_specialize=["num_decodes", "num_seqs", "max_blocks"])
@@ -299,6 +216,7 @@ def _attention_kernel(
     num_decodes, num_seqs, max_blocks, log2_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BY_TOKEN: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, FLAT: tl.constexpr,
+    IN_INTEGERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     DECODE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -317,7 +235,7 @@ def _attention_kernel(
         first_row = 0
         count = 1
     else:
-        sequence, first_tile = _find_sequence(tile, cu_seqlens, num_decodes, num_seqs, GROUP, BLOCK_M)
+        sequence, first_tile = find_sequence(tile, cu_seqlens, num_decodes, num_seqs, GROUP, BLOCK_M)
         first_token = tl.load(cu_seqlens + sequence)
         first_row = (tile - first_tile) * BLOCK_M
         count = tl.load(cu_seqlens + sequence + 1) - first_token
@@ -326,113 +244,18 @@ def _attention_kernel(
         row = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M]
         real = row < count * GROUP
         row = tl.minimum(row, count * GROUP - 1)  # surplus rows repeat the last one
-        q = _load_queries(qkv, first_token * GROUP + row, kv_head, HEADS, KV_HEADS, D, DIM, OPERAND)
+        q = load_queries(qkv, first_token * GROUP + row, kv_head, HEADS, KV_HEADS, D, DIM, OPERAND)
+        q, q_scales = quantise_queries(q, log2_scale, IN_INTEGERS)
         position = past + row // GROUP
         seen_by_all = past + first_row // GROUP + 1
         end = past + tl.minimum((first_row + BLOCK_M - 1) // GROUP + 1, count)
         block_table = block_tables + sequence.to(tl.int64) * max_blocks
         sums, _, total = _attend(
-            q, k_cache, v_cache, k_scales, v_scales, block_table, kv_head, position, 0, seen_by_all, end, log2_scale,
-            KV_HEADS, D, BLOCK_SIZE, BY_TOKEN, TILE, SPLIT, FLAT,
+            q, q_scales, k_cache, v_cache, k_scales, v_scales, block_table, kv_head, position, 0, seen_by_all, end,
+            log2_scale, KV_HEADS, D, BLOCK_SIZE, BY_TOKEN, TILE, SPLIT, FLAT,
         )  # fmt: skip
         row += first_token * GROUP
-        _store_attended(out, out_scales, out_sums, sums, total, row, real, kv_head, HEADS, KV_HEADS, D, DIM)
-
-
-@triton.jit
-def _next_scores(
-    scores, place, peak, total, q, k_tiles, block_table, kv_head, position, key, end, log2_scale,
-    KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Begins the scores of the tile of keys after `key`'s, and takes `key`'s, which are done, through the softmax.
-
-    Returns the next tile's scores and place in the cache; this one's weights; peak and total with them; what is kept of
-    the sums before them.
-    """
-    following = tl.minimum(key + TILE, (end - 1) // TILE * TILE)  # after the last tile: the last once more
-    block = tl.load(block_table + following // BLOCK_SIZE)
-    next_place = (block * KV_HEADS + kv_head) * BLOCK_SIZE + following % BLOCK_SIZE
-    next_scores = tl.dot(q, k_tiles.load([next_place, 0]).T)
-    if MASKED:
-        scores = tl.where((key + tl.arange(0, TILE))[None, :] <= position[:, None], scores, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, axis=1) * log2_scale)
-    shift = tl.broadcast_to(-_finite(new_peak)[:, None], scores.shape)
-    weights = tl.exp2(tl.fma(scores, tl.full(scores.shape, log2_scale, tl.float32), shift)).to(q.dtype)
-    kept = tl.exp2(peak - _finite(new_peak))
-    return next_scores, next_place, weights, new_peak, _add_columns(total, kept, weights), kept
-
-
-@triton.jit
-def _attend_split(
-    q, k_tiles, v_tiles, block_table, kv_head, position, first, seen_by_all, end, log2_scale,
-    KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """What `_attend` computes, of one split; keys and values by tensor descriptors."""
-    sums, peak, total = _empty_part(q.shape[0], q.shape[1])
-    place = (tl.load(block_table + first // BLOCK_SIZE) * KV_HEADS + kv_head) * BLOCK_SIZE + first % BLOCK_SIZE
-    scores = tl.dot(q, k_tiles.load([place, 0]).T)
-    unmasked = tl.minimum(tl.maximum(seen_by_all // TILE * TILE, first), end)
-    for key in range(first, unmasked, TILE):
-        scores, next_place, weights, peak, total, kept = _next_scores(
-            scores, place, peak, total, q, k_tiles, block_table, kv_head, position, key, end, log2_scale,
-            KV_HEADS, BLOCK_SIZE, TILE, False,
-        )  # fmt: skip
-        sums = tl.dot(weights, v_tiles.load([place, 0]), sums * kept[:, None])
-        place = next_place
-    for key in range(unmasked, end, TILE):
-        scores, next_place, weights, peak, total, kept = _next_scores(
-            scores, place, peak, total, q, k_tiles, block_table, kv_head, position, key, end, log2_scale,
-            KV_HEADS, BLOCK_SIZE, TILE, True,
-        )  # fmt: skip
-        exists = (key + tl.arange(0, TILE) < end)[:, None]
-        v = v_tiles.load([place, 0])
-        sums = tl.dot(weights, tl.where(exists, v, 0.0).to(v.dtype), sums * kept[:, None])
-        place = next_place
-    return sums, peak, tl.max(total, axis=1)
-
-
-@triton.jit(do_not_specialize=["num_decodes", "num_seqs", "max_blocks", "cache_rows"])
-def _prefill_kernel(
-    out, out_scales, out_sums, qkv, k_cache, v_cache, cu_seqlens, context_lens, block_tables,
-    num_decodes, num_seqs, max_blocks, log2_scale, cache_rows,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, BLOCK_M: tl.constexpr,
-    EARLY: tl.constexpr,
-):  # fmt: skip
-    """What `_attention_kernel` does for prompts, on Hopper; of the cache's rows, one per token and KV head, there are
-    `cache_rows`."""
-    wait_for_inputs(EARLY)
-    GROUP: tl.constexpr = HEADS // KV_HEADS
-    kv_head = tl.program_id(1)
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most keys begin, so that none ends long after all
-    sequence, first_tile = _find_sequence(tile, cu_seqlens, num_decodes, num_seqs, GROUP, BLOCK_M)
-    first_token = tl.load(cu_seqlens + sequence)
-    first_row = (tile - first_tile) * BLOCK_M
-    count = tl.load(cu_seqlens + sequence + 1) - first_token
-    if first_row < count * GROUP:
-        past = tl.load(context_lens + sequence) - count
-        row = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-        real = row < count * GROUP
-        row = tl.minimum(row, count * GROUP - 1)
-        q = _load_queries(qkv, first_token * GROUP + row, kv_head, HEADS, KV_HEADS, D, DIM, OPERAND)
-        position = past + row // GROUP
-        seen_by_all = past + first_row // GROUP + 1
-        end = past + tl.minimum((first_row + BLOCK_M - 1) // GROUP + 1, count)
-        block_table = block_tables + sequence.to(tl.int64) * max_blocks
-        k_tiles = tl.make_tensor_descriptor(k_cache, [cache_rows, D], [D, 1], [TILE, DIM])
-        v_tiles = tl.make_tensor_descriptor(v_cache, [cache_rows, D], [D, 1], [TILE, DIM])
-        sums, peak, total = _attend_split(
-            q, k_tiles, v_tiles, block_table, kv_head, position, 0, seen_by_all, tl.minimum(end, SPLIT), log2_scale,
-            KV_HEADS, BLOCK_SIZE, TILE,
-        )  # fmt: skip
-        for first in range(SPLIT, end, SPLIT):
-            more_sums, more_peak, more_total = _attend_split(
-                q, k_tiles, v_tiles, block_table, kv_head, position, first, seen_by_all,
-                tl.minimum(end, first + SPLIT), log2_scale, KV_HEADS, BLOCK_SIZE, TILE,
-            )  # fmt: skip
-            sums, peak, total = _merge(sums, peak, total, more_sums, more_peak, more_total)
-        row += first_token * GROUP
-        _store_attended(out, out_scales, out_sums, sums, total, row, real, kv_head, HEADS, KV_HEADS, D, DIM)
+        store_attended(out, out_scales, out_sums, sums, total, row, real, kv_head, HEADS, KV_HEADS, D, DIM)
 
 
 @triton.jit(do_not_specialize=["num_splits", "max_blocks"])
@@ -440,6 +263,7 @@ def _split_kernel(
     partials, qkv, k_cache, v_cache, k_scales, v_scales, context_lens, block_tables, num_splits, max_blocks, log2_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BY_TOKEN: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, FLAT: tl.constexpr,
+    IN_INTEGERS: tl.constexpr,
     BLOCK_M: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One split of one decode and KV head: its state to partials [decodes, H, num_splits, D + 2]."""
@@ -453,16 +277,17 @@ def _split_kernel(
         row = tl.arange(0, BLOCK_M)  # [BLOCK_M] heads of the group
         real = row < GROUP
         row = tl.minimum(row, GROUP - 1)
-        q = _load_queries(qkv, sequence * GROUP + row, kv_head, HEADS, KV_HEADS, D, DIM, OPERAND)
+        q = load_queries(qkv, sequence * GROUP + row, kv_head, HEADS, KV_HEADS, D, DIM, OPERAND)
+        q, q_scales = quantise_queries(q, log2_scale, IN_INTEGERS)
         position = tl.full([BLOCK_M], 0, tl.int32) + (end - 1)
         sums, peak, total = _attend(
-            q, k_cache, v_cache, k_scales, v_scales, block_tables + sequence.to(tl.int64) * max_blocks, kv_head,
-            position, split * SPLIT, end, tl.minimum(end, split * SPLIT + SPLIT), log2_scale,
+            q, q_scales, k_cache, v_cache, k_scales, v_scales, block_tables + sequence.to(tl.int64) * max_blocks,
+            kv_head, position, split * SPLIT, end, tl.minimum(end, split * SPLIT + SPLIT), log2_scale,
             KV_HEADS, D, BLOCK_SIZE, BY_TOKEN, TILE, SPLIT, FLAT,
         )  # fmt: skip
         d = tl.arange(0, DIM)
         start = partials + ((sequence * HEADS + kv_head * GROUP + row).to(tl.int64) * num_splits + split) * (D + 2)
-        tl.store(start[:, None] + d[None, :], sums, mask=real[:, None] & _head_mask(d, D, DIM)[None, :])
+        tl.store(start[:, None] + d[None, :], sums, mask=real[:, None] & head_mask(d, D, DIM)[None, :])
         tl.store(start + D, peak, mask=real)
         tl.store(start + D + 1, total, mask=real)
 
@@ -486,20 +311,20 @@ def _merge_kernel(
     row = tl.minimum(row, GROUP - 1)
     d = tl.arange(0, DIM)
     start = partials + (sequence * HEADS + kv_head * GROUP + row).to(tl.int64) * num_splits * (D + 2)
-    sums, peak, total = _empty_state(BLOCK_M, DIM)
+    sums, peak, total = empty_state(BLOCK_M, DIM)
     num_used = tl.cdiv(tl.load(context_lens + sequence), SPLIT)
     for first in range(0, num_used, AT_ONCE):
         for split in tl.static_range(AT_ONCE):
             used = tl.full([BLOCK_M], first + split, tl.int32) < num_used
             at = start + (first + split) * (D + 2)
-            inside = used[:, None] & _head_mask(d, D, DIM)[None, :]
+            inside = used[:, None] & head_mask(d, D, DIM)[None, :]
             more_sums = tl.load(at[:, None] + d[None, :], mask=inside, other=0.0)
             more_peak = tl.load(at + D, mask=used, other=float("-inf"))
-            sums, peak, total = _merge(
+            sums, peak, total = merge(
                 sums, peak, total, more_sums, more_peak, tl.load(at + D + 1, mask=used, other=0.0)
             )
     row += sequence * GROUP
-    _store_attended(out, out_scales, out_sums, sums, total, row, real, kv_head, HEADS, KV_HEADS, D, DIM)
+    store_attended(out, out_scales, out_sums, sums, total, row, real, kv_head, HEADS, KV_HEADS, D, DIM)
 
 
 # The launcher
@@ -541,17 +366,6 @@ def tiles(
     return {**shape, "num_warps": 4, "num_stages": 2 if target.kind == "cuda" else 1}
 
 
-def prefill_tiles(target: Target, heads: HeadLayout, cache: KVBlocks, operand: str) -> dict[str, Any] | None:
-    """The tile rule of `_prefill_kernel`, or None where it can't be used."""
-    dim, rows = next_power_of_2(heads.head_dim), max(64, next_power_of_2(heads.group))
-    hopper = target.kind == "cuda" and target.arch == 90
-    if not hopper or operand != cache.k_cache.dtype or operand not in ("bfloat16", "float16") or dim > 128:
-        return None
-    if cache.block_size < 64 or heads.head_dim % 8 or rows > 64:  # 16 bytes, the unit of descriptors
-        return None
-    return {"DIM": dim, "TILE": 64, "BLOCK_M": rows, "num_warps": 4, "num_stages": 2}
-
-
 def splits_in_parallel(target: Target, num_decodes: int, heads: HeadLayout, num_splits: int) -> bool:
     """Whether decodes are too few to keep the processor busy with one program per sequence and KV head."""
     return num_splits > 1 and num_decodes * heads.num_kv_heads < 4 * target.parallelism
@@ -583,7 +397,7 @@ def paged_attention(
     common = {
         "HEADS": heads.num_heads, "KV_HEADS": heads.num_kv_heads, "D": heads.head_dim, "BLOCK_SIZE": cache.block_size,
         "BY_TOKEN": cache.keys_by_token, "SPLIT": split_keys(), "OPERAND": operand_dtype(here, qkv),
-        "FLAT": not here.is_cpu, **early(here),
+        "FLAT": not here.is_cpu, "IN_INTEGERS": cache.in_quads, **early(here),
     }  # fmt: skip
     log2_scale = scale * 1.4426950408889634  # exp(x) = 2^(x log2(e))
     max_blocks = batch.block_tables.shape[1]
@@ -629,10 +443,10 @@ def _launch_prompts(
     if quick is None:
         _launch_tiles(count, walked, DECODE=False, **constexprs, **rule)
     else:
-        known = {name: value for name, value in constexprs.items() if name not in ("BY_TOKEN", "FLAT")}
+        known = {name: value for name, value in constexprs.items() if name not in ("BY_TOKEN", "FLAT", "IN_INTEGERS")}
         inputs = (out, None, None, qkv, cache.k_cache, cache.v_cache, *walked[8:])
         grid = (count, heads.num_kv_heads)
-        launch(_prefill_kernel, grid, *inputs, prod(cache.v_cache.shape[:3]), **known, **rule)
+        launch(prefill_kernel, grid, *inputs, prod(cache.v_cache.shape[:3]), **known, **rule)
 
 
 def _launch_tiles(count: int, walked: tuple[Any, ...], **constexprs: Any) -> None:
@@ -653,7 +467,7 @@ def _launch_splits(
         raise ValueError(f"the workspace has {prod(workspace.shape)} elements; {splits} splits need {needed}")
     inputs = (*read, batch.context_lens, batch.block_tables, splits, batch.block_tables.shape[1])
     launch(_split_kernel, (splits, kv_heads, batch.num_decodes), workspace, *inputs, log2_scale, **constexprs)
-    walking = ("BLOCK_SIZE", "BY_TOKEN", "TILE", "OPERAND", "FLAT")
+    walking = ("BLOCK_SIZE", "BY_TOKEN", "TILE", "OPERAND", "FLAT", "IN_INTEGERS")
     merging = {name: value for name, value in constexprs.items() if name not in walking}
     if constexprs["FLAT"]:  # 16 loads under way hide their latency; surplus rows would be loads, too
         merging |= {"AT_ONCE": 16, "BLOCK_M": next_power_of_2(constexprs["HEADS"] // kv_heads), "num_warps": 2}

@@ -29,7 +29,7 @@ from fastdeploy.device import Device
 from fastdeploy.kernels.attention import AttentionBatch, paged_attention, workspace_shape
 from fastdeploy.kernels.collective import join_columns, sum_parts
 from fastdeploy.kernels.embedding import embedding, gather_rows
-from fastdeploy.kernels.launch import ITEM_SIZES, TensorView, view
+from fastdeploy.kernels.launch import ITEM_SIZES, TensorView, target, view
 from fastdeploy.kernels.linear import Weight, linear
 from fastdeploy.kernels.norm import add_rms_norm, rms_norm
 from fastdeploy.kernels.quantised import GROUP, QuantisedRows
@@ -204,8 +204,12 @@ class Decoder:
     # Memory
 
     def cache_dtype(self, kv_cache_dtype: str) -> str:
-        """What the KV cache is stored in: "auto" is what float weights are stored in."""
-        return self.dtype if kv_cache_dtype == "auto" else kv_cache_dtype
+        """What the KV cache is stored in. "auto" is what float weights are stored in, or int8 where a CPU multiplies
+        the weights that it meets in integers, too: keys and values then lose less than activations do."""
+        if kv_cache_dtype != "auto":
+            return kv_cache_dtype
+        in_integers = self.mode.int8_activations and not self.all_floats
+        return "int8" if in_integers and target().is_cpu and self.heads.head_dim % 16 == 0 else self.dtype
 
     def cache_bytes_per_block(self, block_size: int, kv_cache_dtype: str = "auto") -> int:
         """Bytes that one block of `block_size` tokens takes in the KV cache, all layers together."""

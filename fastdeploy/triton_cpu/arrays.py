@@ -37,12 +37,15 @@ def materialise(context: Context, value: Value, into: str | None = None) -> str:
 
 def _as_vectors(context: Context, value: Value, name: str) -> None:
     """The loops that evaluate a tensor into an array, row by row and vector by vector."""
-    if value.type.element not in ("f32", "i32"):
-        raise NotATile(f"an array of {value.type.element}")
+    element, op = value.type.element, value.op
+    if element == "i8" and op is not None and op.name == "arith.trunci" and value not in context.storage:
+        value = op.operands[0]  # its low bytes
+    if element not in ("f32", "i32", "i8"):
+        raise NotATile(f"an array of {element}")
     with rows_of(context, value, number_of_live_rows(context, value)) as (block, row):
-        kind = VECTOR_TYPES[value.type.element]
+        put = "ivec_to_int8_t({0}, {1});" if element == "i8" else f"*({VECTOR_TYPES[element]} *)({{0}}) = {{1}};"
         with block.columns_of(value, context.lanes, row) as places:
             for place in places:
                 where = linear(value.type.shape, (row, place.column)[2 - len(value.type.shape) :]).text
                 text = block.vector(value, place)
-                context.line(f"*({kind} *)({name} + {where}) = {text};")
+                context.line(put.format(f"{name} + {where}", text))

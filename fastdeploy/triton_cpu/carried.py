@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .analysis import is_lazy, rearranges, uniform
+from .analysis import is_lazy, rearranges, splat_constant, uniform
 from .arrays import materialise
 from .context import Array, Context, MovingPointers, Scalar
 from .elements import constant_declaration, value_type
@@ -142,7 +142,7 @@ def write(context: Context, target: Value, source: Value) -> None:
 
 def in_next_turn(context: Context, pointers: Value, evaluate: Callable[[], str]) -> str | None:
     """`evaluate()`, an address computed from `pointers`, as it will be in the next turn of the loop around: to prefetch
-    from. In the last turn it is that turn's own.
+    from. In the last turn it is that turn's own, unless turns follow in the loop around (`_end_of_turns`).
 
     None unless it follows from the loop's variable by scalars alone: a block's number, looked up in a table, say.
     """
@@ -152,7 +152,7 @@ def in_next_turn(context: Context, pointers: Value, evaluate: Callable[[], str])
     body = loop.regions[0]
     if not (scalars := _scalars_to_repeat(context, pointers, body)):
         return None
-    here, upper, step = (context.scalar(v) for v in (body.arguments[0], *loop.operands[1:3]))
+    here, upper, step = (context.scalar(v) for v in (body.arguments[0], _end_of_turns(loop), loop.operands[2]))
     name, kind = context.name("next"), value_type(body.arguments[0].type.element)
     context.line(f"const {kind} {name} = {upper} - {here} > {step} ? {here} + {step} : {here};")
     kept = dict(context.storage)
@@ -163,6 +163,27 @@ def in_next_turn(context: Context, pointers: Value, evaluate: Callable[[], str])
     text = evaluate()
     context.storage = kept
     return text
+
+
+def _end_of_turns(loop: Op) -> Value:
+    """Where turns like this loop's end. Where it is a part of the loop around, as in
+
+        for start in range(0, end, 256):
+            for key in range(start, min(start + 256, end), 64):
+
+    that is the end of the loop around.
+    """
+    lower, upper, step = loop.operands[:3]
+    around, least = loop.block.parent, upper.op
+    if around is None or around.name != "scf.for" or least is None or least.name != "arith.minsi":
+        return upper
+    first, end = least.operands
+    sizes = [splat_constant(value) for value in (around.operands[2], step)]
+    is_part = lower is around.regions[0].arguments[0] and end is around.operands[1] and None not in sizes
+    if not is_part or sizes[0] % sizes[1] or first.op is None or first.op.name != "arith.addi":  # type: ignore[operator]
+        return upper
+    start, size = first.op.operands
+    return end if start is lower and splat_constant(size) == sizes[0] else upper
 
 
 def _scalars_to_repeat(context: Context, value: Value, body: Block) -> set[Op]:

@@ -339,7 +339,7 @@ OPERATIONS: dict[str, Operation] = {
     "tt.scan": stands("reductions.scan"),
     "tt.unsplat": stands("reductions.unsplat"),
     "tt.map_elementwise": stands("control_flow.map_elementwise"),
-    "tt.dot": stands("dot.blocks", "dot.plain"),
+    "tt.dot": stands("dot.blocks", "dot.quads", "dot.plain"),
     "tt.dot_scaled": stands("scaled_dot.decoded"),
     "tt.get_program_id": stands("programs.place"),
     "tt.get_num_programs": stands("programs.number"),

@@ -381,15 +381,24 @@ INLINE vec vec_min_nan(vec a, vec b) { return vec_select((ivec)(a < b) | (ivec)(
 INLINE vec vec_clamp_num(vec x, vec low, vec high) { return vec_min_num(vec_max_num(x, low), high); }
 INLINE vec vec_clamp_nan(vec x, vec low, vec high) { return vec_select((ivec)(x != x), x, vec_clamp_num(x, low, high)); }
 INLINE vec vec_exp2(vec x) {
+#if LANES == 16 && defined(__AVX512DQ__) /* these instructions know infinities and what rounds to 0 */
+  vec r = (vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), n = x - r;
+#else
   vec y = vec_where_above(x, -150.f, x);
   y = vec_select((ivec)(y > 129.f), vec_splat(129.f), y);
-  vec n = vec_rounded(y), r = y - n, p = vec_splat(1.535336188319500e-4f);
-  p = vec_fused(p, r, vec_splat(1.339887440266574e-3f));
+  vec n = vec_rounded(y), r = y - n;
+#endif
+  vec p = vec_fused(vec_splat(1.535336188319500e-4f), r, vec_splat(1.339887440266574e-3f));
   p = vec_fused(p, r, vec_splat(9.618437357674640e-3f));
   p = vec_fused(p, r, vec_splat(5.550332471162809e-2f));
   p = vec_fused(p, r, vec_splat(2.402264791363012e-1f));
   p = vec_fused(p, r, vec_splat(6.931472028550421e-1f));
-  return vec_where_above(x, -150.f, vec_scaled(vec_fused(p, r, vec_splat(1.f)), n));
+  p = vec_scaled(vec_fused(p, r, vec_splat(1.f)), n);
+#if LANES == 16 && defined(__AVX512DQ__)
+  return p;
+#else
+  return vec_where_above(x, -150.f, p);
+#endif
 }
 INLINE vec vec_exp(vec x) {
   vec y = vec_where_above(x, -104.f, x);
@@ -410,14 +419,21 @@ INLINE vec vec_from_ivec(ivec x) { return __builtin_convertvector(x, vec); }
 INLINE ivec ivec_from_vec(vec x) { return __builtin_convertvector(x, ivec); } /* towards 0 */
 #if LANES == 16 && defined(__AVX512F__)
 INLINE ivec ivec_from_int8_t(const int8_t *p) { return (ivec)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+INLINE void ivec_to_int8_t(int8_t *p, ivec x) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)x)); } /* low bytes */
 #define MULTIPLY_ADD_PAIRS(a, b) (ivec)_mm512_madd_epi16((__m512i)(a), (__m512i)(b))
 #define MULTIPLY_ADD_BYTES(u, s) (halves)_mm512_maddubs_epi16((__m512i)(u), (__m512i)(s))
 #elif LANES == 8 && defined(__AVX2__)
 INLINE ivec ivec_from_int8_t(const int8_t *p) { return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
+INLINE void ivec_to_int8_t(int8_t *p, ivec x) { /* low bytes: of each half's words the first four */
+  __m256i low = _mm256_shuffle_epi8((__m256i)x, _mm256_set1_epi32(0x0c080400));
+  __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+  _mm_storel_epi64((__m128i *)p, both);
+}
 #define MULTIPLY_ADD_PAIRS(a, b) (ivec)_mm256_madd_epi16((__m256i)(a), (__m256i)(b))
 #define MULTIPLY_ADD_BYTES(u, s) (halves)_mm256_maddubs_epi16((__m256i)(u), (__m256i)(s))
 #else
 INLINE ivec ivec_from_int8_t(const int8_t *p) { ivec v; for (int i = 0; i < LANES; i++) v[i] = p[i]; return v; }
+INLINE void ivec_to_int8_t(int8_t *p, ivec x) { for (int i = 0; i < LANES; i++) p[i] = (int8_t)x[i]; }
 #if LANES == 4 && defined(__SSE2__)
 #define MULTIPLY_ADD_PAIRS(a, b) (ivec)_mm_madd_epi16((__m128i)(a), (__m128i)(b))
 #endif
@@ -467,6 +483,8 @@ INLINE ivec add_dot2_of_halves(ivec sum, halves a, halves b) { sum += MULTIPLY_A
 INLINE ivec add_halves(ivec sum, halves x) { return sum + MULTIPLY_ADD_PAIRS(x, (halves){0} + 1); }
 INLINE halves even_bytes(bytes x) { return (halves)x << 8 >> 8; }
 INLINE halves odd_bytes(bytes x) { return (halves)x >> 8; }
+INLINE halves unsigned_even_bytes(bytes x) { return (halves)x & 255; }
+INLINE halves unsigned_odd_bytes(bytes x) { return (halves)x >> 8 & 255; }
 INLINE void widen_bytes(int32_t *even, int32_t *odd, const void *from, int words) { /* a multiple of four words */
   for (; words >= 8; words -= 8, even += 8, odd += 8, from = (const char *)from + 32) {
     *(sixteen_halves *)even = *(const sixteen_halves *)from << 8 >> 8;

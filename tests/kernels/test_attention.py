@@ -5,6 +5,7 @@ import pytest
 
 from fastdeploy.kernels import attention
 from fastdeploy.kernels.attention import SPLIT, AttentionBatch, attention_reference, paged_attention, workspace_shape
+from fastdeploy.kernels.attention_int8 import int8_attention_reference
 from fastdeploy.kernels.launch import view
 from fastdeploy.kernels.quantised import QuantisedRows, quantise_reference, rows_fields
 from fastdeploy.kernels.rope import CACHE_DTYPES, HeadLayout, KVBlocks, cache_fields
@@ -30,7 +31,10 @@ def attend(rng, normal, store, blank):
             for name, (shape, part_dtype) in cache_fields(heads, sum(blocks), block_size, dtype).items()
         }
         cache = KVBlocks(**{name: part.view for name, part in parts.items()})
-        caches = floats(parts)
+        if dtype == "int8":
+            reference, caches = int8_attention_reference, tuple(part.values for part in parts.values())
+        else:
+            reference, caches = attention_reference, (parts["k_cache"].values, parts["v_cache"].values)
         for table, length in zip(tables, lengths, strict=True):
             for part in parts.values():
                 if length % block_size and part.dtype != "int8":
@@ -68,9 +72,9 @@ def attend(rng, normal, store, blank):
         def expected(index, start, stop):
             width = heads.num_heads * heads.head_dim
             q = qkvs[index].values[start:stop, :width].reshape(stop - start, heads.num_heads, heads.head_dim)
-            return attention_reference(q, caches, tables[index], stop, scale).reshape(stop - start, width)
+            return reference(q, caches, tables[index], stop, scale).reshape(stop - start, width)
 
-        return SimpleNamespace(run=run, expected=expected)
+        return SimpleNamespace(run=run, expected=expected, integers=dtype == "int8")
 
     return build
 
@@ -82,22 +86,17 @@ def random_part(rng, shape, dtype):
     return rng.uniform(0.001, 0.03, shape) if len(shape) == 3 else rng.standard_normal(shape)
 
 
-def floats(parts):
-    """What keys and values a cache holds, as float64."""
-    keys, values = parts["k_cache"].values, parts["v_cache"].values
-    if "k_scales" not in parts:
-        return keys, values
-    return keys * parts["k_scales"].values[:, :, None, :], values * parts["v_scales"].values[..., None]
-
-
 @pytest.fixture(params=[True, False], ids=["splits in parallel", "splits in turn"])
 def parallel(request, monkeypatch):
     monkeypatch.setattr(attention, "splits_in_parallel", lambda *_: request.param)
 
 
 def check(case, sequences, tolerance=1e-5):
+    """Of integers, one in 100 may have been rounded the other way, from floats that differ in their last bits."""
     for sequence, attended in zip(sequences, case.run(sequences), strict=True):
-        np.testing.assert_allclose(attended, case.expected(*sequence), rtol=0, atol=tolerance, err_msg=str(sequence))
+        errors = np.abs(attended - case.expected(*sequence))
+        assert np.isfinite(errors).all() and (errors > tolerance).mean() <= (0.01 if case.integers else 0), sequence
+        assert errors.max() <= (0.02 if case.integers else tolerance), sequence
 
 
 DECODES = [(64, 16), (64, 64), (64, 256), (80, 32), (96, 64), (128, 128)]

@@ -50,7 +50,7 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
 TOKENS = 100
-PARKED = {"_prefill_kernel": 256}  # bytes of a thread that may wait in memory: 64 registers, its second softmax state
+PARKED = {"prefill_kernel": 256}  # bytes of a thread that may wait in memory: 64 registers, its second softmax state
 
 
 class CompileOnly:

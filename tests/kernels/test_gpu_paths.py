@@ -155,8 +155,13 @@ def test_rows_of_many_heads_write_what_single_ones_do(interleaved, dtype, gpu, r
         qkv = store(given.copy())
         cache = KVBlocks(**{name: part.view for name, part in parts.items()}, keys_by_token=by_token)
         rope_and_cache(qkv.view, *where, cache, heads, HeadNorms(gain.view, gain.view, 1e-6))
-        keys = parts.pop("k_cache").memory
-        return qkv.memory, keys if by_token else keys.swapaxes(2, 3), *(part.memory for part in parts.values())
+        found = {name: part.memory for name, part in parts.items()}
+        if cache.in_quads:  # [blocks, KVH, M / 4, N, 4]
+            found |= {
+                f"{x}_cache": found[f"{x}_cache"].swapaxes(3, 4).reshape(2, 2, -1, n) for x, n in (("k", 16), ("v", 48))
+            }
+        keys = found.pop("k_cache")
+        return qkv.memory, keys if by_token else keys.swapaxes(2, 3), *found.values()
 
     single = written(by_token=False)
     gpu(AMPERE)

@@ -112,9 +112,16 @@ def written(step, blank):
             *(array.view for array in arrays[:-2]), KVBlocks(**{name: part.view for name, part in parts.items()}), heads
         )
         turned = rope_reference(k, positions, THETA, heads.interleaved)
-        return {name: part.memory for name, part in parts.items()}, (turned, v), slots
+        stored = {name: part.memory for name, part in parts.items()}
+        stored |= {name: without_fours(part) for name, part in stored.items() if part.ndim == 5}
+        return stored, (turned, v), slots
 
     return build
+
+
+def without_fours(cache):
+    """[blocks, KVH, M / 4, N, 4] as [blocks, KVH, M, N]."""
+    return cache.swapaxes(3, 4).reshape(*cache.shape[:2], -1, cache.shape[3])
 
 
 def tokens_of(cache, slots):

@@ -125,6 +125,11 @@ def test_logits_of_quantised_weights_equal_the_reference_with_their_values(confi
     assert quantization.startswith("wint") or difference > 1e-4  # activations are quantised
 
 
+@pytest.mark.parametrize(("quantization", "stored"), [(None, "bfloat16"), ("wint8", "bfloat16"), ("w8a8", "int8")])
+def test_keys_and_values_are_integers_where_activations_are(quantization, stored):
+    assert load(GROUPED, "bfloat16", quantization=quantization).cache.dtype == stored
+
+
 def test_queries_and_keys_are_computed_from_16_bits_the_rest_from_8():
     steps = load(GROUPED, quantization="w8a8")
     layer, memory = steps.model.layers[0], steps.memory

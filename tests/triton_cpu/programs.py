@@ -89,6 +89,7 @@ def table() -> dict[str, Program]:
         "offset": Program(test_registers.linear_q8_kernel, *test_registers.q8_arguments(q8, 16, 16, True)),
         "bytes": Program(test_registers.bytes_kernel, (1,), multiplied["signed"]),
         "few bits": Program(test_registers.bytes_kernel, (1,), multiplied["few bits"]),
+        "packed bytes": Program(test_dot.quads_kernel, (1,), test_dot.quads_arguments(rng, 8, 64, 64, 8)[0]),
         "attention": Program(test_dot.attention_kernel, (1,), (*attended, empty((8, 16)), 50, 8, 16, 32)),
         "accumulators": Program(test_dot.accumulator_kernel, (1,), (*squares, empty((4, 16, 16)), 2, 16)),
         "reductions": Program(reduced.float_kernel, (1,), (normal(4, 8, 16), *indexed, (4, 8, 16), 1, 64)),

@@ -296,6 +296,38 @@ def test_integer_weights_widened_in_the_kernel(dtype, rng):
 
 
 @triton.jit
+def quads_kernel(a_ptr, x_ptr, b_ptr, out_ptr, rows, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    """Products with b [K/4, N, 4] of a, which is signed, and of x in bytes from 0 to 127, which is computed."""
+    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    left, out = m[:, None] * K + k[None, :], out_ptr + m[:, None] * N + n[None, :]
+    b = b_ptr + ((k >> 2) * (4 * N) + (k & 3))[:, None] + n[None, :] * 4
+    exists = (m < rows)[:, None]
+    tl.store(out, tl.dot(tl.load(a_ptr + left), tl.load(b), out_dtype=tl.int32), exists)
+    positive = (tl.load(x_ptr + left) * 127.0 + 0.5).to(tl.int32) & 127
+    sums = tl.full((M, N), -3, tl.int32)
+    tl.store(out + M * N, tl.dot(positive.to(tl.int8), tl.load(b), sums, out_dtype=tl.int32), exists)
+
+
+def quads_arguments(rng, m, n, k, rows):
+    a, b = rng.integers(-128, 128, (m, k), np.int8), rng.integers(-128, 128, (k, n), np.int8)
+    a[:, :4], b[:4], x = -128, -128, rng.random((m, k), dtype=np.float32)
+    a[0, -4:], b[-4:, 0], x[:, -4:] = 127, 127, 1
+    packed = b.reshape(k // 4, 4, n).swapaxes(1, 2)
+    return (Tensor(a), Tensor(x), Tensor(packed), empty((2, m, n), "int32"), rows, m, n, k), b.astype(int)
+
+
+@pytest.mark.parametrize("m, n, k, rows", [(1, 16, 4, 1), (4, 64, 64, 3), (32, 64, 128, 32), (8, 128, 16, 5)])
+def test_products_of_packed_bytes(m, n, k, rows, rng):
+    arguments, b = quads_arguments(rng, m, n, k, rows)
+    code = quads_kernel[(1,)](*arguments).asm["c"]
+    assert "not dot.quads" not in code.split("kernel_quads")[-1]
+    a, x, _, out = (argument.stored for argument in arguments[:4])
+    positive = (x * np.float32(127) + np.float32(0.5)).astype(int)
+    np.testing.assert_array_equal(out[0, :rows], (a.astype(int) @ b)[:rows])
+    np.testing.assert_array_equal(out[1, :rows], (positive @ b - 3)[:rows])
+
+
+@triton.jit
 def overwritten_operand_kernel(x_ptr, w_ptr, N: tl.constexpr):
     i, j = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :]
     w = tl.load(w_ptr + i * N + j)
