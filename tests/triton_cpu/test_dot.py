@@ -345,19 +345,28 @@ def test_an_operand_whose_memory_is_overwritten_before_the_product(rng):
 
 
 @triton.jit
-def paged_kernel(a_ptr, b_ptr, table_ptr, out_ptr, count, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+def paged_kernel(
+    a_ptr, b_ptr, table_ptr, out_ptr, count, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PART: tl.constexpr
+):  # fmt: skip
+    """PART: of a loop around, what a turn's loop goes over; 0: there is one loop only."""
     m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
     a = tl.load(a_ptr + m[:, None] * K + k[None, :])
+    b = b_ptr + k[:, None] * N + n[None, :]
     largest = tl.full((M,), float("-inf"), tl.float32)
-    for i in range(0, count, 2):
-        block = tl.load(table_ptr + i // 2).to(tl.int64) * K * N
-        b = tl.load(b_ptr + block + k[:, None] * N + n[None, :])
-        largest = tl.maximum(largest, tl.max(tl.dot(a, b), 1))
+    if PART:
+        for start in range(0, count, PART):
+            for i in range(start, tl.minimum(start + PART, count), 2):
+                tile = tl.load(b + tl.load(table_ptr + i // 2).to(tl.int64) * K * N)
+                largest = tl.maximum(largest, tl.max(tl.dot(a, tile), 1))
+    else:
+        for i in range(0, count, 2):
+            tile = tl.load(b + tl.load(table_ptr + i // 2).to(tl.int64) * K * N)
+            largest = tl.maximum(largest, tl.max(tl.dot(a, tile), 1))
     tl.store(out_ptr + m, largest)
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_tiles_named_by_a_table_that_ends_where_memory_does(count, rng):
+@pytest.mark.parametrize("count, part", [(1, 0), (2, 0), (5, 0), (2, 4), (5, 4), (5, 3)])
+def test_tiles_named_by_a_table_that_ends_where_memory_does(count, part, rng):
     """The next turn's tile is fetched ahead: in the last turn there is none, and the table must not be read."""
     memory = mmap.mmap(-1, 2 * mmap.PAGESIZE)
     table = np.frombuffer(memory, np.int32, count, offset=mmap.PAGESIZE - 4 * count)
@@ -367,7 +376,7 @@ def test_tiles_named_by_a_table_that_ends_where_memory_does(count, rng):
     assert protect(table.ctypes.data + 4 * count, mmap.PAGESIZE, 0) == 0
     a, b = rng.standard_normal((4, 32), dtype=np.float32), rng.standard_normal((count, 32, 64), dtype=np.float32)
     out = empty((4,))
-    paged_kernel[(1,)](Tensor(a), Tensor(b), view(table), out, 2 * count - 1, 4, 64, 32)
+    paged_kernel[(1,)](Tensor(a), Tensor(b), view(table), out, 2 * count - 1, 4, 64, 32, part)
     np.testing.assert_allclose(out.stored, (a @ b).max((0, 2)), rtol=1e-5)
 
 
