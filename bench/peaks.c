@@ -7,7 +7,7 @@
 #else
 #define SOME_VALUE(vector) __asm__("" : "+w"(vector))
 #endif
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(64), may_alias));
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4 * LANES), may_alias));
 
 struct arguments { const vec *data; int64_t vectors_per_program; float *sink; int64_t rounds; };
 
