@@ -1,10 +1,12 @@
 """The Triton CPU backend against this machine's limits: `python -m bench.backend [--save bench/results/backend.md]`.
 
-Every round measures the peaks (a C loop that reads memory, one that multiplies and adds) and every kernel once, one
-after the other; the table shows medians over the rounds and their ratios, so that a busy moment hits all alike.
+Every round measures the peaks (C loops that read memory, that multiply and add floats, and integers) and every kernel
+once, one after the other; the table shows medians over the rounds and their ratios, so that a busy moment hits all
+alike.
 
 * GEMV: y = W x with packed bf16 weights, rotating through so many copies that none is in a cache (512 MB).
-* linear: the same kernel at 64 rows, fp32 sums, one weight that stays in the cache.
+* linear: the same kernel at 64 and 512 rows, fp32 sums, one weight that stays in the cache.
+* linear Q4_0: 4-bit weights and activations in int8, as above; the peak is that of integers.
 * launch: the time of a kernel that does nothing: everything bound (a plan of one launch), as a compiled kernel called
   from Python, through Triton's JIT, and inside a long plan.
 * compile: from the decision to compile to a loaded kernel, cold cache, for the kernels of a decoder.
@@ -20,7 +22,7 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from unittest import mock
 
@@ -28,17 +30,31 @@ import numpy as np
 import triton
 from triton.runtime.jit import JITFunction
 
+from bench.markdown import table as markdown_table
 from fastdeploy import triton_cpu
-from fastdeploy.kernels.launch import view
-from fastdeploy.kernels.linear import LinearWeight, linear, packed_shape
+from fastdeploy.kernels.formats import FORMATS, QuantisedWeight
+from fastdeploy.kernels.launch import TensorView, view
+from fastdeploy.kernels.linear import LinearWeight, Weight, linear, packed_shape
+from fastdeploy.kernels.quantised import QuantisedRows, rows_fields
 from fastdeploy.triton_cpu import runtime
 from fastdeploy.triton_cpu.toolchain import toolchain
 
 ROTATION_BYTES = 512 << 20
 READ_BYTES = 256 << 20
 GEMV_SHAPES = ((576, 1536), (576, 3072), (2048, 2048), (2048, 8192), (4096, 4096))  # (K, N)
-LINEAR_SHAPES = ((576, 1536), (576, 3072), (1536, 576), (2048, 2048), (4096, 4096))
-LINEAR_ROWS = 64
+LINEAR_SHAPES = (
+    (576, 1536),
+    (576, 3072),
+    (1536, 576),
+    (1024, 3072),
+    (2048, 2048),
+    (2080, 2048),
+    (3072, 1024),
+    (4096, 4096),
+)
+LINEAR_ROWS = (64, 512)
+INTEGER_SHAPES = ((576, 1536), (1024, 3072), (2048, 2048))
+INTEGER_ROWS = 512
 
 
 @triton.jit
@@ -47,7 +63,7 @@ def nothing(x, n):
 
 
 class Peaks:
-    """The two loops of peaks.c on the kernels' own threads."""
+    """The loops of peaks.c on the kernels' own threads."""
 
     def __init__(self) -> None:
         source = (Path(__file__).parent / "peaks.c").read_text()
@@ -77,6 +93,11 @@ class Peaks:
         """Floating-point operations per second."""
         programs, rounds = 8 * self.threads, 200_000
         return programs * rounds * 12 * self.lanes * 2 / self._run("multiply_add", programs, 0, rounds)
+
+    def integers(self) -> float:
+        """Operations on integers per second: a multiply-add of bytes is two."""
+        programs, rounds = 8 * self.threads, 200_000
+        return programs * rounds * 12 * self.lanes * 4 * 2 / self._run("multiply_add_integers", programs, 0, rounds)
 
 
 def weight(k: int, n: int) -> LinearWeight:
@@ -111,13 +132,23 @@ def gemv(k: int, n: int) -> Callable[[], float]:
     return lambda: copies * k * n * 2 / seconds(plan.replay)
 
 
-def skinny_gemm(k: int, n: int) -> Callable[[], float]:
-    """Operations per second."""
-    w = weight(k, n)
-    x, y = np.ones((LINEAR_ROWS, k), np.float32), np.zeros((LINEAR_ROWS, n), np.float32)
-    repeats = max(1, int(4e9 / (2 * LINEAR_ROWS * k * n)))
+def gemm(x: np.ndarray | QuantisedRows, w: Weight) -> Callable[[], float]:
+    """Operations per second of a linear layer."""
+    y = np.zeros((x.shape[0], w.out_features), np.float32)
+    operations = 2 * y.size * w.in_features
+    repeats = max(1, int(4e9 / operations))
     plan = recorded(lambda: repeat(linear, [(y, x, w)] * repeats))
-    return lambda: repeats * 2 * LINEAR_ROWS * k * n / seconds(plan.replay)
+    return lambda: repeats * operations / seconds(plan.replay)
+
+
+def quantised_weight(k: int, n: int) -> QuantisedWeight:
+    format_ = FORMATS["Q4_0"]
+    return QuantisedWeight(format_, n, k, **ones(format_.fields(n, k)))
+
+
+def ones(fields: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, TensorView]:
+    """Tensors of these shapes and dtypes, by name."""
+    return {name: view(np.ones(shape, dtype)) for name, (shape, dtype) in fields.items()}
 
 
 def launches() -> dict[str, Callable[[], float]]:
@@ -183,9 +214,18 @@ def main() -> None:
 def table(rounds: int) -> str:
     """The report, in Markdown."""
     peaks = Peaks()
-    measured: dict[str, Callable[[], float]] = {"read": peaks.bandwidth, "fma": peaks.arithmetic}
+    measured: dict[str, Callable[[], float]] = {
+        "read": peaks.bandwidth,
+        "fma": peaks.arithmetic,
+        "integers": peaks.integers,
+    }
     measured |= {f"gemv {k} {n}": gemv(k, n) for k, n in GEMV_SHAPES}
-    measured |= {f"linear {k} {n}": skinny_gemm(k, n) for k, n in LINEAR_SHAPES}
+    for rows in LINEAR_ROWS:
+        for k, n in LINEAR_SHAPES:
+            measured[f"linear {rows} {k} {n}"] = gemm(np.ones((rows, k), np.float32), weight(k, n))
+    for k, n in INTEGER_SHAPES:
+        x = QuantisedRows(**ones(rows_fields(INTEGER_ROWS, k)))
+        measured[f"Q4_0 {k} {n}"] = gemm(x, quantised_weight(k, n))
     measured |= launches()
     samples: dict[str, list[float]] = {name: [] for name in measured}
     for _ in range(rounds):
@@ -194,16 +234,24 @@ def table(rounds: int) -> str:
     medians = {name: statistics.median(values) for name, values in samples.items()}
     compiled = compile_times()
     slowest = max(compiled, key=lambda pair: pair[1])
-    rows = [
+    lines = [
         ("memory read, C loop", f"{medians['read'] / 1e9:.1f} GB/s", "100%"),
         ("fp32 multiply-add, C loop", f"{medians['fma'] / 1e9:.0f} GFLOP/s", "100%"),
+        ("int8 multiply-add, C loop", f"{medians['integers'] / 1e9:.0f} GOP/s", "100%"),
         *[
             throughput(f"GEMV bf16 K={k} N={n}", medians[f"gemv {k} {n}"], medians["read"], "GB/s")
             for k, n in GEMV_SHAPES
         ],
         *[
-            throughput(f"linear M={LINEAR_ROWS} K={k} N={n}", medians[f"linear {k} {n}"], medians["fma"], "GFLOP/s")
+            throughput(f"linear M={rows} K={k} N={n}", medians[f"linear {rows} {k} {n}"], medians["fma"], "GFLOP/s")
+            for rows in LINEAR_ROWS
             for k, n in LINEAR_SHAPES
+        ],
+        *[
+            throughput(
+                f"linear Q4_0 M={INTEGER_ROWS} K={k} N={n}", medians[f"Q4_0 {k} {n}"], medians["integers"], "GOP/s"
+            )
+            for k, n in INTEGER_SHAPES
         ],
         *[(name, f"{value * 1e6:.2f} us", "") for name, value in medians.items() if "programs" in name],
         (f"compile, median of {len(compiled)} kernels", f"{statistics.median(t for _, t in compiled):.2f} s", ""),
@@ -211,8 +259,7 @@ def table(rounds: int) -> str:
     ]
     command = " ".join(["python -m bench.backend", *sys.argv[1:]])
     head = f"# The Triton CPU backend\n\n{machine()}. `{command}`, medians of {rounds} interleaved rounds.\n\n"
-    lines = ["| what | measured | of this run's peak |", "| --- | ---: | ---: |"]
-    return head + "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows]) + "\n"
+    return head + markdown_table(("what", "measured", "of this run's peak"), lines) + "\n"
 
 
 def throughput(name: str, rate: float, peak: float, unit: str) -> tuple[str, str, str]:

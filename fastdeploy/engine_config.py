@@ -42,7 +42,7 @@ class EngineConfig:
     gpu_memory_utilization: share of a GPU's memory that may be used, weights included. Without effect on a CPU.
     dtype: what float weights are stored in; "auto" is the checkpoint's own. On a CPU all sums are float32.
     kv_cache_dtype: what keys and values are stored in. "auto": as `dtype` says, bfloat16 for a quantised file; "int8"
-        where a CPU computes linear layers in integers, see `quantization`.
+        where a CPU computes linear layers in integers, see `quantization`, and keys have no bias.
         "int8": with a float32 scale for each token and KV head, in about half the memory of bfloat16. CPUs then compute
         attention in integers, too, long prompts in less than half the time.
     quantization: in what precision linear layers compute. None: in floats, whatever the checkpoint holds.

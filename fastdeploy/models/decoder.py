@@ -205,10 +205,11 @@ class Decoder:
 
     def cache_dtype(self, kv_cache_dtype: str) -> str:
         """What the KV cache is stored in. "auto" is what float weights are stored in, or int8 where a CPU multiplies
-        the weights that it meets in integers, too: keys and values then lose less than activations do."""
+        the weights that it meets in integers, too: keys and values then lose less than activations do. Not where keys
+        have a bias: it may be large in a few elements, with which the others share a scale (Qwen2)."""
         if kv_cache_dtype != "auto":
             return kv_cache_dtype
-        in_integers = self.mode.int8_activations and not self.all_floats
+        in_integers = self.mode.int8_activations and not self.all_floats and not self.biases().qkv
         return "int8" if in_integers and target().is_cpu and self.heads.head_dim % 16 == 0 else self.dtype
 
     def cache_bytes_per_block(self, block_size: int, kv_cache_dtype: str = "auto") -> int:

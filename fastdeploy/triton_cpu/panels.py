@@ -69,7 +69,10 @@ def rows_of_columns(context: Context, loop: Op) -> list[Value]:
 def panel_pays(context: Context, loop: Op) -> bool:
     """Do columns take more than a block of rows reads from a panel in as much time? (M = 48, K = 1024, 6 rows a block:
     Q4_0 and Q4_1 without a panel 715 and 730 GOP/s, with one 675 and 645; Q8_0 530, 642.)"""
-    rights = [op.operands[1] for op in loop.regions[0].ops if op.name == "tt.dot"]
+    dots = [op for op in loop.regions[0].ops if op.name == "tt.dot"]
+    if any(dot.result.type.element != "i32" for dot in dots):
+        return False
+    rights = [dot.operands[1] for dot in dots]
     if context.lanes < 16 or any(range_of(right)[0] < 0 for right in rights):
         return True
 

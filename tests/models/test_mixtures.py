@@ -32,7 +32,8 @@ def load(source, quantization):
 
 
 def logits(source, quantization):
-    return Steps(load(source, quantization)).run((0, 0, prompts(MIXTURES["ernie moe"])[-1]))
+    """Keys and values are floats: a router may tip over for less than they lose in int8."""
+    return Steps(load(source, quantization), "float32").run((0, 0, prompts(MIXTURES["ernie moe"])[-1]))
 
 
 def feed_forward(model):
@@ -88,8 +89,7 @@ def test_gate_and_up_in_two_formats_keep_both(quantization, quantised_gguf):
     expected, found = logits(source, None), logits(source, quantization)
     if quantization == "exact":
         np.testing.assert_array_equal(found, expected)
-    errors = np.sqrt(np.mean((found - expected) ** 2, axis=1))  # of a token: of a few the router chooses other experts
-    assert np.quantile(errors, 0.9) < 0.1 * expected.std()
+    assert np.sqrt(np.mean((found - expected) ** 2)) < 0.1 * expected.std()
 
 
 @pytest.mark.parametrize("quantization, storage", [("wint8", "Q8_0"), ("wint4", "Q4_1"), ("w8a8", "Q8_0")])
