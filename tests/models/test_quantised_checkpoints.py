@@ -103,7 +103,8 @@ def test_weights_that_read_the_same_may_have_orders_of_their_own(change, quantiz
 def test_a_row_in_an_order_has_the_same_bits_alone(tmp_path):
     write(tmp_path, *CASES["gptq, act order"])
     together = logits(tmp_path, "auto")
-    steps = Steps(load_model(open_checkpoint(tmp_path), open_device(), "auto", 64, "auto", progress=False))
+    model = load_model(open_checkpoint(tmp_path), open_device(), "auto", 64, "auto", progress=False)
+    steps = Steps(model, "float32")
     alone = np.concatenate([steps.run((0, index, [token])) for index, token in enumerate(IDS)])
     np.testing.assert_array_equal(alone, together)
 
