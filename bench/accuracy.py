@@ -10,8 +10,8 @@ distribution over the next one, by the reference, p, and by the candidate, q:
     loss    = mean of -log q(the token that follows), and that of the reference
 
 A quantised file is compared with itself at float32 activations ("exact"), a float checkpoint with its own floats
-(None). Both sides keep their KV cache in the same type, unless a candidate names another. The texts are in bench/texts;
-the code is our own scheduler.
+(None). A KV cache is of the type that its model has by default ("auto": int8, and attention in integers), unless a
+candidate names another. The texts are in bench/texts; the code is our own scheduler.
 
 Where the model is a quantised file there are three: the file, and two of bfloat16 weights made of it, for quantising
 while loading. The file's values would do too well there, as they lie on 4-bit grids. So the dimensions of its residual
@@ -204,7 +204,7 @@ def main() -> None:
     tokenizer = load_tokenizer(checkpoint)
     rows, floats = [], [checkpoint]
     if any(checkpoint.storage(name) not in DTYPES for name in checkpoint.names()):
-        rows += compare(checkpoint, tokenizer, "exact", ["auto", "None", "exact::int8"])
+        rows += compare(checkpoint, tokenizer, "exact", ["auto", "auto::bfloat16", "None", "exact::int8"])
         floats = [permuted(checkpoint), rotated(checkpoint)]
     for other in map(open_checkpoint, chosen.types):
         rows += compare(other, load_tokenizer(other), "exact", ["auto"])
@@ -212,7 +212,7 @@ def main() -> None:
         rows += compare(probe, tokenizer, "None", ["wint8", "w8a8", "wint4", "w4a8", "wint4:::nearest", "None::int8"])
     header = ["weights", "candidate", "against", "text", "tokens", "KL", "KL, 99th percentile", "same", "loss"]
     header.append("its reference's")
-    facts = conditions(f"{checkpoint.path.name}, KV cache in {checkpoint.config.dtype}", *NOTES)
+    facts = conditions(f"{checkpoint.path.name}; KV cache in {checkpoint.config.dtype}, of auto in int8", *NOTES)
     publish("Accuracy of quantised computation", table(header, rows), facts, chosen.save)
 
 
