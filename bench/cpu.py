@@ -43,7 +43,7 @@ STEPS, REQUESTS, LONG = 64, 64, 4096
 ONE, EIGHT, PROMPT = (case.name for case in standard_cases(STEPS))
 LONG_PROMPT, LOAD, MEMORY = f"prefill of {LONG}", "offline load", "peak memory, MiB"
 OURS, RIVALS = "fastdeploy", ("llama_cpp", "openvino")
-FORMAT = re.compile(r"(.+?)[-.]((?:IQ|Q|MXFP)\d\w*)")  # of a file's name without its suffix
+FORMAT = re.compile(r"(.+?)[-.]((?:IQ|Q|MXFP)\d\w*)", re.IGNORECASE)  # of a file's name without its suffix
 HOST_GOALS = {1: 0.3, 64: 1.5}  # most milliseconds of a decode step outside its kernels, by batch
 SMALL = 200e6  # parameters
 # Least ratio of our speed to the fastest peer's; most of our memory to llama.cpp's.
@@ -73,10 +73,15 @@ class Model:
 
 @dataclass
 class Measured:
-    """What a model's cases gave. peaks: MiB by engine and format, as results have them ("llama_cpp Q4_0")."""
+    """What a model's cases gave.
+
+    peaks: MiB by engine and format, as results have them ("llama_cpp Q4_0"). bandwidth: bytes a second of a loop that
+    only reads. left_out: who did not run, and why.
+    """
 
     results: Results = field(default_factory=Results)
     peaks: dict[str, float] = field(default_factory=dict)
+    bandwidth: float = float("nan")
     versions: dict[str, None] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
 
@@ -91,10 +96,10 @@ class Measured:
         return max(medians, key=medians.__getitem__) if medians else None
 
 
-def grouped(paths: Sequence[str]) -> list[Model]:
+def grouped(paths: Iterable[Path]) -> list[Model]:
     """Files by model, in the order given."""
     found: list[tuple[str, str, Path]] = []
-    for path in (open_checkpoint(name).path for name in paths):
+    for path in paths:
         match = FORMAT.fullmatch(path.stem)
         found.append((match[1], match[2], path) if match else (path.stem, "as-it-is", path))
     groups = groupby(found, key=lambda each: each[0])
@@ -105,20 +110,23 @@ def run(
     found: Measured, model: Model, engines: Iterable[tuple[str, str]], cases: Sequence[Case | Load], rounds: int,
     options: argparse.Namespace,
 ) -> None:  # fmt: skip
-    """These cases on all (engine, format), which are started anew: they set memory aside for what is to come."""
+    """These cases on all (engine, format), which are started anew: they set memory aside for what is to come.
+
+    A peer that does not start is left out: it can't read every file. RuntimeError where ours does not.
+    """
     loads = [case for case in cases if isinstance(case, Load)]
     sequences, length = (0, LONGEST) if loads else needed([case for case in cases if isinstance(case, Case)])
-    variables = {"FASTDEPLOY_INSTRUCTION_SET": options.instruction_set} if options.instruction_set else {}
     with ExitStack() as stack:
         workers = []
         for engine, format in engines:
             at_a_time = sequences or int(AT_A_TIME[engine].rpartition(":")[2])
             own = argparse.Namespace(**{**vars(options), "model": str(model.files[format])})
             try:
-                worker = Worker(PEERS[engine], own, at_a_time, length, variables)
+                worker = Worker(PEERS[engine], own, at_a_time, length)
             except RuntimeError as error:
-                reason = str(error).split("\n")[0] if "no environment" in str(error) else "can't read it"
-                found.left_out.append(f"{engine}, {model.name} {format}: {reason}")
+                if engine == OURS:
+                    raise
+                found.left_out.append(f"{engine}, {model.name} {format}: {str(error).strip().splitlines()[-1]}")
                 continue
             stack.callback(worker.close)
             worker.name = f"{engine} {format}"
@@ -131,14 +139,17 @@ def run(
             found.peaks.setdefault(worker.name, worker.peak_mebibytes())  # of the first run: the standard cases
 
 
-def compare(model: Model, options: argparse.Namespace) -> Measured:
+def compare(model: Model, peaks: Peaks, options: argparse.Namespace) -> Measured:
     """All cases of a model."""
     found, ours = Measured(), [(OURS, format) for format in model.files]
-    peers = [(engine, format) for engine in RIVALS for format in model.files]
+    present = [engine for engine in RIVALS if (options.environments / engine).exists()]
+    found.left_out += [f"{engine}: no environment" for engine in RIVALS if engine not in present]
+    peers = [(engine, format) for engine in present for format in model.files]
+    found.bandwidth = statistics.median(peaks.bandwidth() for _ in range(9))
     run(found, model, ours + peers, standard_cases(STEPS), options.rounds, options)
 
     def fastest(case: str) -> list[tuple[str, str]]:
-        best = [(engine, found.best(case, engine)) for engine in RIVALS]
+        best = [(engine, found.best(case, engine)) for engine in present]
         return ours + [(engine, format) for engine, format in best if format]
 
     if options.long_rounds:
@@ -149,9 +160,9 @@ def compare(model: Model, options: argparse.Namespace) -> Measured:
     return found
 
 
-def written(model: Model, found: Measured, bandwidth: float, options: argparse.Namespace) -> str:
+def written(model: Model, found: Measured, instruction_set: str | None = None) -> str:
     """A model's table: a row for each case and format of ours."""
-    goals = HELD_GOALS if options.instruction_set else SMALL_GOALS if model.parameters() < SMALL else GOALS
+    goals = HELD_GOALS if instruction_set else SMALL_GOALS if model.parameters() < SMALL else GOALS
     rows = []
     for case in (case for case in goals if case in found.results.values):
         best = {peer: found.best(case, peer) for peer in RIVALS}
@@ -166,7 +177,7 @@ def written(model: Model, found: Measured, bandwidth: float, options: argparse.N
     for format, rates in found.rates(ONE, OURS).items():
         rate = model.weight_bytes(format) * statistics.median(rates)
         goal = 0.9 if goals is GOALS else None
-        share = rate / bandwidth
+        share = rate / found.bandwidth
         rows.append(judged("file read at batch 1, GB/s", format, f"{rate / 1e9:.1f}", ["", ""], share, goal))
     return table([model.name, "format", OURS, *RIVALS, "ratio", "goal", ""], rows)
 
@@ -216,7 +227,6 @@ def float32(model: Model, options: argparse.Namespace) -> tuple[str, Measured]:
 
 def host_time(model: Model, options: argparse.Namespace) -> str:
     """A table of what a step of greedy requests costs outside its kernels."""
-    os.environ["FASTDEPLOY_NUM_THREADS"] = str(options.threads)
     path = str(next(iter(model.files.values())))
     with LLM(path, quantization="auto", max_num_seqs=max(HOST_GOALS), max_model_len=host.MAX_MODEL_LEN) as llm:
         stopwatch, source = host.Stopwatch(), random.Random(0)
@@ -251,11 +261,14 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
-    models = grouped(options.models)
+    os.environ["FASTDEPLOY_NUM_THREADS"] = str(options.threads)  # of this process's peaks, and of the workers
+    if options.instruction_set:
+        os.environ["FASTDEPLOY_INSTRUCTION_SET"] = options.instruction_set
+    models = grouped(open_checkpoint(name).path for name in options.models)
     peaks = Peaks()
-    bandwidth = statistics.median(peaks.bandwidth() for _ in range(9))
-    all_found = [compare(model, options) for model in models]
-    tables = [written(model, found, bandwidth, options) for model, found in zip(models, all_found, strict=True)]
+    all_found = [compare(model, peaks, options) for model in models]
+    bandwidths = ", ".join(f"{found.bandwidth / 1e9:.1f}" for found in all_found)
+    tables = [written(model, found, options.instruction_set) for model, found in zip(models, all_found, strict=True)]
     if options.float32:
         text, found = float32(models[0], options)
         tables.append(text)
@@ -273,8 +286,8 @@ def main() -> None:
         f"offline load: {REQUESTS} requests, prompts of {'-'.join(map(str, PROMPT_LENGTHS))} tokens, outputs of "
         f"{'-'.join(map(str, OUTPUT_LENGTHS))}, uniform, seed {SEED}; most at a time: {at_a_time}",
         "ratio: our speed to that of the fastest peer in its best format; our memory to llama.cpp's in the same format;"
-        f" what we read to what a loop reads that does nothing else, {bandwidth / 1e9:.1f} GB/s",
-        *[f"left out: {why}" for found in all_found for why in found.left_out],
+        f" what we read to what a loop reads that does nothing else, {bandwidths} GB/s before each model",
+        *dict.fromkeys(f"left out: {why}" for found in all_found for why in found.left_out),
         disturbed([value for found in all_found for value in found.results.disturbance]),
     )
     title = f"Models on a CPU{' with ' + options.instruction_set if options.instruction_set else ''}: the goals"
