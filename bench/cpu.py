@@ -264,7 +264,7 @@ def main() -> None:
     os.environ["FASTDEPLOY_NUM_THREADS"] = str(options.threads)  # of this process's peaks, and of the workers
     if options.instruction_set:
         os.environ["FASTDEPLOY_INSTRUCTION_SET"] = options.instruction_set
-    models = grouped(open_checkpoint(name).path for name in options.models)
+    models = grouped(open_checkpoint(name).path.absolute() for name in options.models)
     peaks = Peaks()
     all_found = [compare(model, peaks, options) for model in models]
     bandwidths = ", ".join(f"{found.bandwidth / 1e9:.1f}" for found in all_found)
