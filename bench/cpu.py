@@ -85,6 +85,14 @@ class Measured:
     versions: dict[str, None] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
 
+    def add(self, workers: Sequence[Worker], results: Results) -> None:
+        """What these workers have done. Their peaks count once: in the first run, the standard cases."""
+        self.results.values |= results.values
+        self.results.disturbance += results.disturbance
+        self.versions |= dict.fromkeys(str(worker.facts["engine"]) for worker in workers)
+        for worker in workers:
+            self.peaks.setdefault(worker.name, worker.peak_mebibytes())
+
     def rates(self, case: str, engine: str) -> dict[str, list[float]]:
         """The rates of an engine, by format."""
         found = self.results.values.get(case, {})
@@ -131,12 +139,7 @@ def run(
             stack.callback(worker.close)
             worker.name = f"{engine} {format}"
             workers.append(worker)
-        results = measure(workers, cases, rounds, model.vocabulary)
-        found.results.values |= results.values
-        found.results.disturbance += results.disturbance
-        found.versions |= dict.fromkeys(str(worker.facts["engine"]) for worker in workers)
-        for worker in workers:
-            found.peaks.setdefault(worker.name, worker.peak_mebibytes())  # of the first run: the standard cases
+        found.add(workers, measure(workers, cases, rounds, model.vocabulary))
 
 
 def compare(model: Model, peaks: Peaks, options: argparse.Namespace) -> Measured:
@@ -213,10 +216,7 @@ def float32(model: Model, options: argparse.Namespace) -> tuple[str, Measured]:
             workers = [Worker(f"{name}:float32", own, sequences, length) for name in (OURS, "vllm")]
             for worker in workers:
                 stack.callback(worker.close)
-            results = measure(workers, cases, rounds, model.vocabulary)
-            found.results.values |= results.values
-            found.results.disturbance += results.disturbance
-            found.versions |= dict.fromkeys(str(worker.facts["engine"]) for worker in workers)
+            found.add(workers, measure(workers, cases, rounds, model.vocabulary))
     rows = []
     for case, values in found.results.values.items():
         ours, theirs = values.values()

@@ -44,7 +44,7 @@ class EngineConfig:
     kv_cache_dtype: what keys and values are stored in. "auto": as `dtype` says, bfloat16 for a quantised file; "int8"
         where a CPU computes linear layers in integers, see `quantization`, and keys have no bias.
         "int8": with a float32 scale for each token and KV head, in about half the memory of bfloat16. CPUs then compute
-        attention in integers, too, long prompts in less than half the time.
+        attention in integers, too, which takes long prompts less than half the time.
     quantization: in what precision linear layers compute. None: in floats, whatever the checkpoint holds.
         "auto": weights that the checkpoint has quantised stay so, at their own size, and meet activations in integers
         on a CPU, in floats on a GPU; float weights stay floats. Beside dtype="float32" it is None: what was asked for

@@ -216,9 +216,7 @@ def _attention_kernel(
     num_decodes, num_seqs, max_blocks, log2_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BY_TOKEN: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, FLAT: tl.constexpr,
-    IN_INTEGERS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    DECODE: tl.constexpr, EARLY: tl.constexpr,
+    IN_INTEGERS: tl.constexpr, BLOCK_M: tl.constexpr, DECODE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one KV head, over all its splits. DECODE: a tile is one sequence's only token."""
     wait_for_inputs(EARLY)
@@ -263,8 +261,7 @@ def _split_kernel(
     partials, qkv, k_cache, v_cache, k_scales, v_scales, context_lens, block_tables, num_splits, max_blocks, log2_scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BY_TOKEN: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, FLAT: tl.constexpr,
-    IN_INTEGERS: tl.constexpr,
-    BLOCK_M: tl.constexpr, EARLY: tl.constexpr,
+    IN_INTEGERS: tl.constexpr, BLOCK_M: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One split of one decode and KV head: its state to partials [decodes, H, num_splits, D + 2]."""
     wait_for_inputs(EARLY)

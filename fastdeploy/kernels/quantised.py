@@ -8,7 +8,7 @@ Then all products are of integers, which sum up exactly, and the scales are appl
 
 Where int8 is too coarse, xq takes 16 bits: it is 128 high + low, two int8, with |high| <= 127 and -64 <= low < 64. Both
 meet the same weights, which are read once: as fast as int8 where memory is the bound, 1.6 times its time where
-arithmetic is. (Neither is ever -128: AVX2 moves the signs of weights to them.)
+arithmetic is.
 
 Activations that stay floats meet the weights as the floats that these formulas give: what a float32 `LinearWeight` of
 the same numbers computes, bit by bit on a CPU, from a sixth or a quarter of the bytes.
@@ -338,7 +338,7 @@ def tiles(target: Target, rows: int, int8_activations: bool) -> dict[str, int]:
     On a CPU a program of a few rows has one tile of weights, which it reads as they lie in memory; of many rows two,
     which share what a program costs besides its products (512 rows, K = 576: 276 GOP/s, with 16 x 16 tiles 250). Of
     floats one row has two, as one sum would wait for itself (N = 8192, K = 2048: Q4_1 0.99 ms on a core, so 0.55). Rows
-    that don't exist are not computed: registers.py has blocks of 5 rows by two tiles of weights, of 8 or 11 by one.
+    that don't exist are not computed: registers.py has blocks of 5 or 6 rows by two tiles of weights, 8 or 11 by one.
     """
     if target.is_cpu:
         if rows <= 8 or 11 < rows <= 16:

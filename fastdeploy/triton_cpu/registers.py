@@ -201,9 +201,9 @@ def _others(loop: Op, tiles: list[_Sums]) -> list[tuple[Value, Value, Value]]:
 
 
 def _panel(context: Context, loop: Op, tiles: list[_Sums], columns: list[Term], m: int, rows: int) -> Panel | None:
-    """A filled panel for the loop, if that pays and can be."""
+    """A filled panel for a loop in which one pays, if it can be."""
     dots, others = [op for op in loop.regions[0].ops if op.name == "tt.dot"], _others(loop, tiles)
-    if any(dot.result.type.element != "i32" or dot.operands[1].type.shape[0] > LONGEST_RUN for dot in dots):
+    if any(dot.operands[1].type.shape[0] > LONGEST_RUN for dot in dots):
         return None
     if loop.text.startswith("scf.for unsigned") or any(context.holds_addresses(first) for _, first, _ in others):
         return None
