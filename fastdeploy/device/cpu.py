@@ -22,10 +22,17 @@ from fastdeploy.device import (
     field_offsets,
     host_fields,
 )
-from fastdeploy.device.host import ask_for_huge_pages, available_memory, has_huge_pages, release_pages_after
+from fastdeploy.device.host import (
+    ask_for_huge_pages,
+    available_memory,
+    has_huge_pages,
+    release_free_memory,
+    release_library_pages,
+    release_pages_after,
+)
 from fastdeploy.device.paddle_core import HostTensor
 from fastdeploy.kernels.launch import ITEM_SIZES, TensorView, cdiv, view
-from fastdeploy.triton_cpu import runtime
+from fastdeploy.triton_cpu import runtime, toolchain
 from fastdeploy.triton_cpu.compiler import CPUBackend
 
 
@@ -96,6 +103,8 @@ class CPUDevice(Device):
         self._ranks = ranks
         self._weights = HugePages()
         release_pages_after("importing Paddle")
+        # Triton leaves 25 MB of its library's pages behind with every kernel.
+        toolchain.while_compiling(release_library_pages, release_free_memory)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> HostTensor:
         return HostTensor(shape, dtype)

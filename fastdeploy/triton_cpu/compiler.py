@@ -185,7 +185,7 @@ def make_c(module: Any, metadata: dict[str, Any], options: CPUOptions) -> str:
     return generated.text
 
 
-@functools.lru_cache(32)
+@functools.lru_cache(8)  # 100 KB each
 def _machine_code(source: str, fingerprint: str) -> bytes:
     """Configurations of an autotuner often differ in what means nothing here, and their C not at all."""
     return toolchain().compile(source)

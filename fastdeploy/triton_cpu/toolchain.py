@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,12 +81,26 @@ class Toolchain:
             command = [*self.compiler, *(flags or self.flags), "-shared", "-fPIC"]
             command += ["-o", str(library), str(code), "-lm", "-pthread"]
             environment = os.environ | {"TMPDIR": folder, "LC_ALL": "C"}
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            if done.returncode and os.strerror(errno.ENOSPC) in done.stderr:
+            with subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+            ) as process:
+                for action in _meanwhile:
+                    action()
+                _, errors = process.communicate()
+            if process.returncode and os.strerror(errno.ENOSPC) in errors:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
-            if done.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[:4000]}")
+            if process.returncode:
+                raise RuntimeError(f"{' '.join(command)} failed:\n{errors[:4000]}")
             return library.read_bytes()
+
+
+_meanwhile: tuple[Callable[[], None], ...] = ()
+
+
+def while_compiling(*actions: Callable[[], None]) -> None:
+    """Have these called each time that the compiler, a process of its own, is at work; no others than these."""
+    global _meanwhile
+    _meanwhile = actions
 
 
 @contextmanager

@@ -22,6 +22,15 @@ def doubled(out, x, count):
     launch(_double_kernel, (triton.cdiv(count, 64),), out, x, count, BLOCK=64)
 
 
+def test_of_a_launched_kernel_the_machine_code_is_kept_and_no_text():
+    x, out = np.arange(64, dtype=np.float32), np.zeros((2, 64), np.float32)
+    for row in out:  # the second is launched past Triton's JIT
+        doubled(row, x, 64)
+    np.testing.assert_array_equal(out, [x * 2, x * 2])
+    kernels = [kernel for kernel, _ in launch_module._compiled.values() if kernel.src.fn is _double_kernel]
+    assert kernels and not any(kernel.asm for kernel in kernels)
+
+
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "int64", "float16", "float32", "float64", "bool"])
 def test_view_of_numpy(dtype):
     array = np.zeros((3, 5), dtype)

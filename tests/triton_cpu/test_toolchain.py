@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from fastdeploy.triton_cpu import runtime
+from fastdeploy.triton_cpu import runtime, toolchain
 from fastdeploy.triton_cpu.toolchain import Toolchain
 
 from .arrays import run_module
@@ -23,6 +23,25 @@ def test_each_compiler_is_given_the_flags_that_it_knows_and_needs(version, is_gc
     compiler.chmod(0o755)
     flags = Toolchain((str(compiler),), "baseline").flags
     assert ("-fno-tree-pre" in flags, "-femulated-tls" in flags) == (is_gcc, not is_gcc)
+
+
+WAITS = """#!/bin/sh
+while [ "$1" != -o ]; do shift; done
+for turn in $(seq 100); do
+    [ -e "$0.tidied" ] && echo compiled > "$2" && exit
+    sleep 0.1
+done
+exit 1
+"""
+
+
+def test_actions_are_called_while_the_compiler_is_at_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(toolchain, "_meanwhile", ())
+    compiler = tmp_path / "cc"
+    compiler.write_text(WAITS)
+    compiler.chmod(0o755)
+    toolchain.while_compiling((tmp_path / "cc.tidied").touch)
+    assert Toolchain((str(compiler),), "baseline").compile("", "-O0") == b"compiled\n"
 
 
 def test_programs_compiled_by_clang(tmp_path):
