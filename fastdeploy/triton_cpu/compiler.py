@@ -191,6 +191,11 @@ def _machine_code(source: str, fingerprint: str) -> bytes:
     return toolchain().compile(source)
 
 
+def num_compiled() -> int:
+    """Kernels that the C compiler was started for in this process."""
+    return _machine_code.cache_info().misses
+
+
 def make_so(source: str, metadata: dict[str, Any]) -> bytes:
     try:
         return _machine_code(source, toolchain().fingerprint())
