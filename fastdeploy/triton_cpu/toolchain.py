@@ -27,11 +27,14 @@ _GCC_FLAGS = ("-fno-tree-pre",)
 # clang 14 keeps zeros in zmm16-31 across __tls_get_addr, which may overwrite them at a thread's first use of a tile
 # (NaN in attention's padded lanes, now and then). An emulated thread-local variable is had by an ordinary call.
 _CLANG_FLAGS = ("-femulated-tls",)
-# Vector instruction sets by name: (lanes of a float vector, flags, features that /proc/cpuinfo must list)
+# -march=x86-64-v3 without two instructions that no kernel has; gcc knows it from 11 on only, clang from 12 on.
+_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt", "-mpopcnt", "-mmovbe")
+# Vector instruction sets by name: (lanes of a float vector, flags, features that /proc/cpuinfo must list and under
+# these flags the compiler)
 _INSTRUCTION_SETS = {
     "avx512": (16, ("-march=native", "-mprefer-vector-width=512"), {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
-    "avxvnni": (8, ("-march=x86-64-v3", "-mavxvnni"), {"avx2", "fma", "f16c", "avx_vnni"}),
-    "avx2": (8, ("-march=x86-64-v3",), {"avx2", "fma", "f16c"}),
+    "avxvnni": (8, (*_AVX2, "-mavxvnni"), {"avx2", "fma", "f16c", "avx_vnni"}),
+    "avx2": (8, _AVX2, {"avx2", "fma", "f16c"}),
     "baseline": (4, (), set()),
 }
 
@@ -120,7 +123,7 @@ def _workspace() -> Iterator[str]:
 
 @functools.lru_cache(None)
 def toolchain() -> Toolchain:
-    """The compiler named by $CC, or the first of gcc, clang and cc; the widest vectors that this CPU has.
+    """The compiler named by $CC, or the first of gcc, clang and cc; the widest vectors that it and this CPU have.
 
     $FASTDEPLOY_INSTRUCTION_SET (avx512, avxvnni, avx2, baseline) narrows the vectors, for tests and comparisons.
     """
@@ -128,7 +131,7 @@ def toolchain() -> Toolchain:
     for command in [wanted] if wanted else ["gcc", "clang", "cc"]:
         program, *arguments = shlex.split(command)
         if path := shutil.which(program):
-            return Toolchain((path, *arguments), _instruction_set())
+            return Toolchain((path, *arguments), _instruction_set((path, *arguments)))
     missing = f"CC={wanted!r} was not" if wanted else "none of gcc, clang, cc was"
     raise CompilerNotFound(
         f"Triton kernels are compiled for this CPU by a C compiler, and {missing} found. "
@@ -136,15 +139,22 @@ def toolchain() -> Toolchain:
     )
 
 
-def _instruction_set() -> str:
+def _instruction_set(compiler: tuple[str, ...]) -> str:
     wanted = os.environ.get("FASTDEPLOY_INSTRUCTION_SET")
     if wanted and wanted not in _INSTRUCTION_SETS:
         raise ValueError(f"FASTDEPLOY_INSTRUCTION_SET={wanted!r} is none of {', '.join(_INSTRUCTION_SETS)}")
-    features = _cpu_features()
-    possible = [name for name, (_, _, needed) in _INSTRUCTION_SETS.items() if needed <= features]
-    if wanted and wanted not in possible:
-        raise ValueError(f"FASTDEPLOY_INSTRUCTION_SET={wanted!r}, but this CPU has no {wanted}")
-    return wanted or possible[0]
+    for name in [wanted] if wanted else _INSTRUCTION_SETS:
+        needed = _INSTRUCTION_SETS[name][2]
+        on_cpu = needed <= _cpu_features()
+        if on_cpu and _defined_for(needed) <= _macros((*compiler, *Toolchain(compiler, name).flags)):
+            return name
+    lacks = "compiler does not know" if on_cpu else "CPU has no"
+    raise ValueError(f"FASTDEPLOY_INSTRUCTION_SET={wanted!r}, but this {lacks} {wanted}")
+
+
+def _defined_for(features: set[str]) -> set[str]:
+    """The macros by which a compiler says that it uses these features: avx_vnni -> __AVXVNNI__."""
+    return {f"__{feature.replace('_', '').upper()}__" for feature in features}
 
 
 @functools.lru_cache(None)

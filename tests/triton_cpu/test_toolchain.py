@@ -16,13 +16,45 @@ GCC = "cc (Debian 12.2.0-14) 12.2.0\nCopyright (C) 2022 Free Software Foundation
 CLANG = "Debian clang version 14.0.6\nTarget: x86_64-pc-linux-gnu"
 
 
+def written(path, script):
+    """A program of this text; returns its path."""
+    path.write_text(script)
+    path.chmod(0o755)
+    return str(path)
+
+
 @pytest.mark.parametrize("version, is_gcc", [(GCC, True), (CLANG, False)], ids=["gcc", "clang"])
 def test_each_compiler_is_given_the_flags_that_it_knows_and_needs(version, is_gcc, tmp_path):
-    compiler = tmp_path / "cc"
-    compiler.write_text(f"#!/bin/sh\necho '{version}'\n")
-    compiler.chmod(0o755)
-    flags = Toolchain((str(compiler),), "baseline").flags
+    compiler = written(tmp_path / "cc", f"#!/bin/sh\necho '{version}'\n")
+    flags = Toolchain((compiler,), "baseline").flags
     assert ("-fno-tree-pre" in flags, "-femulated-tls" in flags) == (is_gcc, not is_gcc)
+
+
+KNOWS_NO_AVX_VNNI = """#!/bin/sh
+case "$*" in
+    *--version*) echo "gcc (GCC) 10.2.1, Free Software Foundation" ;;
+    *-mavxvnni*) echo "cc: error: unrecognized command-line option '-mavxvnni'" >&2; exit 1 ;;
+    *-mavx2*) for name in AVX2 FMA F16C; do echo "#define __${name}__ 1"; done ;;
+esac
+"""
+
+
+@pytest.fixture
+def old_compiler(tmp_path, monkeypatch):
+    """$CC, which has no flag for AVX-VNNI, on a CPU that has it and no AVX-512."""
+    monkeypatch.setattr(toolchain, "_cpu_features", lambda: {"avx2", "fma", "f16c", "avx_vnni"})
+    monkeypatch.delenv("FASTDEPLOY_INSTRUCTION_SET", raising=False)
+    monkeypatch.setenv("CC", written(tmp_path / "cc", KNOWS_NO_AVX_VNNI))
+
+
+def test_an_instruction_set_that_the_compiler_does_not_know_is_not_chosen(old_compiler):
+    assert toolchain.toolchain.__wrapped__().instruction_set == "avx2"
+
+
+def test_to_ask_for_an_instruction_set_that_the_compiler_does_not_know_is_an_error(old_compiler, monkeypatch):
+    monkeypatch.setenv("FASTDEPLOY_INSTRUCTION_SET", "avxvnni")
+    with pytest.raises(ValueError, match="'avxvnni', but this compiler does not know avxvnni"):
+        toolchain.toolchain.__wrapped__()
 
 
 WAITS = """#!/bin/sh
@@ -37,11 +69,9 @@ exit 1
 
 def test_actions_are_called_while_the_compiler_is_at_work(tmp_path, monkeypatch):
     monkeypatch.setattr(toolchain, "_meanwhile", ())
-    compiler = tmp_path / "cc"
-    compiler.write_text(WAITS)
-    compiler.chmod(0o755)
+    compiler = written(tmp_path / "cc", WAITS)
     toolchain.while_compiling((tmp_path / "cc.tidied").touch)
-    assert Toolchain((str(compiler),), "baseline").compile("", "-O0") == b"compiled\n"
+    assert Toolchain((compiler,), "baseline").compile("", "-O0") == b"compiled\n"
 
 
 def test_programs_compiled_by_clang(tmp_path):
