@@ -22,6 +22,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -125,6 +126,11 @@ class Device(ABC):
     @abstractmethod
     def record(self, launches: Callable[[], None]) -> Plan:
         """Record the kernel launches that the function makes, as a plan to replay. They may run once meanwhile."""
+
+    def queue(self) -> AbstractContextManager[None]:
+        """A context for launches that need not have run before the next ones are made: as ever on a GPU. A CPU has run
+        them all when the context ends."""
+        return nullcontext()
 
     @abstractmethod
     def plan_sizes(self, most: int) -> Sequence[int]:
