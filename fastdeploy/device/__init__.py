@@ -75,6 +75,7 @@ class Device(ABC):
     """Where tensors live and kernels run."""
 
     name: str
+    step_tokens = 2048  # at most in a step, where the user does not say: requests that decode wait for all of it
 
     @abstractmethod
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:

@@ -90,6 +90,9 @@ class CPUDevice(Device):
     """
 
     name = "cpu"
+    # A layer's activations of more tokens leave the second-level caches (SmolLM2 in 4 bits, two threads, 32 requests of
+    # 157 + 17 tokens: 1.47 s; in steps of 256, 1024, 2048: 1.49, 1.51, 1.55. Prompts of 4096: 2400, 2304 tok/s).
+    step_tokens = 512
 
     def __init__(self, ranks: int = 1) -> None:
         triton_cpu.activate()
