@@ -38,7 +38,6 @@ PEERS = {  # with --peers: as many requests at a time as each is fastest with
     "vllm": "vllm:float32:32",
     "transformers": f"transformers:float32:{STATIC_BATCH}",
 }
-WARM_UP_SHARE = 8  # of the output tokens: all prompts and all batch sizes come up, in a fraction of the time
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ class Load:
         return cls([prompt for prompt, _ in lengths], [output for _, output in lengths], name)
 
     def warm_up(self, worker: Worker, vocabulary: int) -> None:
-        worker.generate(self._prompts(-1, vocabulary), [-(-n // WARM_UP_SHARE) for n in self.output_lengths])
+        """The whole load: the first step of a batch size takes longer, and shorter outputs don't make all of them."""
+        worker.generate(self._prompts(-1, vocabulary), list(self.output_lengths))
 
     def tokens_per_second(self, worker: Worker, round_number: int, vocabulary: int) -> float:
         """Output tokens that were asked for per second of the whole load."""

@@ -36,7 +36,7 @@ import numpy as np
 from bench.backend import Peaks, machine, seconds
 from bench.markdown import conditions, publish, table
 from fastdeploy.device import open_device
-from fastdeploy.engine_config import DEFAULT_MAX_NUM_BATCHED_TOKENS as CHUNK
+from fastdeploy.device.cpu import CPUDevice
 from fastdeploy.kernels import launch as launching
 from fastdeploy.kernels.attention import AttentionBatch, split_keys
 from fastdeploy.kernels.formats import FORMATS
@@ -47,6 +47,7 @@ from fastdeploy.models.weights import open_checkpoint
 from fastdeploy.triton_cpu import runtime
 
 BLOCK_SIZE = 64  # tokens of a KV block: the engine's default
+CHUNK = CPUDevice.step_tokens
 ROUNDS = 3  # at least
 FORMAT_NAMES = {row.constants: name for name, row in reversed(FORMATS.items())}
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastdeploy.checks import check_int, check_number, complaint, path_text, suggesting_keywords
 from fastdeploy.config import METHODS, MODES
+from fastdeploy.device import Device
 from fastdeploy.sampling_params import MAX_SEED
 from fastdeploy.text.reasoning import REASONING_PARSERS
 
@@ -15,7 +16,6 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = (*DTYPES, "int8")
 LOAD_FORMATS = ("auto", "dummy")
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # attention splits the context every 256 tokens and reads whole blocks
-DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048  # requests that decode wait for the whole step: bound its length
 
 
 @suggesting_keywords("LLM")
@@ -35,7 +35,8 @@ class EngineConfig:
         as far as its rotary embeddings stretch them and within its sliding window, or as many as the KV cache has
         memory for.
     max_num_seqs: most requests computed in one step; the others wait.
-    max_num_batched_tokens: most tokens computed in one step; longer prompts are cut into chunks. None: 2048.
+    max_num_batched_tokens: most tokens computed in one step; longer prompts are cut into chunks. None: 2048 on a GPU,
+        512 on a CPU.
     block_size: tokens in a KV block, a power of two from 16 to 256. Below 64 attention's tiles are smaller, too, and
         last bits differ.
     num_gpu_blocks_override: number of KV blocks, on a CPU too. None: as many as are useful and fit.
@@ -159,7 +160,8 @@ class EngineConfig:
             object.__setattr__(self, "chat_template", os.path.abspath(path))  # the program may go to another folder
 
     def resolved(self, model_limit: int, why: str = "the positions this model was made for") -> ResolvedConfig:
-        """A copy in which max_model_len and max_num_batched_tokens are numbers, and quantization regards dtype.
+        """A copy in which max_model_len and max_num_batched_tokens are numbers, and quantization regards dtype. Where a
+        device has another default of max_num_batched_tokens, `llm.load` puts it in its place.
 
         model_limit, why: as `ModelConfig.length_limit` says. Raises ValueError where max_model_len is above it.
         """
@@ -167,7 +169,7 @@ class EngineConfig:
         if length > model_limit:
             must = f"must be at most {model_limit}, {why}"
             raise ValueError(complaint("LLM", "max_model_len", length, must))
-        tokens = self.max_num_batched_tokens or DEFAULT_MAX_NUM_BATCHED_TOKENS
+        tokens = self.max_num_batched_tokens or Device.step_tokens
         known: dict[str, Any] = {"max_model_len": length, "max_num_batched_tokens": tokens}
         if self.quantization in METHODS:
             known["quantization"] = "auto"

@@ -74,7 +74,7 @@ def load(given: EngineConfig) -> Loaded:
     checkpoint.forget_vocabulary()
     leader = lead_ranks(config)
     try:
-        runner = _load_runner(checkpoint, tokenizer, config, leader, fit=given.max_model_len is None)
+        runner = _load_runner(checkpoint, tokenizer, given, config, leader)
     except BaseException:
         if leader is not None:
             leader.close()
@@ -92,13 +92,17 @@ def _check_method(quantization: str | None, checkpoint: Checkpoint) -> None:
 
 
 def _load_runner(
-    checkpoint: Checkpoint, tokenizer: Tokenizer, config: ResolvedConfig, leader: Leader | None, fit: bool
+    checkpoint: Checkpoint, tokenizer: Tokenizer, given: EngineConfig, config: ResolvedConfig, leader: Leader | None
 ) -> Runner:
-    """The model, or rank 0's part of it, on its device. fit: lower max_model_len to what the KV cache has room for."""
+    """The model, or rank 0's part of it, on its device, which decides on what was not given: the most tokens of a step,
+    and max_model_len by what the KV cache has room for."""
     from fastdeploy.engine.parallel import load_part
     from fastdeploy.engine.runner import Runner, fit_to_memory
 
+    fit = given.max_model_len is None
     model = load_part(checkpoint, config, None if leader is None else leader.group(), lambda: tokenizer)
+    if given.max_num_batched_tokens is None:
+        config = replace(config, max_num_batched_tokens=model.device.step_tokens)
     if fit:
         config = fit_to_memory(model, config)  # a step's memory is for no longer sequences than could ever be
     runner = Runner(model, config, leader, fit=fit and leader is None)

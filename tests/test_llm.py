@@ -60,6 +60,11 @@ def words(output: RequestOutput) -> tuple[list[int], str]:
     return output.outputs.token_ids, output.outputs.text
 
 
+def test_a_step_has_as_many_tokens_as_suit_the_device(llm: LLM) -> None:
+    tokens = llm.engine.runner.device.step_tokens
+    assert llm.config.max_num_batched_tokens == llm.engine.scheduler.max_num_batched_tokens == tokens
+
+
 # What ends an output
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -74,6 +75,7 @@ class Device(ABC):
     """Where tensors live and kernels run."""
 
     name: str
+    step_tokens = 2048  # at most in a step, where the user does not say: requests that decode wait for all of it
 
     @abstractmethod
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
@@ -125,6 +127,11 @@ class Device(ABC):
     @abstractmethod
     def record(self, launches: Callable[[], None]) -> Plan:
         """Record the kernel launches that the function makes, as a plan to replay. They may run once meanwhile."""
+
+    def queue(self) -> AbstractContextManager[None]:
+        """A context for launches that need not have run before the next ones are made: as ever on a GPU. A CPU has run
+        them all when the context ends."""
+        return nullcontext()
 
     @abstractmethod
     def plan_sizes(self, most: int) -> Sequence[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,9 @@ class CPUDevice(Device):
     """
 
     name = "cpu"
+    # A layer's activations of more tokens leave the second-level caches (SmolLM2 in 4 bits, two threads, 32 requests of
+    # 157 + 17 tokens: 1.47 s; in steps of 256, 1024, 2048: 1.49, 1.51, 1.55. Prompts of 4096: 2400, 2304 tok/s).
+    step_tokens = 512
 
     def __init__(self, ranks: int = 1) -> None:
         triton_cpu.activate()
@@ -148,6 +152,9 @@ class CPUDevice(Device):
             launches()
         release_pages_after(f"compiling {num_compiled()} kernels")
         return plan
+
+    def queue(self) -> AbstractContextManager[None]:
+        return runtime.queue()
 
     def plan_sizes(self, most: int) -> Sequence[int]:
         """Every one: a row of padding costs as much as any other, a plan a few milliseconds."""

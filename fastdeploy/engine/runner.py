@@ -345,13 +345,15 @@ class Runner:
             attention=attention,
             num_tokens=num_tokens,
         )
-        self.model.attend(step, self._cache, self._activations)
+        with self.device.queue():
+            self.model.attend(step, self._cache, self._activations)
 
     def project(self, count: int, rows: str, start: int) -> None:
         """The logits of `count` rows of the step, listed in the input `rows` from `start` on."""
         if count:
             listed = self._inputs[rows].rows(count, start)
-            self.model.project(self._logits_view.rows(count), listed, self._activations)
+            with self.device.queue():
+                self.model.project(self._logits_view.rows(count), listed, self._activations)
 
     # What becomes of the logits
 

@@ -224,8 +224,10 @@ def _sort_kernel(
 
 
 def tile_rows(target: Target, pairs: int, experts: int) -> int:
-    """Tile rule: about as many rows as an expert has on average. Tensor cores: one shape always, see linear.py."""
-    return min(next_power_of_2(cdiv(pairs, experts)), 64) if target.is_cpu else 64
+    """Tile rule: about as many rows as an expert has on average; 32 are slower than 64 of which half don't exist, see
+    quantised.py. Tensor cores: one shape always, see linear.py."""
+    rows = next_power_of_2(cdiv(pairs, experts))
+    return rows if target.is_cpu and rows <= 16 else 64
 
 
 def most_tiles(pairs: int, experts: int, block_m: int) -> int:

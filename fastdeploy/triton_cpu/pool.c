@@ -1,4 +1,6 @@
-/* The thread pool: runs a list of launches ("plan"), each a grid of independent programs, one launch after the other.
+/* The thread pool: runs a list of launches ("plan"), each a grid of independent programs, one launch after the other. A
+ * plan is recorded, or made while it runs ("the queue"): then workers begin what there is, and the caller joins them when
+ * it has added all.
  *
  * Every thread walks the same list. At a launch it claims chunks of programs, first those of its own share of the grid
  * and then what others have left of theirs, and goes on once all chunks of that launch are done. Nothing is handed from
@@ -45,13 +47,14 @@ struct launch {
 };
 
 struct plan {
-  int64_t count;
+  _Atomic int64_t count; /* of launches */
+  _Atomic int is_open;   /* whether more may be added */
   _Atomic uint64_t generation;
   struct launch *launches;
 };
 
 enum { SPINS_BEFORE_SLEEP = 4000, SPINS_BEFORE_YIELD = 2000, CHUNKS_PER_THREAD = 16, STACK_BYTES = 16 << 20 };
-enum { MOST_THREADS = 1024, COUNT_BITS = 16, MOST = (1 << COUNT_BITS) - 1 /* that a count may be */ };
+enum { MOST_THREADS = 1024, MOST_QUEUED = 512, COUNT_BITS = 16, MOST = (1 << COUNT_BITS) - 1 /* that a count may be */ };
 _Static_assert(2 * CHUNKS_PER_THREAD * MOST_THREADS < MOST, "MOST stands for a launch that is closed");
 
 static pthread_mutex_t one_caller = PTHREAD_MUTEX_INITIALIZER;
@@ -100,16 +103,28 @@ static uint32_t work(struct launch *launch, uint64_t generation, uint32_t number
   }
 }
 
+static void wait_a_moment(int *spins) {
+  pause_briefly();
+  if (++*spins > SPINS_BEFORE_YIELD) sched_yield(), *spins = 0;
+}
+
+/* Waits for launch i; 0 if it won't come. */
+static int comes(struct plan *plan, uint64_t generation, int64_t i) {
+  for (int spins = 0; plan->generation == generation; wait_a_moment(&spins)) {
+    int is_open = plan->is_open; /* first: of a plan that is closed the count is final */
+    if (i < plan->count) return 1;
+    if (!is_open) return 0;
+  }
+  return 0;
+}
+
 static void walk(struct plan *plan, uint64_t generation, uint32_t thread) {
-  for (int64_t i = 0; i < plan->count; i++) {
+  for (int64_t i = 0; comes(plan, generation, i); i++) {
     struct launch *launch = &plan->launches[i];
     uint32_t ran = 0;
     for (uint32_t k = 0; k < launch->shares; k++) ran += work(launch, generation, (thread + k) % launch->shares);
     if (ran) count_up(&launch->done, generation, ran, MOST);
-    for (int spins = 0; !finished(launch, generation);) {
-      pause_briefly();
-      if (++spins > SPINS_BEFORE_YIELD) sched_yield(), spins = 0;
-    }
+    for (int spins = 0; !finished(launch, generation);) wait_a_moment(&spins);
   }
 }
 
@@ -181,34 +196,68 @@ static void fill(struct launch *launch, programs run, const void *arguments, con
 
 static void *zeros(size_t bytes) { return memset(aligned_alloc(64, bytes), 0, bytes); }
 
-static void execute(struct plan *plan, uint64_t generation) {
+/* Has workers walk a plan from now on. */
+static void wake_for(struct plan *plan, uint64_t generation) {
   atomic_store(&plan->generation, generation);
-  if (threads > 1) {
-    atomic_store(&current, plan);
-    atomic_fetch_add(&calls, 1);
-    if (atomic_load(&sleepers)) syscall(SYS_futex, &calls, FUTEX_WAKE_PRIVATE, threads - 1, NULL, NULL, 0);
-  }
-  walk(plan, generation, 0);
+  if (threads == 1) return;
+  atomic_store(&current, plan);
+  atomic_fetch_add(&calls, 1);
+  if (atomic_load(&sleepers)) syscall(SYS_futex, &calls, FUTEX_WAKE_PRIVATE, threads - 1, NULL, NULL, 0);
 }
 
-/* One launch is a plan of one, always the same one: it is closed to old generations before its fields change. */
-void fd_launch(programs run, const void *arguments, int x, int y, int z) {
-  static struct launch launch;
-  static struct plan plan = {1, 0, &launch};
+static struct plan queue;
+static _Thread_local int queueing; /* this thread has opened the queue, and holds `one_caller` */
+
+static void open_queue(void) {
+  pthread_mutex_lock(&one_caller);
+  queueing = 1;
+  if (!queue.launches) {
+    queue.launches = zeros(MOST_QUEUED * sizeof *queue.launches);
+    struct share *shares = zeros(MOST_QUEUED * threads * sizeof *shares);
+    for (int64_t i = 0; i < MOST_QUEUED; i++) {
+      queue.launches[i].share = shares + i * threads;
+      queue.launches[i].shares = threads;
+    }
+  }
+  queue.count = 0;
+  queue.is_open = 1;
+  wake_for(&queue, ++generations);
+}
+
+/* Runs what is in this thread's queue to its end. */
+void fd_finish(void) {
+  if (!queueing) return;
+  queue.is_open = 0;
+  walk(&queue, queue.generation, 0);
+  queueing = 0;
+  pthread_mutex_unlock(&one_caller);
+}
+
+/* Adds a launch, whose arguments stay where they are until `fd_finish`. */
+void fd_queue(programs run, const void *arguments, int x, int y, int z) {
   int grid[3] = {x, y, z};
-  if (threads == 1 || (long)x * y * z <= 1) {
+  if (threads == 1) {
     run(arguments, 0, (long)x * y * z, grid);
     return;
   }
-  pthread_mutex_lock(&one_caller);
-  uint64_t generation = ++generations;
-  if (!launch.share) launch.share = zeros(threads * sizeof *launch.share), launch.shares = threads;
-  for (uint32_t k = 0; k < launch.shares; k++)
-    atomic_store(&launch.share[k].claimed, generation << COUNT_BITS | MOST);
-  fill(&launch, run, arguments, grid);
-  for (uint32_t k = 0; k < launch.shares; k++) atomic_store(&launch.share[k].claimed, generation << COUNT_BITS);
-  execute(&plan, generation);
-  pthread_mutex_unlock(&one_caller);
+  if (queueing && queue.count == MOST_QUEUED) fd_finish();
+  if (!queueing) open_queue();
+  struct launch *launch = &queue.launches[queue.count];
+  uint64_t closed = queue.generation << COUNT_BITS | MOST; /* to older generations, before its fields change */
+  for (uint32_t k = 0; k < launch->shares; k++) atomic_store(&launch->share[k].claimed, closed);
+  fill(launch, run, arguments, grid);
+  for (uint32_t k = 0; k < launch->shares; k++) atomic_store(&launch->share[k].claimed, closed - MOST);
+  atomic_fetch_add(&queue.count, 1);
+}
+
+void fd_launch(programs run, const void *arguments, int x, int y, int z) {
+  int grid[3] = {x, y, z};
+  if (!queueing && (long)x * y * z <= 1) {
+    run(arguments, 0, (long)x * y * z, grid);
+    return;
+  }
+  fd_queue(run, arguments, x, y, z);
+  fd_finish();
 }
 
 struct recorded {
@@ -232,7 +281,9 @@ struct plan *fd_plan_new(const struct recorded *list, int64_t count) {
 }
 
 void fd_plan_replay(struct plan *plan) {
+  fd_finish();
   pthread_mutex_lock(&one_caller);
-  execute(plan, ++generations);
+  wake_for(plan, ++generations);
+  walk(plan, plan->generation, 0);
   pthread_mutex_unlock(&one_caller);
 }

@@ -4,6 +4,9 @@
         model(batch)
     plan.replay()                   # the whole list in one native call: about 0.2 us a launch instead of 12
 
+    with queue():                   # launches run while Python makes the next ones
+        model(batch)
+
 A plan keeps the addresses and numbers that it saw: change the contents of tensors between replays, not their places.
 Between launches it may have calls of Python functions (`call`), for what no kernel does: talking to other processes.
 """
@@ -129,6 +132,30 @@ class _Observer(Plan):
         function()
 
 
+class _Queue(Plan):
+    """Has the pool run launches while the next ones are made. Calls are made when all launches before them have run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._launches: list[Launch] = []  # keeps what they read
+
+    def add(self, launch: Launch) -> None:
+        if prod(launch.grid) > 0:
+            self._launches.append(launch)
+            thread_pool().queue(launch.function, launch.arguments, *launch.grid)
+
+    def call(self, function: Callable[[], object]) -> None:
+        self.finish()
+        function()
+
+    def finish(self) -> None:
+        thread_pool().finish()
+        launches, self._launches = self._launches, []
+        for launch in launches:
+            if launch.failure is not None:
+                launch.failure.check()
+
+
 _recording = threading.local()
 
 
@@ -159,6 +186,25 @@ def observe() -> Iterator[list[tuple[int, bytes, tuple[int, int, int]]]]:
     observer = _Observer()
     with _into(observer):
         yield observer.seen
+
+
+@contextmanager
+def queue() -> Iterator[None]:
+    """This thread's launches run while the next ones are made. When the context ends all of them have run; it raises
+    what fails in a kernel. Within a recording they are recorded.
+
+    Python takes 13 us for a launch, and 20 to 40 between kernels that have driven its data from the caches. (A prompt
+    of 512 tokens, SmolLM2 in 4 bits, two threads: 145 ms one after the other, so 136.)
+    """
+    if getattr(_recording, "plan", None) is not None:
+        yield
+        return
+    launches = _Queue()
+    try:
+        with _into(launches):
+            yield
+    finally:
+        launches.finish()
 
 
 def at_once() -> AbstractContextManager[None]:
@@ -249,6 +295,9 @@ class _ThreadPool:
         self.launch = library.fd_launch
         self.launch.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_int]
         self.launch.restype = None
+        self.queue, self.finish = library.fd_queue, library.fd_finish
+        self.queue.argtypes, self.queue.restype = self.launch.argtypes, None
+        self.finish.argtypes, self.finish.restype = [], None
         self.plan_new = library.fd_plan_new
         self.plan_new.argtypes, self.plan_new.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_void_p
         self.plan_replay = library.fd_plan_replay

@@ -50,6 +50,12 @@ int main(void) {
     }
     for (int i = 2; i < PROGRAMS; i++) runs[i] += TURNS / 2;
     failed |= check("in turns", moves[m], TURNS * (LAUNCHES + 1));
+    for (int turn = 0; turn < TURNS; turn++) { /* the last queue is longer than there is room for at a time */
+      for (int i = 0; i < (turn < TURNS - 1 ? turn : 2 * MOST_QUEUED); i++) fd_queue(count, runs, PROGRAMS, 1, 1);
+      if (turn % 2) fd_finish(); /* else the plan does it */
+      fd_plan_replay(plan);
+    }
+    failed |= check("queue", moves[m], (TURNS - 1) * (TURNS - 2) / 2 + 2 * MOST_QUEUED + TURNS * LAUNCHES);
   }
   return failed;
 }
