@@ -295,7 +295,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constexprs: An
         if compiled is not None:  # Triton's interpreter compiles nothing
             constants = [constexprs[name] for name in kernel.arg_names[len(ready) :]]
             _compiled[key] = (compiled, constants)
-            compiled.asm.clear()  # the text of each stage, 150 KB a kernel; its machine code stays
+            if target().is_cpu:  # where the process would hold the text of each stage, 150 KB a kernel
+                compiled.asm.clear()
         return
     # Past the JIT, which would look at every argument again for 8 us.
     compiled, constants = found
