@@ -24,8 +24,8 @@ one FMA each, and the same additions are contracted. Loops that do not fit are l
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ from .panels import Panel, Slot, panel_pays, rows_of_columns
 from .quads import LONGEST_RUN, Quads
 from .ranges import range_of
 from .ttir import Op, Value
-from .vectors import VECTOR_TYPES, Place, plus
+from .vectors import VECTOR_TYPES, Place, plus, prefetched
 
 MOST_VECTORS = 8  # of a row in a block
 
@@ -99,7 +99,9 @@ def _emit(context: Context, loop: Op, ending: Ending | None = None) -> None:
             if m % rows:  # the last block begins earlier and computes some rows again
                 context.line(f"{row} = {row} < {m - rows} ? {row} : {m - rows};")
             here = [plus(row if m > rows else "0", r) for r in range(rows)]
-            block = _Block(context, here, columns, read_once=m == rows)
+            block = _Block(context, here, columns, f"{row} == 0" if m > rows else None)
+            if ending and m > rows:
+                block.fetch_to_write(ending.store)
             _emit_block(block, loop, tiles, panel)
             with panel.in_last_run(block.sums(tiles)) if panel else nullcontext():
                 if ending is None:
@@ -207,7 +209,7 @@ def _panel(context: Context, loop: Op, tiles: list[_Sums], columns: list[Term], 
         return None
     if loop.text.startswith("scf.for unsigned") or any(context.holds_addresses(first) for _, first, _ in others):
         return None
-    block = _Block(context, [ZERO], columns, read_once=True)
+    block = _Block(context, [ZERO], columns, None)
     kept = -(-m // rows) * rows * len(columns) * len(tiles)
     return Panel(context, loop, others, block.slots(loop), kept)
 
@@ -249,6 +251,37 @@ def _to_arrays(block: _Block, tiles: list[_Sums], arrays: list[str]) -> None:
 
 class _Block(Quads):
     """Writes the products of a loop for ROWS x VECTORS places, into variables."""
+
+    def __init__(self, context: Context, rows: list[Term], columns: list[Term], first: str | None):
+        """first: C for whether this is the first block of rows; None if it is the only one."""
+        super().__init__(context, rows, columns, read_once=first is None)
+        self.first, self.ahead = first, list[str]()
+
+    @contextmanager
+    def scope(self, opening: str) -> Iterator[None]:
+        outer, self.ahead = self.ahead, []
+        with super().scope(opening):
+            yield
+            if self.ahead:
+                with self.context.braces(f"if ({self.first})"):
+                    self.context.line(*self.ahead)
+        self.ahead = outer
+
+    def prefetch(self, address: str) -> None:
+        """By the first block of rows, at the end of a turn: the others find the same in a cache. (60 rows, K = 1024:
+        790 GOP/s; each block, before each load 720. 32 rows: ... .)"""
+        if self.first is None:
+            super().prefetch(address)
+        elif self.context.wanted.prefetch:
+            self.ahead.append(prefetched(address))
+
+    def fetch_to_write(self, store: Op) -> None:
+        """The lines that the block's sums go to. While they come from memory it computes; stores would have to wait.
+        (480 rows, Q4_0, K = 1024, on a core: N = 6144 680 GOP/s instead of 550, N = 1024 715 and 710.)"""
+        for place in self.places if self.context.wanted.prefetch else []:
+            if self.columns.index(place.column) * 4 * self.context.lanes % 64 == 0:
+                address = self.address(store.operands[0], (place.row, place.column))
+                self.context.line(f"__builtin_prefetch({address}, 1);")
 
     def sums(self, tiles: list[_Sums]) -> list[tuple[str, str]]:
         """The variables of the tiles, with their types."""

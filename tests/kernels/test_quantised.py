@@ -207,8 +207,7 @@ def test_activations_are_rounded_to_the_nearest_step(wide, most, error, others, 
     wrong = found != integers  # where float32 rounds the other way: close to halves, and seldom but for halves
     assert (from_half[wrong] < error).all()
     assert (wrong & (from_half > 1e-9)).mean() < others
-    sums = found.reshape(rows, -1, 32).sum(2) * stored["scales"].memory
-    np.testing.assert_allclose(stored["sums"].memory, sums, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(stored["sums"].memory, found.reshape(rows, -1, 32).sum(2))
 
 
 def test_zeros_and_vanishing_activations_become_zeros(store, blank):
@@ -216,7 +215,7 @@ def test_zeros_and_vanishing_activations_become_zeros(store, blank):
     out, stored = blank_rows(blank, 1, 128)
     quantise(out, x.view)
     np.testing.assert_array_equal(stored["values"].memory.reshape(4, 32)[:, 0], [0, 0, 0, 127])
-    assert np.isfinite(stored["sums"].memory).all()
+    np.testing.assert_array_equal(stored["sums"].memory, [[0, 0, 0, 32 * 127]])
 
 
 @pytest.mark.parametrize("storage, wide", CASES)
@@ -388,12 +387,7 @@ def test_norms_and_gate_quantise_what_they_would_write_as_floats(width, wide, no
         np.testing.assert_allclose(stored["scales"].memory, expected_stored["scales"].memory, rtol=1e-6)
         different = integers_in(stored) - integers_in(expected_stored)
         assert np.abs(different).max() <= 1 and (different != 0).mean() < 1e-2
-        np.testing.assert_allclose(
-            stored["sums"].memory,
-            integers_in(stored).reshape(5, -1, 32).sum(2) * stored["scales"].memory,
-            rtol=1e-6,
-            atol=1e-6,
-        )
+        np.testing.assert_array_equal(stored["sums"].memory, integers_in(stored).reshape(5, -1, 32).sum(2))
 
     x, gain, gate_up = normal(5, width), normal(width), normal(5, 2 * width)
     residual, zeros = normal(5, width), blank((5, width))
