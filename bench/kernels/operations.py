@@ -249,13 +249,13 @@ class QuantisedLinear(Linear):
             rows["factors"] = random.integers(1, 32, (n, k // 32, format.factors)).astype(format.factor)
         x = random.standard_normal((self.tokens, k), dtype=np.float32)
         values, row_scales = quantise_reference(x)
-        sums = row_scales * values.reshape(self.tokens, -1, 32).sum(axis=2)
+        sums = values.reshape(self.tokens, -1, 32).sum(axis=2)
         arrays = {
             **pack_reference(format, rows["integers"]),
             **{name: per_group_reference(array) for name, array in rows.items() if name != "integers"},
             **{f"{name} by row": array for name, array in rows.items()},
             "values": values.astype(np.int8), "row_scales": row_scales.astype(np.float32),
-            "row_sums": sums.astype(np.float32), "x": x,
+            "row_sums": sums.astype(np.int32), "x": x,
         }  # fmt: skip
         if format.table:
             arrays["table"] = np.array(format.table, np.int8)

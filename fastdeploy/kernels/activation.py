@@ -19,7 +19,7 @@ from fastdeploy.kernels.quantised import QuantisedRows, store_quantised, swiglu
 
 @triton.jit
 def _silu_mul_kernel(
-    out, out_scales, out_sums, out_low, gate_up, I: tl.constexpr, BLOCK: tl.constexpr  # noqa: E741 (I as in the formula)
+    out, out_scales, out_sums, gate_up, I: tl.constexpr, BLOCK: tl.constexpr  # noqa: E741 (I as in the formula)
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
@@ -30,7 +30,9 @@ def _silu_mul_kernel(
     if out_scales is None:
         tl.store(out + row * I + columns, activated.to(out.dtype.element_ty), mask=inside)
     else:
-        store_quantised(out, out_scales, out_sums, out_low, activated, row, tl.program_id(1) * BLOCK, I, BLOCK)
+        store_quantised(
+            (out, out_scales, out_sums, None, None), activated, 0.0, row, tl.program_id(1) * BLOCK, I, BLOCK
+        )
 
 
 def tiles(target: Target, width: int) -> dict[str, int]:
@@ -44,14 +46,16 @@ def silu_mul(out: Any, gate_up: Any) -> None:
     """out = silu(gate_up[:, :I]) * gate_up[:, I:].
 
     Args:
-        out: [T, I], any float type, or `QuantisedRows`.
+        out: [T, I], any float type, or `QuantisedRows` in 8 bits.
         gate_up: [T, 2I], any float type.
     """
     gate_up = view(gate_up)
     count, width = out.shape
     if not isinstance(out, QuantisedRows):
         expect("out", view(out), (count, width), *FLOATS)
-    written = out.tensors if isinstance(out, QuantisedRows) else (view(out), None, None, None)
+    elif out.low is not None:
+        raise TypeError("out has 16 bits, expected 8")
+    written = out.tensors[:3] if isinstance(out, QuantisedRows) else (view(out), None, None)
     expect("gate_up", gate_up, (count, 2 * width), *FLOATS)
     rule = tiles(target(), width)
     launch(_silu_mul_kernel, (count, cdiv(width, rule["BLOCK"])), *written, gate_up, I=width, **rule)

@@ -90,7 +90,7 @@ def store_attended(
         g = tl.arange(0, DIM // 32)
         group = tl.reshape(start[:, None] // 32 + g[None, :], [COUNT])
         inside = tl.reshape(mask[:, None] & head_mask(g, D // 32, DIM // 32)[None, :], [COUNT])
-        store_groups(out, out_scales, out_sums, None, tl.reshape(attended, [COUNT, 32]), group, inside)
+        store_groups((out, out_scales, out_sums, None, None), tl.reshape(attended, [COUNT, 32]), 0.0, group, inside)
 
 
 @triton.jit

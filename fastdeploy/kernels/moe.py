@@ -330,7 +330,9 @@ def _grouped_quantised_kernel(
     if x_scales is None:
         sums = float_sums(x, source, weight, place, n % 16, K, OPERAND, FORMAT, [BLOCK_M, BLOCK_N])
     else:
-        sums = integer_sums(x, x_scales, x_sums, None, source, weight, place, n % 16, K, FORMAT, [BLOCK_M, BLOCK_N])
+        sums = integer_sums(
+            (x, x_scales, x_sums, None, None), source, weight, place, n % 16, K, FORMAT, [BLOCK_M, BLOCK_N]
+        )
     _store_rows(y, sums, row, m, count, n, N, STRIDE)
 
 
@@ -349,10 +351,12 @@ def _grouped_gated_kernel(
     if count > 0:  # no return: the CPU's compiler would put x's addresses, which both sums use, into memory
         weight = (data, high, scales, minimums, factors, table)
         place = tl.load(tile_experts + tile).to(tl.int64) * EXPERT_TILES + packed_tile(n, I)
-        gate = integer_sums(x, x_scales, x_sums, None, source, weight, place, n % 16, K, FORMAT, [BLOCK_M, 32])
-        up = integer_sums(x, x_scales, x_sums, None, source, weight, I // 16 + place, n % 16, K, FORMAT, [BLOCK_M, 32])
+        gate = integer_sums((x, x_scales, x_sums, None, None), source, weight, place, n % 16, K, FORMAT, [BLOCK_M, 32])
+        up = integer_sums(
+            (x, x_scales, x_sums, None, None), source, weight, I // 16 + place, n % 16, K, FORMAT, [BLOCK_M, 32]
+        )
         group = row * (I // 32) + tl.program_id(1)
-        store_groups(out, out_scales, out_sums, None, swiglu(gate, up), group, m < count)
+        store_groups((out, out_scales, out_sums, None, None), swiglu(gate, up), 0.0, group, m < count)
 
 
 XTensors: TypeAlias = tuple[TensorView, TensorView | None, TensorView | None]  # values, scales and sums, or floats

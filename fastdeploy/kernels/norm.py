@@ -34,37 +34,44 @@ from fastdeploy.kernels.launch import (
     view,
     wait_for_inputs,
 )
-from fastdeploy.kernels.quantised import QuantisedRows, store_quantised
+from fastdeploy.kernels.quantised import QuantisedRows, low_limit, store_quantised
 
 
 @triton.jit
 def _rms_norm_kernel(
-    out, out_scales, out_sums, out_low, x, residual, delta, weight, eps, K: tl.constexpr, BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
+    out, out_scales, out_sums, out_low, out_low_sums, x, residual, delta, weight, eps,
+    K: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(EARLY)
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
-    written = (out, out_scales, out_sums, out_low)
+    written = (out, out_scales, out_sums, out_low, out_low_sums)
     if BLOCK >= K:
         values = _row_chunk(x, residual, delta, row * K, lanes, K, BLOCK)
         scale = tl.rsqrt(tl.sum(values * values, axis=0) / K + eps)
-        _store_chunk(written, residual, weight, values, scale, row, 0, K, BLOCK)
+        weighted = values * tl.load(weight + lanes, mask=_inside(lanes, K, BLOCK))
+        limit = 0.0 if out_low is None else low_limit(weighted * weighted, K) * scale
+        _store_chunk(written, residual, weight, values, scale, limit, row, 0, K, BLOCK)
     else:
         squares = tl.zeros([BLOCK], tl.float32)
+        weighted = tl.zeros([BLOCK], tl.float32)
         for start in range(0, K, BLOCK):
             values = _row_chunk(x, residual, delta, row * K, start + lanes, K, BLOCK)
             squares += values * values
+            if out_low is not None:
+                values *= tl.load(weight + start + lanes, mask=_inside(start + lanes, K, BLOCK), other=0.0)
+                weighted += values * values
         scale = tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
+        limit = 0.0 if out_low is None else low_limit(weighted, K) * scale
         for start in range(0, K, BLOCK):
             values = _row_chunk(x, residual, delta, row * K, start + lanes, K, BLOCK)
-            _store_chunk(written, residual, weight, values, scale, row, start, K, BLOCK)
+            _store_chunk(written, residual, weight, values, scale, limit, row, start, K, BLOCK)
 
 
 @triton.jit
-def _store_chunk(written, residual, weight, values, scale, row, start, K: tl.constexpr, BLOCK: tl.constexpr):
+def _store_chunk(written, residual, weight, values, scale, limit, row, start, K: tl.constexpr, BLOCK: tl.constexpr):
     """Columns from `start` on of the row: `values` to the residual stream if there is one, normed to `written`."""
-    out, out_scales, out_sums, out_low = written
+    out, out_scales = written[0], written[1]
     columns = start + tl.arange(0, BLOCK)  # [BLOCK]
     inside = _inside(columns, K, BLOCK)
     if residual is not None:
@@ -73,7 +80,7 @@ def _store_chunk(written, residual, weight, values, scale, row, start, K: tl.con
     if out_scales is None:
         tl.store(out + row * K + columns, normed.to(out.dtype.element_ty), mask=inside)
     else:
-        store_quantised(out, out_scales, out_sums, out_low, normed, row, start, K, BLOCK)
+        store_quantised(written, normed, limit, row, start, K, BLOCK)
 
 
 @triton.jit
@@ -139,7 +146,7 @@ def _check(out: Any, weight: TensorView, **inputs: TensorView) -> None:
 
 def _launch(out: Any, *arguments: Any) -> None:
     count, width = out.shape
-    written = out.tensors if isinstance(out, QuantisedRows) else (view(out), None, None, None)
+    written = out.tensors if isinstance(out, QuantisedRows) else (view(out), None, None, None, None)
     launch(_rms_norm_kernel, (count,), *written, *arguments, K=width, **tiles(target(), width), **early(target()))
 
 

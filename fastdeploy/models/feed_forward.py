@@ -8,7 +8,7 @@ A mixture is nine launches, see kernels/moe.py, with activations in int8 too; a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fastdeploy.config import MixtureConfig
 from fastdeploy.device import Device
@@ -116,7 +116,7 @@ class Allocator:
         if not self.int8 or width % GROUP:
             return LinearInput(floats, None, None, ordered)
         integers = QuantisedRows(**self.fields(rows_fields(rows, width, wide)))
-        return LinearInput(floats, replace(integers, low=None), integers if wide else None, ordered)
+        return LinearInput(floats, integers.in_8_bits(), integers if wide else None, ordered)
 
     def fields(self, shapes: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, TensorView]:
         """Memory by name, for shapes and types by name."""

@@ -17,7 +17,7 @@ from collections.abc import Container, Mapping, Sequence
 from typing import TypeVar
 
 from .operations import Kind, operation
-from .ttir import Block, Function, Op, Value, reachable
+from .ttir import Block, Function, Op, Value, reachable, walk
 
 
 def is_lazy(op: Op) -> bool:
@@ -116,13 +116,21 @@ def is_expensive(value: Value, plan: StoragePlan, cheap: set[Value] | None = Non
     op = value.op
     if op is None or value in cheap or value in plan or not value.type.is_tensor or not is_lazy(op):
         return False
-    if operation(op).expensive or len(cheap) >= MANY:
+    if len(cheap) >= MANY or (operation(op).expensive and not _is_by_a_power_of_two(op)):
         return True
     # What another block has made is stored there if it is expensive, because it escapes.
     if any(operand.block is value.block and is_expensive(operand, plan, cheap) for operand in op.operands):
         return True
     cheap.add(value)
     return False
+
+
+def _is_by_a_power_of_two(op: Op) -> bool:
+    """Is it a division or a remainder that takes a shift or a mask?"""
+    if op.name not in ("arith.divsi", "arith.remsi", "arith.divui", "arith.remui"):
+        return False
+    by = splat_constant(op.operands[1])
+    return by is not None and by > 0 and by & (by - 1) == 0
 
 
 class LiveRows:
@@ -142,12 +150,26 @@ class LiveRows:
     def _of_use(self, user: Op, value: Value) -> frozenset[Value]:
         if user.name == "tt.store":
             return row_masks(user.operands[2]) if len(user.operands) > 2 else frozenset()
+        if user.name in ("scf.for", "scf.yield"):
+            return self._of_loop(user if user.name == "scf.for" else user.block.parent, value)
         keeps_rows = operation(user).kind not in (Kind.PERMUTES, Kind.SCATTERS, Kind.STANDS)
         if user.name in ("tt.expand_dims", "tt.reduce"):
             keeps_rows = user.attribute("axis") > 0
         if not keeps_rows or any(result.type.shape[:1] != value.type.shape[:1] for result in user.results):
             return frozenset()
         return frozenset.intersection(*map(self.conditions, user.results))
+
+    def _of_loop(self, loop: Op | None, value: Value) -> frozenset[Value]:
+        """Of a value that a loop begins or goes on with: what all results want that it may become a part of."""
+        if loop is None or loop.name != "scf.for" or any(operation(op).writes for op in walk(loop.regions[0])):
+            return frozenset()
+        results = [result for result in loop.results if result.uses]
+        if any(result.type.shape[:1] != value.type.shape[:1] for result in results):
+            return frozenset()
+        begun = [
+            argument for argument, first in zip(loop.regions[0].arguments[1:], loop.operands[3:]) if first is value
+        ]
+        return frozenset.intersection(*map(self.conditions, (*results, *begun)))
 
 
 def row_masks(mask: Value) -> frozenset[Value]:

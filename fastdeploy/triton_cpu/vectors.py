@@ -103,6 +103,10 @@ def is_splat(value: Value, registers: Container[Value] = (), known: dict[Value, 
     return known[value]
 
 
+def prefetched(address: str) -> str:
+    return f"__builtin_prefetch((const char *)({address}) + {PREFETCH_BYTES});"
+
+
 class Vectors:
     """Writes expressions at ROWS x VECTORS places, just before their users; `registers` are tiles held in variables."""
 
@@ -272,7 +276,7 @@ class Vectors:
 
     def prefetch(self, address: str) -> None:
         if self.context.wanted.prefetch:
-            self.context.line(f"__builtin_prefetch((const char *)({address}) + {PREFETCH_BYTES});")
+            self.context.line(prefetched(address))
 
     def expect_consecutive(self, access: Op, index: tuple[Lanes, ...]) -> None:
         """Raises NotATile unless the lanes of a load or store follow each other in memory, wherever the block is."""

@@ -144,7 +144,7 @@ def run_quantise(width, wide):
     x, gain = tensor(TOKENS, width), tensor(width, dtype="float32")
     quantise(out, x)
     rms_norm(out, x, gain, 1e-5)
-    silu_mul(out, tensor(TOKENS, 2 * width))
+    silu_mul(out.in_8_bits(), tensor(TOKENS, 2 * width))
 
 
 def run_pack():

@@ -202,7 +202,7 @@ def test_activations_that_experts_do_not_take_are_refused(routed, integers, blan
     with pytest.raises(TypeError, match="these experts take activations in floats only"):
         grouped_linear(blank((6, 64)).view, x, ExpertWeights(floating, 4, 64), sent.routing, by_token=True)
     weights, _ = experts_of("Q4_0", 4, 64, 256, rng)
-    wide = QuantisedRows(x.values, x.scales, x.sums, blank((3, 256), "int8").view)
+    wide = QuantisedRows(x.values, x.scales, x.sums, blank((3, 256), "int8").view, blank((3, 8), "int32").view)
     with pytest.raises(TypeError, match="8 bits or floats, not 16 bits"):
         grouped_linear(blank((6, 64)).view, wide, weights, sent.routing, by_token=True)
     with pytest.raises(ValueError, match="6 rows of gate and up of 64 features don't fill 6 rows of 64 in 8 bits"):

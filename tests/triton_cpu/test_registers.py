@@ -311,6 +311,49 @@ def test_two_tiles_that_change_places(rng):
     np.testing.assert_array_equal(*found)
 
 
+@triton.jit
+def some_turns_kernel(
+    a_ptr, b_ptr, taken_ptr, out_ptr, rows, K, first, M: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """a b, and b's products again with those rows of a that are taken, chunk by chunk of K, from the first on."""
+    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, BLOCK_K)
+    row = tl.minimum(m, rows - 1)
+    a = a_ptr + row[:, None] * K + k[None, :]
+    b = b_ptr + k[:, None] * N + n[None, :]
+    sums = tl.zeros((M, N), tl.float32)
+    for _ in range(0, K, BLOCK_K):
+        sums = tl.dot(tl.load(a), tl.load(b), sums)
+        a += BLOCK_K
+        b += BLOCK_K * N
+    again = a_ptr + (rows + row)[:, None] * K + first * BLOCK_K + k[None, :]
+    b = b_ptr + (first * BLOCK_K + k)[:, None] * N + n[None, :]
+    taken = taken_ptr + row * (K // BLOCK_K) + first
+    for _ in range(first, K // BLOCK_K):
+        sums = tl.where((tl.load(taken) != 0)[:, None], tl.dot(tl.load(again), tl.load(b), sums), sums)
+        again += BLOCK_K
+        b += BLOCK_K * N
+        taken += 1
+    tl.store(out_ptr + m[:, None] * N + n[None, :], sums, (m < rows)[:, None])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("rows, m, n, turns, first", [(1, 1, 16, 3, 0), (7, 16, 32, 5, 1), (40, 64, 64, 9, 3)])
+def test_turns_that_change_no_row_of_a_block_are_left_out(rows, m, n, turns, first, share, rng):
+    """What is not taken is NaN in memory."""
+    k = 8 * turns
+    a, b = rng.integers(-9, 10, (2 * rows, k)).astype(np.float32), rng.integers(-9, 10, (k, n)).astype(np.float32)
+    taken = (rng.random((rows, turns)) < share).astype(np.int8)
+    chosen = np.repeat(taken, 8, axis=1) != 0
+    expected = a[:rows] @ b + np.where(chosen, a[rows:], 0)[:, 8 * first :] @ b[8 * first :]
+    a[rows:][~chosen] = np.nan
+    for register_tiles in (True, False):
+        out = empty((m, n))
+        arguments = Tensor(a), Tensor(b), Tensor(taken), out, rows, k, first, m, n, 8
+        compiled = some_turns_kernel[(1,)](*arguments, register_tiles=register_tiles)
+        assert ("int32_t turns_" in compiled.asm["c"]) == register_tiles
+        np.testing.assert_array_equal(out.stored[:rows], expected)
+
+
 FORMS = ("chained", "added", "scaled", "decayed", "computed operands")
 
 
