@@ -22,7 +22,6 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -128,10 +127,10 @@ class Device(ABC):
     def record(self, launches: Callable[[], None]) -> Plan:
         """Record the kernel launches that the function makes, as a plan to replay. They may run once meanwhile."""
 
-    def queue(self) -> AbstractContextManager[None]:
-        """A context for launches that need not have run before the next ones are made: as ever on a GPU. A CPU has run
-        them all when the context ends."""
-        return nullcontext()
+    def run(self, launches: Callable[[], None]) -> None:
+        """Make the kernel launches that the function makes. They may run while it makes the next ones; a CPU has run
+        them all at the end."""
+        launches()
 
     @abstractmethod
     def plan_sizes(self, most: int) -> Sequence[int]:

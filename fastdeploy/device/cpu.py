@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -153,8 +152,8 @@ class CPUDevice(Device):
         release_pages_after(f"compiling {num_compiled()} kernels")
         return plan
 
-    def queue(self) -> AbstractContextManager[None]:
-        return runtime.queue()
+    def run(self, launches: Callable[[], None]) -> None:
+        runtime.run_queued(launches)
 
     def plan_sizes(self, most: int) -> Sequence[int]:
         """Every one: a row of padding costs as much as any other, a plan a few milliseconds."""

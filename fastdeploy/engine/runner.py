@@ -345,15 +345,13 @@ class Runner:
             attention=attention,
             num_tokens=num_tokens,
         )
-        with self.device.queue():
-            self.model.attend(step, self._cache, self._activations)
+        self.device.run(lambda: self.model.attend(step, self._cache, self._activations))
 
     def project(self, count: int, rows: str, start: int) -> None:
         """The logits of `count` rows of the step, listed in the input `rows` from `start` on."""
         if count:
-            listed = self._inputs[rows].rows(count, start)
-            with self.device.queue():
-                self.model.project(self._logits_view.rows(count), listed, self._activations)
+            logits, listed = self._logits_view.rows(count), self._inputs[rows].rows(count, start)
+            self.device.run(lambda: self.model.project(logits, listed, self._activations))
 
     # What becomes of the logits
 

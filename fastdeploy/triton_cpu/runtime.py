@@ -4,8 +4,7 @@
         model(batch)
     plan.replay()                   # the whole list in one native call: about 0.2 us a launch instead of 12
 
-    with queue():                   # launches run while Python makes the next ones
-        model(batch)
+    run_queued(model)               # launches run while Python makes the next ones
 
 A plan keeps the addresses and numbers that it saw: change the contents of tensors between replays, not their places.
 Between launches it may have calls of Python functions (`call`), for what no kernel does: talking to other processes.
@@ -145,11 +144,12 @@ class _Queue(Plan):
             thread_pool().queue(launch.function, launch.arguments, *launch.grid)
 
     def call(self, function: Callable[[], object]) -> None:
-        self.finish()
+        thread_pool().finish()
+        self.check()
         function()
 
-    def finish(self) -> None:
-        thread_pool().finish()
+    def check(self) -> None:
+        """For launches that have run: raises what has failed in them."""
         launches, self._launches = self._launches, []
         for launch in launches:
             if launch.failure is not None:
@@ -188,23 +188,24 @@ def observe() -> Iterator[list[tuple[int, bytes, tuple[int, int, int]]]]:
         yield observer.seen
 
 
-@contextmanager
-def queue() -> Iterator[None]:
-    """This thread's launches run while the next ones are made. When the context ends all of them have run; it raises
-    what fails in a kernel. Within a recording they are recorded.
+def run_queued(launches: Callable[[], None]) -> None:
+    """Has the launches that the function makes run while it makes the next ones. At the end all of them have run; what
+    fails in a kernel is raised then. Within a recording they are recorded.
 
     Python takes 13 us for a launch, and 20 to 40 between kernels that have driven its data from the caches. (A prompt
     of 512 tokens, SmolLM2 in 4 bits, two threads: 145 ms one after the other, so 136.)
     """
     if getattr(_recording, "plan", None) is not None:
-        yield
+        launches()
         return
-    launches = _Queue()
+    queue, finish = _Queue(), thread_pool().finish
     try:
-        with _into(launches):
-            yield
-    finally:
-        launches.finish()
+        _recording.plan = queue
+        launches()
+    finally:  # no context manager: before a native function Python leaves no room for Ctrl-C, before its own it does
+        _recording.plan = None
+        finish()
+    queue.check()
 
 
 def at_once() -> AbstractContextManager[None]:

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from fastdeploy.triton_cpu import compiler
 from fastdeploy.triton_cpu.context import UnsupportedOperation
-from fastdeploy.triton_cpu.runtime import queue, record
+from fastdeploy.triton_cpu.runtime import record, run_queued
 
 from .arrays import Tensor, empty, run_python
 
@@ -180,9 +180,8 @@ def test_a_failure_in_a_plan_is_raised_by_the_replay_it_happens_in():
 
 def test_a_failure_in_a_queue_is_raised_at_its_end():
     x, done = Tensor(np.full((1, 4), -1, np.int32)), empty(1, "int32")
-    with pytest.raises(RuntimeError, match="device-side assertion failed"), queue():
-        assert_kernel[(1, 1, 1)](x, done, 1, 2, debug=True)
-        x = None  # the queue keeps what its launches read
+    with pytest.raises(RuntimeError, match="device-side assertion failed"):
+        run_queued(lambda: assert_kernel[(1, 1, 1)](x, done, 1, 2, debug=True))
 
 
 @triton.jit(noinline=True)

@@ -7,7 +7,7 @@ import pytest
 import triton
 import triton.language as tl
 
-from fastdeploy.triton_cpu.runtime import call, queue, record
+from fastdeploy.triton_cpu.runtime import call, record, run_queued
 
 from .arrays import Tensor, empty
 from .programs import table
@@ -59,24 +59,31 @@ def test_calls_are_made_in_their_place_between_launches():
 def test_queued_launches_and_calls_have_run_in_order_when_the_queue_ends():
     x = Tensor(np.ones(64, np.int64))
     seen = []
-    with queue():
+
+    def launches():
         affine_kernel[(4,)](x, 3, 2, 16)
         affine_kernel[(4,)](x, 5, 7, 16)
         call(lambda: seen.append(x.stored[0]))
         affine_kernel[(0,)](x, 0, 0, 16)
         affine_kernel[(2,)](x, 2, 0, 16)
+
+    run_queued(launches)
     assert seen == [32]
     np.testing.assert_array_equal(x.stored, np.where(np.arange(64) < 32, 64, 32))
 
 
 def test_an_error_ends_the_queue_and_what_is_in_it_has_run():
     x = Tensor(np.ones(64, np.int64))
-    with pytest.raises(KeyError), queue():
+
+    def launches():
         affine_kernel[(4,)](x, 3, 0, 16)
         raise KeyError
+
+    with pytest.raises(KeyError):
+        run_queued(launches)
     assert (x.stored == 3).all()
-    with record() as plan, queue():
-        affine_kernel[(4,)](x, 2, 0, 16)
+    with record() as plan:
+        run_queued(lambda: affine_kernel[(4,)](x, 2, 0, 16))
     assert len(plan) == 1 and (x.stored == 3).all()
 
 
@@ -151,9 +158,7 @@ def test_replays_and_launches_from_several_threads_do_not_mix():
     def work(x, plan):
         for _ in range(100):
             plan.replay()
-            with queue():
-                affine_kernel[(16,)](x, 1, 2, 16)
-                affine_kernel[(16,)](x, 1, 3, 16)
+            run_queued(lambda: [affine_kernel[(16,)](x, 1, shift, 16) for shift in (2, 3)])
 
     affine_kernel[(16,)](Tensor(np.zeros(256, np.int64)), 1, 5, 16)  # Python 3.11's ast.parse may fail in two threads
     threads = [threading.Thread(target=work, args=pair) for pair in zip(tensors, plans)]
