@@ -4,10 +4,10 @@ Weights have 4 to 8 bits and come in groups of 32 along k, W[n, k] = scale value
 and how they are packed. Activations are quantised alike, to int8 with float32 scales, x[t, k] = x_scale[t, g] xq[t, k].
 Then all products are of integers, which sum up exactly, and the scales are applied once per group:
 
-    y[t, n] = sum_g  x_scale[t, g] (scale[n, g] (xq[t] . q[n])_g  +  minimum[n, g] x_sum[t, g]),   x_sum[t, g] = sum_g xq
+    y[t, n] = sum_g  x_scale[t, g] (scale[n, g] (xq[t] . q[n])_g  +  minimum[n, g] x_sum[t, g]),  x_sum[t, g] = sum_g xq
 
-Where the minimum is -offset scale, with one integer offset for all weights, (xq . q)_g starts from -offset x_sum: then of
-the 11 multiplications of vectors that a group takes, 8 of them of bytes, there are 10.
+Where the minimum is -offset scale, with one integer offset for all weights, (xq . q)_g starts from -offset x_sum: of
+the 11 multiplications of vectors that a group takes, 8 of them of bytes, 10 are left.
 
 Where int8 is too coarse, xq takes 16 bits: it is 128 high + low, two int8, with |high| <= 127 and -64 <= low < 64. Both
 meet the same weights, which are read once: as fast as int8 where memory is the bound, 1.6 times its time where
@@ -359,8 +359,8 @@ def tiles(target: Target, rows: int, int8_activations: bool) -> dict[str, int]:
 
 
 def _rows_of_a_program(rows: int, block_m: int) -> int:
-    """How many rows of its tile a program takes. Where there are more than 128 it is 120, which blocks of 5 and of 6 rows
-    fill. (512 rows, K = 1024, on a core: Q8_0 670 GOP/s, with 60 of 64 rows 635; Q5_0 715, 685; Q4_0 730, 720.)"""
+    """How many rows of its tile a program takes: of more than 128 rows 120 each, which blocks of 5 and of 6 rows fill.
+    (512 rows, K = 1024, on a core: Q8_0 670 GOP/s, with 60 of 64 rows 635; Q5_0 715, 685; Q4_0 730, 720.)"""
     return 120 if rows > block_m == 128 else block_m
 
 
