@@ -411,7 +411,7 @@ def _launch_quantised(out: TensorView, x: XTensors, weights: ExpertWeights, rout
     here, packed, pairs, in_floats = target(), weights.packed, out.shape[0], x[1] is None
     assert isinstance(packed, QuantisedWeight)
     block_m = tile_rows(here, pairs, weights.count)
-    rule = quantised_tiles(here, block_m, not in_floats)
+    rule = quantised_tiles(here, block_m, not in_floats) | {"BLOCK_M": block_m}
     grid = (most_tiles(pairs, weights.count, block_m), cdiv(weights.out_features, rule["BLOCK_N"]))
     integers = (words(packed.data), words(packed.high)) if in_floats else (packed.data, packed.high)
     sizes = (weights.out_features, packed.in_features, out.strides[0], weights.padded_features // TILE)
