@@ -77,7 +77,7 @@ def linear_work(arguments: Arguments) -> Work:
     gated = "I" in arguments or arguments.get("GATED", False)
     features = arguments["I" if "I" in arguments else "N"] * (2 if gated else 1)
     stored = arguments["weight"].dtype if format_ is None else FORMAT_NAMES.get(format_, f"{format_[0]} bits")
-    taken = "int16" if arguments.get("x_low") is not None else x.dtype
+    taken = "int8 + low" if arguments.get("x_low") is not None else x.dtype
     kind = f"linear {features} x {width}, {stored}, x {taken}{', SwiGLU' if gated else ''}"
     return Work(kind, tensor_bytes(arguments), 2 * x.shape[0] * features * width, x.dtype == "int8")
 

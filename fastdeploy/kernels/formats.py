@@ -172,7 +172,7 @@ class QuantisedWeight:
 
     data ... factors: see `Format.fields`, None for what the format lacks.  bias: [out_features] float32 or None.
     table: [16] int8, see `table_of`, or None.
-    wide_inputs: activations that are quantised for this layer take 16 bits.
+    wide_inputs: activations that are quantised for this layer have low bytes, see `QuantisedRows`.
     order: [in_features] int32, of the activations, before they are quantised: the weight's column k is for element
         order[k] of x. None for as it is. Whoever launches brings x into this order.
     """

@@ -132,7 +132,7 @@ class FusedWeight:
 
     @property
     def wide_inputs(self) -> bool:
-        """Whether activations that are quantised take 16 bits."""
+        """Whether activations that are quantised have low bytes."""
         return any(isinstance(part, QuantisedWeight) and part.wide_inputs for part in self.parts)
 
 

@@ -108,7 +108,7 @@ class QuantisedRows:
 
 
 def rows_fields(rows: int, width: int, wide: bool = False) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of the tensors of `QuantisedRows`, by name; `wide` for 16 bits."""
+    """Shape and dtype of the tensors of `QuantisedRows`, by name; `wide` for those with low bytes."""
     of_row, per_group = (rows, width), (rows, groups(width))
     fields: dict[str, tuple[tuple[int, ...], str]] = {
         "values": (of_row, "int8"),
@@ -200,7 +200,7 @@ def _quantise_kernel(values, scales, sums, low, low_sums, x, K: tl.constexpr, BL
 
 
 def quantise(out: QuantisedRows, x: Any) -> None:
-    """out = x in 8 or 16 bits, as `out` has memory for.
+    """out = x in 8 bits or, where `out` has memory for low bytes, with those of groups of outliers.
 
     Args:
         out: [T, K].
@@ -472,13 +472,13 @@ def _expect_integers(weight: QuantisedWeight) -> None:
 # References
 
 
-def quantise_reference(x: np.ndarray, most: int = 127) -> tuple[np.ndarray, np.ndarray]:
-    """The specification of `quantise`: integers up to `most`, 127 * 128 for 16 bits, and float64 scales."""
+def quantise_reference(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The specification of `quantise` to 8 bits: integers up to 127 and float64 scales."""
     grouped = x.astype(np.float64).reshape(len(x), -1, GROUP)
     largest = np.abs(grouped).max(axis=2)
-    factors = np.divide(most, largest, out=np.zeros_like(largest), where=largest > 1e-30)
+    factors = np.divide(127, largest, out=np.zeros_like(largest), where=largest > 1e-30)
     scaled = grouped * factors[..., None]
-    return np.rint(scaled).astype(np.int16).reshape(x.shape), largest / most
+    return np.rint(scaled).astype(np.int16).reshape(x.shape), largest / 127
 
 
 def activations_reference(integers: np.ndarray, scales: np.ndarray) -> np.ndarray:

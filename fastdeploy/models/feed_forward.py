@@ -44,7 +44,7 @@ class LinearInput:
 
     floats: TensorView
     int8: QuantisedRows | None
-    int16: QuantisedRows | None  # the same memory as `int8`, and the low bytes
+    with_low: QuantisedRows | None  # the same memory as `int8`, and the low bytes
     ordered: TensorView | None = None  # the floats in the order of a weight, where the model has such weights
 
     def of(self, weight: Weight | Experts) -> LinearOperand:
@@ -55,7 +55,7 @@ class LinearInput:
         """The memory that it reads: the floats, ordered or not, or the integers."""
         if self.int8 is None or isinstance(weight, LinearWeight) or not weight.takes_integers:
             return self.ordered if weight.ordered and self.ordered is not None else self.floats
-        return self.int16 if weight.wide_inputs and self.int16 is not None else self.int8
+        return self.with_low if weight.wide_inputs and self.with_low is not None else self.int8
 
     def quantised_of(self, weight: Weight | Experts) -> LinearOperand:
         """The same, after the floats have been quantised if that is what the layer reads."""
@@ -87,8 +87,8 @@ class LinearInput:
 
     def rows(self, count: int) -> LinearInput:
         """The same memory, cut to `count` rows."""
-        int8, int16 = (None if rows is None else rows.rows(count) for rows in (self.int8, self.int16))
-        return LinearInput(self.floats.rows(count), int8, int16, self.ordered and self.ordered.rows(count))
+        int8, with_low = (None if rows is None else rows.rows(count) for rows in (self.int8, self.with_low))
+        return LinearInput(self.floats.rows(count), int8, with_low, self.ordered and self.ordered.rows(count))
 
 
 @dataclass(frozen=True)

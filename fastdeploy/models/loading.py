@@ -133,7 +133,7 @@ class WeightLoader:
         rows, columns: the output features to take of each, and the input features; all, if not given. A bias is that of
             the rows; where the columns begin later than with the first, another rank adds it.
         padded_rows: output features of the weight at least; those without values are unspecified.
-        wide_inputs: activations that are quantised for this layer take 16 bits, not 8.
+        wide_inputs: activations that are quantised for this layer have low bytes, see `QuantisedRows`.
         """
         names = [f"{module}.weight" for module in modules]
         taken = [range(size) for size in out_features] if rows is None else rows
