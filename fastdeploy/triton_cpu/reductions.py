@@ -74,8 +74,8 @@ def vectors(context: Context, op: Op) -> None:
     result, live = context.declare(op.result), number_of_live_rows(context, op.result)
     kind, together = VECTOR_TYPES[value.type.element], _rows_together(context, value, live)
 
-    def combined(left: str, right: str, hint: str = "lane") -> str:
-        name = context.name(hint)
+    def combined(left: str, right: str) -> str:
+        name = context.name("lane")
         context.line(f"const {kind} {name} = {form.format(left, right)};")
         return name
 
@@ -102,8 +102,8 @@ def _rows_together(context: Context, value: Value, live: str | None) -> int:
     """How many rows are reduced at once: as many as a vector has lanes, if they are at hand, or one.
 
     rows    0: a b c d | 1: e f g h | 2: i j k l | 3: m n o p       4 lanes
-    0, 2    a+c b+d i+k j+l         | 1, 3: e+g f+h m+o n+p         the same sums as by row, but fewer instructions:
-    0 ... 3 a+c+(b+d) e+g+(f+h) i+k+(j+l) m+o+(n+p)                 3 for 2 rows and, at last, for all of them
+    0, 2    a+c b+d i+k j+l         | 1, 3: e+g f+h m+o n+p         the same sums as of a row alone, but a step
+    0 ... 3 a+c+(b+d) e+g+(f+h) i+k+(j+l) m+o+(n+p)                 takes three instructions for two vectors
     """
     if live or len(value.type.shape) != 2 or value.type.shape[0] % context.lanes:
         return 1
