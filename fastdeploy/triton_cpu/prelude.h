@@ -350,6 +350,22 @@ INLINE ivec ivec_exchanged(ivec x, int bit) { /* lane i of the result is lane i 
 #endif
 }
 INLINE vec vec_exchanged(vec x, int bit) { return (vec)ivec_exchanged((ivec)x, bit); }
+/* Of the lanes i and i | bit of a, then of b, the first ones and the second ones. */
+INLINE ivec ivec_of_two(ivec a, ivec b, ivec number) { /* of the lanes of a, followed by those of b */
+#ifdef __clang__
+  ivec v; for (int i = 0; i < LANES; i++) v[i] = number[i] < LANES ? a[number[i]] : b[number[i] - LANES]; return v;
+#else
+  return __builtin_shuffle(a, b, number);
+#endif
+}
+INLINE ivec ivec_lower(ivec a, ivec b, int bit) {
+  ivec i = ivec_lane_numbers(); return ivec_of_two(a, b, (i & ~bit) | (((i & bit) != 0) & LANES));
+}
+INLINE ivec ivec_upper(ivec a, ivec b, int bit) {
+  ivec i = ivec_lane_numbers(); return ivec_of_two(a, b, i | bit | (((i & bit) != 0) & LANES));
+}
+INLINE vec vec_lower(vec a, vec b, int bit) { return (vec)ivec_lower((ivec)a, (ivec)b, bit); }
+INLINE vec vec_upper(vec a, vec b, int bit) { return (vec)ivec_upper((ivec)a, (ivec)b, bit); }
 /* The same numbers as max_numf, clamp_numf, fast_exp2 and so on give, in every lane and bit. */
 INLINE vec vec_min_num(vec a, vec b) { return vec_select((ivec)(b < a) | (ivec)(a != a), b, a); }
 #if LANES == 16 && defined(__AVX512F__)

@@ -18,8 +18,8 @@ from .elements import value_type
 from .live_rows import number_of_live_rows
 from .loops import LoopNest, Term, best_order, linear
 from .operations import operation, vector_form
-from .ttir import Op
-from .vectors import VECTOR_TYPES, rows_of
+from .ttir import Op, Value, reachable
+from .vectors import VECTOR_TYPES, Vectors, plus, rows_of
 
 LANES_OF_A_SUM = 16
 
@@ -71,24 +71,63 @@ def vectors(context: Context, op: Op) -> None:
         raise NotATile(f"{combiner.name} of {value.type.element}")
     if value.type.shape[-1] < count:
         raise NotATile("less than one element for each partial result")
-    result = context.declare(op.result)
-    kind = VECTOR_TYPES[value.type.element]
-    with rows_of(context, value, number_of_live_rows(context, op.result)) as (block, row):
-        partial = [context.name("lane") for _ in range(count // context.lanes)]
-        for name in partial:
-            context.line(f"{kind} {name} = {kind}_splat({identity});")
-        with block.columns_of(value, count, row) as places:
-            for name, place in zip(partial, places):
-                context.line(f"{name} = {form.format(name, block.vector(value, place))};")
+    result, live = context.declare(op.result), number_of_live_rows(context, op.result)
+    kind, together = VECTOR_TYPES[value.type.element], _rows_together(context, value, live)
+
+    def combined(left: str, right: str) -> str:
+        name = context.name("lane")
+        context.line(f"const {kind} {name} = {form.format(left, right)};")
+        return name
+
+    with rows_of(context, value, live, together) as (block, first):
+        rows = [first if together == 1 else plus(first.text, r) for r in range(together)]
+        partial = [_lanes_of_row(block, value, row, f"{kind}_splat({identity})", form) for row in rows]
+        bit = context.lanes // 2
         while len(partial) > 1:
             half = len(partial) // 2
-            for left, right in zip(partial[:half], partial[half:]):
-                context.line(f"{left} = {form.format(left, right)};")
-            partial = partial[:half]
-        for bit in (context.lanes >> shift for shift in range(1, context.lanes.bit_length())):
-            context.line(f"{partial[0]} = {form.format(partial[0], f'{kind}_exchanged({partial[0]}, {bit})')};")
-        target = f"{result}[{row.text}]" if len(value.type.shape) == 2 else result
-        context.line(f"{target} = {partial[0]}[0];")
+            pairs = list(zip(partial[:half], partial[half:]))
+            partial = [combined(*(f"{kind}_{side}({a}, {b}, {bit})" for side in ("lower", "upper"))) for a, b in pairs]
+            bit //= 2
+        while bit:
+            partial = [combined(partial[0], f"{kind}_exchanged({partial[0]}, {bit})")]
+            bit //= 2
+        if together > 1:
+            context.line(f"*({kind} *)({result} + {first.text}) = {partial[0]};")
+        else:
+            target = f"{result}[{first.text}]" if len(value.type.shape) == 2 else result
+            context.line(f"{target} = {partial[0]}[0];")
+
+
+def _rows_together(context: Context, value: Value, live: str | None) -> int:
+    """How many rows are reduced at once: as many as a vector has lanes, if they are at hand, or one.
+
+    rows    0: a b c d | 1: e f g h | 2: i j k l | 3: m n o p       4 lanes
+    0, 2    a+c b+d i+k j+l         | 1, 3: e+g f+h m+o n+p         the same sums as of a row alone, but a step
+    0 ... 3 a+c+(b+d) e+g+(f+h) i+k+(j+l) m+o+(n+p)                 takes three instructions for two vectors
+    """
+    if live or len(value.type.shape) != 2 or value.type.shape[0] % context.lanes:
+        return 1
+    parts = reachable(value, lambda part: part.op.operands if part.op and part not in context.storage else [])
+    if any(part.op is not None and part not in context.storage and part.op.name == "tt.load" for part in parts):
+        return 1
+    return context.lanes
+
+
+def _lanes_of_row(block: Vectors, value: Value, row: Term, identity: str, form: str) -> str:
+    """The name of a vector with the partial results of a row; those of 16 lanes are combined if it has fewer."""
+    context, kind = block.context, VECTOR_TYPES[value.type.element]
+    partial = [context.name("lane") for _ in range(LANES_OF_A_SUM // context.lanes)]
+    for name in partial:
+        context.line(f"{kind} {name} = {identity};")
+    with block.columns_of(value, LANES_OF_A_SUM, row) as places:
+        for name, place in zip(partial, places):
+            context.line(f"{name} = {form.format(name, block.vector(value, place))};")
+    while len(partial) > 1:
+        half = len(partial) // 2
+        for left, right in zip(partial[:half], partial[half:]):
+            context.line(f"{left} = {form.format(left, right)};")
+        partial = partial[:half]
+    return partial[0]
 
 
 def last_axis(context: Context, op: Op) -> None:

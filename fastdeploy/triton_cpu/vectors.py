@@ -73,17 +73,19 @@ def has_vectors(context: Context, row: Value) -> bool:
 
 
 @contextmanager
-def rows_of(context: Context, value: Value, count: str | None) -> Iterator[tuple[Vectors, Term]]:
-    """A C loop over the first `count` rows of a tensor, or all, with what is needed to evaluate vectors in it."""
+def rows_of(context: Context, value: Value, count: str | None, step: int = 1) -> Iterator[tuple[Vectors, Term]]:
+    """A C loop over the first `count` rows of a tensor, or all, with what is needed to evaluate vectors in it; `step`
+    rows a turn."""
     shape = value.type.shape
     if len(shape) not in (1, 2) or shape[-1] % context.lanes:
         raise NotATile(f"rows of {shape}")
-    several = len(shape) == 2 and shape[0] > 1
+    several = len(shape) == 2 and shape[0] > step
     name = context.name("i") if several else "0"
     row = Term(name, 0)
-    with context.braces(f"for (int {name} = 0; {name} < {count or shape[0]}; {name}++)" if several else ""):
+    with context.braces(f"for (int {name} = 0; {name} < {count or shape[0]}; {name} += {step})" if several else ""):
         block = Vectors(context, [row], [], read_once=False)
-        block.scalars_of(value, row)
+        if step == 1:
+            block.scalars_of(value, row)
         yield block, row
 
 
