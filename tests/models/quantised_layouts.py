@@ -36,7 +36,7 @@ def save(path: Path, tensors: Tensors) -> None:
 
 
 def floats(generator: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Scales that `dtype` can say, as float64."""
+    """Scales of 4-bit weights that `dtype` can say, as float64."""
     name = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}[dtype]
     return stored(generator.uniform(0.005, 0.02, size=shape), name)
 
@@ -86,7 +86,7 @@ def gptq(
         own = width if size == -1 else size
         count = -(-width // own)
         integers = generator.integers(0, 1 << bits, size=(rows, width))
-        scales = floats(generator, (rows, count), scale)
+        scales = floats(generator, (rows, count), scale) / 2 ** (bits - 4)
         zeros = generator.integers(0, 1 << bits, size=(rows, count))
         if symmetric:
             zeros[:] = 1 << (bits - 1)
@@ -126,7 +126,7 @@ def packed(bits: int, size: int | None, symmetric: bool = True, act_order: bool 
         most = 1 << (bits - 1)
         integers = generator.integers(-most, most, size=(rows, width))
         groups = np.arange(width) // (size or width)
-        scales = floats(generator, (rows, groups.max() + 1), "BF16")
+        scales = floats(generator, (rows, groups.max() + 1), "BF16") / 2 ** (bits - 4)
         zeros = np.zeros(scales.shape, int) if symmetric else generator.integers(-most, most, size=scales.shape)
         tensors: Tensors = {
             "weight_packed": ("I32", words_along_last(integers + most, bits)),
