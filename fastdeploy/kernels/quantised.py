@@ -249,8 +249,8 @@ def _add_products(
     for group in range(0, K // 32):
         scale = group_scale(scales, factors, place, group, 0, K // 32, lane, FORMAT)
         row_sum = tl.load(row_sums)[:, None]
-        has_low = row_sum != 0
         if LOW:
+            has_low = row_sum != 0
             row_sum -= LOW_BIAS
         bytes_ = tl.load(data_tile)  # [WIDTH, BLOCK_N]
         if BITS == 8:

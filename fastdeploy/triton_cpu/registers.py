@@ -72,8 +72,11 @@ class _Chain(NamedTuple):
         after = following[len(between)] if len(between) < len(following) else None
         used = [result for result in loop.results if result.uses]
         if after is not None and after.name == "scf.for" and all(result.uses == [after] for result in used):
-            last = _carried_tiles(after)
-            if [tile.initial for tile in last] == used and _mask(context, after, last) is not None:
+            try:
+                last = _carried_tiles(after)
+            except NotATile:
+                last = []
+            if last and [tile.initial for tile in last] == used and _mask(context, after, last) is not None:
                 return cls(loop, tiles, between, after, last)
         return cls(loop, tiles, [], None, tiles)
 
@@ -269,7 +272,7 @@ def _emit_block(block: _Block, loop: Op, tiles: list[_Sums], panel: Panel | None
 
 
 def _mask(context: Context, loop: Op, tiles: list[_Sums]) -> Value | None:
-    return mask_of_rows(context, [(tile.argument, tile.new) for tile in tiles], _others(loop, tiles))
+    return mask_of_rows(context, loop, [(tile.argument, tile.new) for tile in tiles], _others(loop, tiles))
 
 
 def _emit_turn(block: _Block, loop: Op, tiles: list[_Sums]) -> None:

@@ -337,7 +337,9 @@ def some_turns_kernel(
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
-@pytest.mark.parametrize("rows, m, n, turns, first", [(1, 1, 16, 3, 0), (7, 16, 32, 5, 1), (40, 64, 64, 9, 3)])
+@pytest.mark.parametrize(
+    "rows, m, n, turns, first", [(1, 1, 16, 3, 0), (7, 16, 32, 5, 1), (40, 64, 64, 9, 3), (3, 4, 16, 300, 2)]
+)
 def test_turns_that_change_no_row_of_a_block_are_left_out(rows, m, n, turns, first, share, rng):
     """What is not taken is NaN in memory."""
     k = 8 * turns
@@ -350,7 +352,7 @@ def test_turns_that_change_no_row_of_a_block_are_left_out(rows, m, n, turns, fir
         out = empty((m, n))
         arguments = Tensor(a), Tensor(b), Tensor(taken), out, rows, k, first, m, n, 8
         compiled = some_turns_kernel[(1,)](*arguments, register_tiles=register_tiles)
-        assert ("int32_t turns_" in compiled.asm["c"]) == register_tiles
+        assert ("int64_t turns_" in compiled.asm["c"]) == register_tiles
         np.testing.assert_array_equal(out.stored[:rows], expected)
 
 
