@@ -130,12 +130,12 @@ def test_keys_and_values_are_integers_where_activations_are(quantization, stored
     assert load(GROUPED, "bfloat16", quantization=quantization).cache.dtype == stored
 
 
-def test_queries_and_keys_are_computed_from_16_bits_the_rest_from_8():
+def test_what_norms_write_has_low_bytes_and_the_rest_8_bits():
     steps = load(GROUPED, quantization="w8a8")
     layer, memory = steps.model.layers[0], steps.memory
     mlp = layer.feed_forward
-    assert memory.hidden.of(layer.qkv).low is not None
-    assert memory.hidden.of(mlp.gate_up).low is None and memory.mlp.activated.of(mlp.down).low is None
+    assert all(memory.hidden.of(weight).low is not None for weight in (layer.qkv, mlp.gate_up))
+    assert memory.attended.of(layer.attention_output).low is None and memory.mlp.activated.of(mlp.down).low is None
 
 
 def test_a_prompt_longer_than_a_split_of_attention_equals_the_reference():
