@@ -67,6 +67,7 @@ class _Chain(NamedTuple):
 
     @classmethod
     def of(cls, context: Context, loop: Op) -> _Chain:
+        """The chain that begins with `loop`. Raises NotATile where that is none for registers."""
         tiles, following = _carried_tiles(loop), loop.block.ops[loop.block.ops.index(loop) + 1 :]
         between = list(takewhile(is_lazy, following))
         after = following[len(between)] if len(between) < len(following) else None
@@ -138,6 +139,7 @@ def _emit(context: Context, chain: _Chain, ending: Ending | None) -> None:
 
 
 def _finish(block: _Block, tiles: list[_Sums], ending: Ending | None, arrays: list[str]) -> None:
+    """The sums to memory, by the kernel's own store, or into arrays."""
     if ending is None:
         _to_arrays(block, tiles, arrays)
     else:
@@ -272,6 +274,7 @@ def _emit_block(block: _Block, loop: Op, tiles: list[_Sums], panel: Panel | None
 
 
 def _mask(context: Context, loop: Op, tiles: list[_Sums]) -> Value | None:
+    """What says in which rows a turn changes the sums, see `mask_of_rows`."""
     return mask_of_rows(context, loop, [(tile.argument, tile.new) for tile in tiles], _others(loop, tiles))
 
 

@@ -106,6 +106,7 @@ def is_splat(value: Value, registers: Container[Value] = (), known: dict[Value, 
 
 
 def prefetched(address: str) -> str:
+    """C that asks for what lies PREFETCH_BYTES behind an address."""
     return f"__builtin_prefetch((const char *)({address}) + {PREFETCH_BYTES});"
 
 
